@@ -1,0 +1,16 @@
+//! Executes a build graph.
+
+pub mod context;
+pub mod export;
+pub mod image;
+pub mod materialize;
+pub mod op;
+pub mod plan;
+pub mod registry;
+pub mod sandbox;
+pub mod scan;
+pub mod solve;
+pub mod store;
+pub mod sys;
+pub mod tree;
+pub mod upper;

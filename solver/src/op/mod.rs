@@ -1,0 +1,5 @@
+//! What vertices do.
+
+pub mod copy;
+pub mod run;
+pub mod source;

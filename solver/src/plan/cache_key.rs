@@ -1,0 +1,1 @@
+//! plan/cache_key.

@@ -1,0 +1,4 @@
+//! Computes what to do; touches nothing.
+
+pub mod cache_key;
+pub mod schedule;

@@ -1,0 +1,4 @@
+//! Registry client.
+
+pub mod auth;
+pub mod client;

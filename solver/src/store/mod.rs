@@ -1,0 +1,5 @@
+//! The store on disk.
+
+pub mod blob;
+pub mod layers;
+pub mod record;

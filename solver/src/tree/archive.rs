@@ -1,0 +1,1 @@
+//! Archives that ADD unpacks.

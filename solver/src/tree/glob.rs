@@ -1,0 +1,1 @@
+//! COPY globs (Go filepath.Match).

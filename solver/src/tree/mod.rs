@@ -1,0 +1,400 @@
+//! File trees as values: what a layer or a snapshot holds, without touching a disk.
+//!
+//! A [`Node`] is one path's metadata plus where its bytes can be read ([`Origin`]). A [`Tree`] is a sorted table of
+//! them: a context, a layer, or a stack of layers flattened. Paths are bytes without a leading slash, `/`-separated;
+//! the root is the empty path. Order is component-wise byte order (`/` sorts before every other byte), so that a
+//! directory stands directly before what is in it.
+
+pub mod archive;
+pub mod blob;
+pub mod glob;
+pub mod ignore;
+pub mod index;
+pub mod layer;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// BLAKE3 digest of a file's bytes; internal, never in an image.
+pub type ContentDigest = [u8; 32];
+
+/// One path of a tree.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Path without leading slash; empty is the root.
+    pub path: Vec<u8>,
+    /// Kind and what only that kind has.
+    pub kind: Kind,
+    /// Permission bits with set-id and sticky bits (07777).
+    pub mode: u32,
+    /// Owner as the image has it.
+    pub uid: u32,
+    /// Group as the image has it.
+    pub gid: u32,
+    /// Modification time: seconds and nanoseconds since the epoch.
+    pub mtime: (i64, u32),
+    /// Extended attributes that are kept (`security.capability`, `user.*` from RUN …), raw values.
+    pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+}
+
+/// Kinds of entries.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Kind {
+    /// Regular file.
+    File {
+        /// Bytes.
+        size: u64,
+        /// `None` until it has been read (contexts are read lazily).
+        digest: Option<ContentDigest>,
+        /// Entries with the same number other than 0 are one inode. In path order the first of them carries the data.
+        link_group: u32,
+    },
+    /// Directory.
+    Dir {
+        /// Hides what lower layers have below this path.
+        opaque: bool,
+    },
+    /// Symbolic link.
+    Symlink {
+        /// Its target.
+        target: Vec<u8>,
+    },
+    /// Named pipe.
+    Fifo,
+    /// Character device.
+    Char {
+        /// Major number.
+        major: u32,
+        /// Minor number.
+        minor: u32,
+    },
+    /// Block device.
+    Block {
+        /// Major number.
+        major: u32,
+        /// Minor number.
+        minor: u32,
+    },
+    /// Removes the path of lower layers; only in layers, never in a flattened tree.
+    Whiteout,
+}
+
+/// Where the bytes of a regular file can be read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// Not a regular file, or nobody will ask.
+    None,
+    /// A file on disk, read in place: of a context, of a layer's tree, of a staging directory.
+    File(Arc<PathBuf>),
+    /// Bytes that stood in the Dockerfile.
+    Inline(Arc<[u8]>),
+    /// Path `.1` of a stored layer whose tree may not have been made yet.
+    Layer(LayerId, Arc<[u8]>),
+}
+
+/// An entry and its bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Node {
+    /// Metadata.
+    pub entry: Entry,
+    /// Where to read it.
+    pub origin: Origin,
+}
+
+/// Name of a stored layer: BLAKE3 over its encoded index (times included), in hex; for a layer that came as a blob, over its diff ID.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+pub struct LayerId(pub String);
+
+/// A sorted table of nodes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Tree {
+    nodes: Vec<Node>,
+}
+
+/// Orders paths so that a directory stands directly before its content: byte order with `/` lowest.
+pub fn compare_paths(a: &[u8], b: &[u8]) -> std::cmp::Ordering {
+    let common = a.iter().zip(b).position(|(x, y)| x != y);
+    match common {
+        None => a.len().cmp(&b.len()),
+        Some(at) => {
+            let rank = |byte: u8| if byte == b'/' { 0 } else { u16::from(byte) + 1 };
+            rank(a[at]).cmp(&rank(b[at]))
+        }
+    }
+}
+
+/// Parent of a path; the root's is the root.
+pub fn parent(path: &[u8]) -> &[u8] {
+    path.iter().rposition(|&byte| byte == b'/').map_or(b"", |at| &path[..at])
+}
+
+/// Last component of a path.
+pub fn file_name(path: &[u8]) -> &[u8] {
+    path.iter().rposition(|&byte| byte == b'/').map_or(path, |at| &path[at + 1..])
+}
+
+/// Joins a directory and a relative path; either may be empty.
+pub fn join(dir: &[u8], name: &[u8]) -> Vec<u8> {
+    if dir.is_empty() || name.is_empty() {
+        return [dir, name].concat();
+    }
+    [dir, b"/", name].concat()
+}
+
+/// `path` is `dir` or lies below it.
+pub fn is_within(path: &[u8], dir: &[u8]) -> bool {
+    dir.is_empty() || path.starts_with(dir) && (path.len() == dir.len() || path[dir.len()] == b'/')
+}
+
+/// What following a path through a tree found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Resolved {
+    /// The path, free of symlinks, of an existing entry.
+    Found(Vec<u8>),
+    /// It does not exist: the path it would have once the symlinks before the missing part are followed.
+    Missing(Vec<u8>),
+    /// More than 255 symlinks.
+    Loop,
+    /// A component other than the last is neither a directory nor a link to one; its path.
+    NotADirectory(Vec<u8>),
+}
+
+impl Entry {
+    /// A directory owned by root without times.
+    pub fn dir(path: impl Into<Vec<u8>>, mode: u32) -> Self {
+        Self {
+            path: path.into(),
+            kind: Kind::Dir { opaque: false },
+            mode,
+            uid: 0,
+            gid: 0,
+            mtime: (0, 0),
+            xattrs: BTreeMap::new(),
+        }
+    }
+
+    /// Is it a directory?
+    pub fn is_dir(&self) -> bool {
+        matches!(self.kind, Kind::Dir { .. })
+    }
+
+    /// Is it a regular file?
+    pub fn is_file(&self) -> bool {
+        matches!(self.kind, Kind::File { .. })
+    }
+}
+
+impl Tree {
+    /// A tree of these nodes; sorts them. Of several with one path the last is kept.
+    pub fn from_nodes(mut nodes: Vec<Node>) -> Self {
+        if !nodes.is_sorted_by(|a, b| compare_paths(&a.entry.path, &b.entry.path).is_lt()) {
+            nodes.sort_by(|a, b| compare_paths(&a.entry.path, &b.entry.path));
+            nodes.reverse();
+            nodes.dedup_by(|a, b| a.entry.path == b.entry.path);
+            nodes.reverse();
+        }
+        Self { nodes }
+    }
+
+    /// All nodes in path order.
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    /// All nodes in path order, to fill in digests; paths must stay as they are.
+    pub fn nodes_mut(&mut self) -> &mut [Node] {
+        &mut self.nodes
+    }
+
+    /// The nodes themselves.
+    pub fn into_nodes(self) -> Vec<Node> {
+        self.nodes
+    }
+
+    /// Position of a path, or where it would stand.
+    fn position(&self, path: &[u8]) -> Result<usize, usize> {
+        self.nodes.binary_search_by(|node| compare_paths(&node.entry.path, path))
+    }
+
+    /// The node at exactly this path; symlinks are not followed.
+    pub fn get(&self, path: &[u8]) -> Option<&Node> {
+        self.position(path).ok().map(|at| &self.nodes[at])
+    }
+
+    /// The node at this path, if there is one, and all below it.
+    pub fn subtree(&self, path: &[u8]) -> &[Node] {
+        let start = self.position(path).unwrap_or_else(|at| at);
+        let length = self.nodes[start..].partition_point(|node| is_within(&node.entry.path, path));
+        &self.nodes[start..start + length]
+    }
+
+    /// The entries directly in a directory.
+    pub fn children<'a>(&'a self, path: &'a [u8]) -> impl Iterator<Item = &'a Node> {
+        let skip = if path.is_empty() { 0 } else { path.len() + 1 };
+        self.subtree(path)
+            .iter()
+            .filter(move |node| node.entry.path.len() > path.len() && !node.entry.path[skip..].contains(&b'/'))
+    }
+
+    /// Follows symlinks inside the tree, `..` stopping at its root, as chroot would. A last component that is a symlink
+    /// is followed too when `follow_last`. An implied directory (the tree has something below it but no entry) counts
+    /// as a directory.
+    pub fn resolve(&self, path: &[u8], follow_last: bool) -> Resolved {
+        let mut pending: Vec<Vec<u8>> = path.split(|&byte| byte == b'/').rev().map(<[u8]>::to_vec).collect();
+        let mut done: Vec<u8> = Vec::new();
+        let mut links = 0;
+        let mut missing = false;
+        while let Some(part) = pending.pop() {
+            if part.is_empty() || part == b"." {
+                continue;
+            }
+            if part == b".." {
+                done = parent(&done).to_vec();
+                missing = missing && !done.is_empty() && self.get(&done).is_none();
+                continue;
+            }
+            let next = join(&done, &part);
+            let last = pending.iter().all(|rest| rest.is_empty() || rest == b".");
+            match self.get(&next).map(|node| &node.entry.kind) {
+                Some(Kind::Symlink { target }) if !last || follow_last => {
+                    links += 1;
+                    if links > 255 {
+                        return Resolved::Loop;
+                    }
+                    if target.starts_with(b"/") {
+                        done.clear();
+                    }
+                    pending.extend(target.split(|&byte| byte == b'/').rev().map(<[u8]>::to_vec));
+                }
+                Some(Kind::Dir { .. }) => done = next,
+                Some(_) if !last => return Resolved::NotADirectory(next),
+                Some(_) => done = next,
+                None => {
+                    missing = missing || self.subtree(&next).is_empty();
+                    done = next;
+                }
+            }
+        }
+        if missing { Resolved::Missing(done) } else { Resolved::Found(done) }
+    }
+
+    /// This tree with a layer put on top: whiteouts and opaque directories act, anything but a directory on a directory
+    /// replaces all of it. The result has no whiteouts and no opaque marks.
+    pub fn apply(&self, layer: &Tree) -> Tree {
+        let mut nodes = Vec::with_capacity(self.nodes.len() + layer.nodes.len());
+        let mut upper = layer.nodes.iter().peekable();
+        // What the layer hides: everything in `hidden` when `.1`, else only below it.
+        let mut hidden: Option<(&[u8], bool)> = None;
+        let mut push = |node: &Node| {
+            if node.entry.kind == Kind::Whiteout {
+                return;
+            }
+            let mut node = node.clone();
+            if let Kind::Dir { opaque } = &mut node.entry.kind {
+                *opaque = false;
+            }
+            nodes.push(node);
+        };
+        for lower in &self.nodes {
+            let mut replaced = false;
+            while let Some(node) = upper.peek() {
+                match compare_paths(&node.entry.path, &lower.entry.path) {
+                    std::cmp::Ordering::Greater => break,
+                    order => {
+                        replaced |= order.is_eq();
+                        let hides = match node.entry.kind {
+                            Kind::Dir { opaque } => opaque,
+                            _ => true,
+                        };
+                        let inside = hidden.is_some_and(|(dir, _)| is_within(&node.entry.path, dir));
+                        if hides && !inside {
+                            hidden = Some((&node.entry.path, true));
+                        }
+                        push(node);
+                        upper.next();
+                    }
+                }
+            }
+            if !replaced && !hidden.is_some_and(|(dir, _)| is_within(&lower.entry.path, dir)) {
+                push(lower);
+            }
+        }
+        upper.for_each(|node| push(node));
+        Tree { nodes }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tree(paths: &[(&str, Kind)]) -> Tree {
+        let node = |(path, kind): &(&str, Kind)| Node {
+            entry: Entry { kind: kind.clone(), ..Entry::dir(path.as_bytes(), 0o755) },
+            origin: Origin::None,
+        };
+        Tree::from_nodes(paths.iter().map(node).collect())
+    }
+
+    fn paths(tree: &Tree) -> Vec<String> {
+        tree.nodes().iter().map(|node| String::from_utf8_lossy(&node.entry.path).into_owned()).collect()
+    }
+
+    const DIR: Kind = Kind::Dir { opaque: false };
+
+    #[test]
+    fn directories_stand_before_their_content() {
+        let sorted = tree(&[("a-b", DIR), ("a", DIR), ("a/x", Kind::Fifo), ("", DIR), ("a.b", DIR)]);
+        assert_eq!(paths(&sorted), ["", "a", "a/x", "a-b", "a.b"]);
+        assert_eq!(sorted.children(b"").count(), 3);
+        assert_eq!(sorted.subtree(b"a").len(), 2);
+    }
+
+    #[test]
+    fn of_two_nodes_with_one_path_the_last_stays() {
+        let twice = tree(&[("b", DIR), ("a", DIR), ("a", Kind::Fifo)]);
+        assert_eq!(twice.get(b"a").map(|node| &node.entry.kind), Some(&Kind::Fifo));
+    }
+
+    #[test]
+    fn symlinks_stay_inside() {
+        let links = tree(&[
+            ("", DIR),
+            ("usr", DIR),
+            ("usr/lib", DIR),
+            ("lib", Kind::Symlink { target: b"../../usr/lib".to_vec() }),
+            ("loop", Kind::Symlink { target: b"loop".to_vec() }),
+            ("file", Kind::Fifo),
+        ]);
+        assert_eq!(links.resolve(b"lib", true), Resolved::Found(b"usr/lib".to_vec()));
+        assert_eq!(links.resolve(b"lib", false), Resolved::Found(b"lib".to_vec()));
+        assert_eq!(links.resolve(b"lib/new/x", true), Resolved::Missing(b"usr/lib/new/x".to_vec()));
+        assert_eq!(links.resolve(b"loop/x", true), Resolved::Loop);
+        assert_eq!(links.resolve(b"file/x", true), Resolved::NotADirectory(b"file".to_vec()));
+        assert_eq!(links.resolve(b"../..", true), Resolved::Found(Vec::new()));
+    }
+
+    #[test]
+    fn layers_hide_what_is_below() {
+        let base = tree(&[
+            ("", DIR),
+            ("d", DIR),
+            ("d/a", Kind::Fifo),
+            ("d/b", Kind::Fifo),
+            ("e", DIR),
+            ("e/x", DIR),
+            ("f", DIR),
+            ("f/y", DIR),
+        ]);
+        let layer = tree(&[
+            ("d", DIR),
+            ("d/a", Kind::Whiteout),
+            ("d/c", Kind::Fifo),
+            ("e", Kind::Dir { opaque: true }),
+            ("e/new", Kind::Fifo),
+            ("f", Kind::Fifo),
+        ]);
+        assert_eq!(paths(&base.apply(&layer)), ["", "d", "d/b", "d/c", "e", "e/new", "f"]);
+    }
+}
