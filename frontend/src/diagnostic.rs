@@ -20,6 +20,12 @@ pub enum Problem {
     /// Nothing in it.
     #[error("file with no instructions")]
     Empty,
+    /// A word cannot be expanded.
+    #[error(transparent)]
+    Word(#[from] crate::word::WordError),
+    /// Found when stages are put together and lowered.
+    #[error(transparent)]
+    Lower(#[from] crate::lower_problem::LowerProblem),
 }
 
 impl Diagnostic {

@@ -8,6 +8,7 @@ pub mod instruction;
 pub mod line;
 pub mod llb;
 pub mod lower;
+pub mod lower_problem;
 pub mod mode;
 pub mod parser;
 pub mod platform;
