@@ -1,1 +1,118 @@
-fn main() {}
+//! The program `nacre`: reads the command line, runs one command, reports, exits.
+//!
+//! Only this crate prints, reads the environment or exits. Standard output carries results, standard error the rest.
+
+mod build_command;
+mod cli;
+mod images_command;
+mod progress;
+mod report;
+mod request;
+
+use clap::Parser;
+use cli::{Cli, Command};
+use report::{CommandError, Exit, Failure, Severity, Style};
+use request::Environment;
+use std::ffi::OsString;
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+fn main() -> ExitCode {
+    let args: Vec<OsString> = std::env::args_os().collect();
+    // Before anything else: a step's first process must have one thread and as little state as possible.
+    if args.get(1).is_some_and(|word| word == "__sandbox") {
+        return build_command::sandbox();
+    }
+    // Ends by itself with code 2 and a usage line, or with 0 after --help.
+    let cli = Cli::parse_from(cli::without_docker_groups(args));
+    let env = Environment::of_process();
+    let style = Style { color: env.color };
+    report_panics();
+    let cancel = Arc::new(AtomicBool::new(false));
+    if let Err(error) = listen_to_signals(&cancel) {
+        print_error(&style.error(&CommandError::new(Exit::Host, &error, None)));
+        return Exit::Host.into();
+    }
+    let result = std::panic::catch_unwind(|| run(cli.command, &env, &cancel));
+    match result {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) => {
+            // Whatever a cancelled build stumbled over, the user's wish is the cause.
+            let error = if cancel.load(Ordering::SeqCst) { CommandError::Interrupted } else { error };
+            print_error(&style.error(&error));
+            error.exit().into()
+        }
+        Err(_) => Exit::General.into(),
+    }
+}
+
+fn run(command: Command, env: &Environment, cancel: &Arc<AtomicBool>) -> Result<(), CommandError> {
+    match command {
+        Command::Build(args) => {
+            let request = request::build_request(*args, env)?;
+            if !request.quiet {
+                for notice in &request.notices {
+                    print_error(&Style { color: env.color }.block(Severity::Warning, notice, None, &[], None));
+                }
+            }
+            build_command::run(&request, env, cancel)
+        }
+        Command::Images(args) => images_command::run(&args, &env.store(args.store.as_deref())?),
+        Command::Prune(args) => {
+            let store = env.store(args.store.as_deref())?;
+            Err(CommandError::Failure(Box::new(Failure {
+                exit: Exit::General,
+                message: "prune is not possible yet".to_owned(),
+                place: None,
+                help: Some(format!(
+                    "the store is {}; it may be removed as a whole when no build runs",
+                    store.display()
+                )),
+            })))
+        }
+        Command::Version => print_result(&format!("nacre {}\n", env!("CARGO_PKG_VERSION"))),
+        Command::Sandbox => unreachable!("dispatched before the command line is read"),
+    }
+}
+
+/// The first SIGINT or SIGTERM asks the build to stop, the second ends the process.
+fn listen_to_signals(cancel: &Arc<AtomicBool>) -> std::io::Result<()> {
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        // Order matters: the flag must still be unset when the first signal passes the shutdown handler.
+        signal_hook::flag::register_conditional_shutdown(signal, Exit::Interrupted as i32, Arc::clone(cancel))?;
+        signal_hook::flag::register(signal, Arc::clone(cancel))?;
+    }
+    Ok(())
+}
+
+/// A panic is a mistake in nacre; say so in the form of every other error.
+fn report_panics() {
+    std::panic::set_hook(Box::new(|info| {
+        let text = info.payload_as_str().unwrap_or("no message");
+        let place = info.location().map(|place| format!(" at {}:{}", place.file(), place.line())).unwrap_or_default();
+        print_error(&format!(
+            "error: internal error{place}: {text}\nhelp: this is a mistake in nacre, not in your Dockerfile; please report it\n"
+        ));
+    }));
+}
+
+/// Writes to standard error. That nobody reads there is no reason to stop.
+pub(crate) fn print_error(text: &str) {
+    let _ = std::io::stderr().lock().write_all(text.as_bytes());
+}
+
+/// Writes to standard output. A reader that has gone (`| head`) is no error.
+pub(crate) fn print_result(text: &str) -> Result<(), CommandError> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(CommandError::Failure(Box::new(Failure {
+            exit: Exit::Store,
+            message: format!("cannot write to standard output: {error}"),
+            place: None,
+            help: None,
+        }))),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,414 @@
+//! The command line: flags exactly as typed. Reads nothing but its arguments; [`crate::request`] gives them a meaning.
+//!
+//! Names and forms are docker build's, so that `alias docker=nacre` works: booleans take `--pull=false`, flags and
+//! context come in any order, `nacre buildx build` is `nacre build`. Flags that only mean something to a daemon are
+//! accepted, and [`BuildArgs::without_meaning`] names those that were given.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done
+  1    a mistake in nacre itself, or one that fits nowhere else
+  2    the command line makes no sense
+  3    a mistake in the Dockerfile, or in what it names in the context
+  4    a RUN step failed
+  5    a base image, git repository or download could not be had
+  6    this machine does not allow what the build needs
+  7    the store or an output could not be read or written
+  130  interrupted
+
+Environment:
+  NACRE_STORE        directory of cache and images, as --store
+  XDG_DATA_HOME      its parent when neither is given (else ~/.local/share)
+  SOURCE_DATE_EPOCH  build arg of that name: fixes the dates in the image
+  BUILDKIT_PROGRESS  default of --progress
+  NO_COLOR           no colours
+  SSH_AUTH_SOCK      agent of --ssh default
+  DOCKER_CONFIG      directory of config.json: credentials, and proxies for RUN
+  HTTP_PROXY, HTTPS_PROXY, NO_PROXY   for nacre's own downloads";
+
+const IGNORED_FLAGS: &str = "\
+Accepted for docker build's sake, without effect: --rm, --force-rm, --compress, --squash, --builder, --isolation, \
+--disable-content-trust, --security-opt, --memory, --memory-swap, --cpu-period, --cpu-quota, --cpu-shares, \
+--cpuset-cpus, --cpuset-mems, --debug. --sbom, --provenance and --attest may be switched off.";
+
+/// Builds container images from Dockerfiles: no root, no daemon, cached by content.
+#[derive(Debug, Parser)]
+#[command(name = "nacre", version, max_term_width = 110, after_help = EXIT_CODES, args_override_self = true)]
+pub(crate) struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Subcommands.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Build an image
+    #[command(visible_alias = "b", after_long_help = IGNORED_FLAGS)]
+    Build(Box<BuildArgs>),
+    /// List the images in the store
+    #[command(visible_alias = "ls")]
+    Images(ImagesArgs),
+    /// Remove what the cache no longer needs
+    Prune(PruneArgs),
+    /// Print the version
+    Version,
+    /// Become a build step's first process; only nacre itself calls this
+    #[command(name = "__sandbox", hide = true)]
+    Sandbox,
+}
+
+/// `nacre build`.
+#[derive(Debug, Args)]
+pub(crate) struct BuildArgs {
+    /// Directory, git or http(s) address of the build context; `-` reads a tar archive or a Dockerfile from standard input
+    #[arg(value_name = "CONTEXT")]
+    pub(crate) context: OsString,
+
+    /// Dockerfile to use, `-` for standard input [default: CONTEXT/Dockerfile]
+    #[arg(short, long, value_name = "FILE", help_heading = "What to build")]
+    pub(crate) file: Option<OsString>,
+    /// Stage to build [default: the last]
+    #[arg(long, value_name = "STAGE", help_heading = "What to build")]
+    pub(crate) target: Option<String>,
+    /// Value of an ARG; `NAME` alone takes it from the environment
+    #[arg(long = "build-arg", value_name = "NAME[=VALUE]", help_heading = "What to build")]
+    pub(crate) build_args: Vec<String>,
+    /// Another source of files or images for FROM, COPY --from and RUN --mount: a directory, an address,
+    /// docker-image://NAME, oci-layout://DIR[:TAG], target:STAGE
+    #[arg(long = "build-context", value_name = "NAME=SOURCE", help_heading = "What to build")]
+    pub(crate) build_contexts: Vec<String>,
+    /// Platforms to build for, as linux/arm64 [default: this machine's]
+    #[arg(long = "platform", value_name = "PLATFORM", value_delimiter = ',', help_heading = "What to build")]
+    pub(crate) platforms: Vec<String>,
+    /// What to do with the Dockerfile: build, check, outline, targets; `,format=json` or `,format=sarif` for programs
+    #[arg(long, value_name = "METHOD", default_value = "build", help_heading = "What to build")]
+    pub(crate) call: String,
+    /// Only look for mistakes in the Dockerfile, as --call=check
+    #[arg(long, help_heading = "What to build", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", value_parser = boolean, value_name = "BOOL", hide_default_value = true)]
+    pub(crate) check: bool,
+
+    /// Name of the image in the store and in outputs; may be repeated
+    #[arg(short = 't', long = "tag", value_name = "NAME[:TAG]", help_heading = "Image and outputs")]
+    pub(crate) tags: Vec<String>,
+    /// Label of the image
+    #[arg(long = "label", value_name = "NAME=VALUE", help_heading = "Image and outputs")]
+    pub(crate) labels: Vec<String>,
+    /// Annotation of the manifest, as [manifest|index|manifest-descriptor|index-descriptor:]NAME=VALUE
+    #[arg(long = "annotation", value_name = "NAME=VALUE", help_heading = "Image and outputs")]
+    pub(crate) annotations: Vec<String>,
+    /// Where the result goes: type=oci|docker|tar,dest=FILE, type=local,dest=DIR, or a directory; may be repeated
+    /// [default: the store]
+    #[arg(short, long = "output", value_name = "OUTPUT", help_heading = "Image and outputs")]
+    pub(crate) outputs: Vec<String>,
+    /// Put the image into the store, also beside other outputs
+    #[arg(long, help_heading = "Image and outputs", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", value_parser = boolean, value_name = "BOOL", hide_default_value = true)]
+    pub(crate) load: bool,
+    /// Push the image to its registry (not yet possible)
+    #[arg(long, help_heading = "Image and outputs", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", value_parser = boolean, value_name = "BOOL", hide_default_value = true)]
+    pub(crate) push: bool,
+    /// Write the image's digest to a file
+    #[arg(long = "iidfile", value_name = "FILE", help_heading = "Image and outputs")]
+    pub(crate) iid_file: Option<PathBuf>,
+    /// Write digests and names to a file, as JSON
+    #[arg(long, value_name = "FILE", help_heading = "Image and outputs")]
+    pub(crate) metadata_file: Option<PathBuf>,
+
+    /// Directory of cache and images [default: $NACRE_STORE, else nacre in the user's data directory]
+    #[arg(long, value_name = "DIR", help_heading = "Cache")]
+    pub(crate) store: Option<PathBuf>,
+    /// Run every step again
+    #[arg(long, help_heading = "Cache", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", value_parser = boolean, value_name = "BOOL", hide_default_value = true)]
+    pub(crate) no_cache: bool,
+    /// Run the steps of these stages again
+    #[arg(long = "no-cache-filter", value_name = "STAGE", value_delimiter = ',', help_heading = "Cache")]
+    pub(crate) no_cache_filter: Vec<String>,
+    /// Ask the registry for newer base images
+    #[arg(long, help_heading = "Cache", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", value_parser = boolean, value_name = "BOOL", hide_default_value = true)]
+    pub(crate) pull: bool,
+    /// Say for every step that ran which input differs from the last time
+    #[arg(long, help_heading = "Cache", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", value_parser = boolean, value_name = "BOOL", hide_default_value = true)]
+    pub(crate) explain: bool,
+    /// Cache to read from (not yet used)
+    #[arg(long = "cache-from", value_name = "SOURCE", help_heading = "Cache")]
+    pub(crate) cache_from: Vec<String>,
+    /// Cache to write to (not yet used)
+    #[arg(long = "cache-to", value_name = "DEST", help_heading = "Cache")]
+    pub(crate) cache_to: Vec<String>,
+
+    /// Secret for RUN --mount=type=secret: id=ID[,src=FILE|,env=VARIABLE]
+    #[arg(long = "secret", value_name = "SECRET", help_heading = "Steps")]
+    pub(crate) secrets: Vec<String>,
+    /// Agent or keys for RUN --mount=type=ssh: default, or ID=SOCKET or ID=KEY[,KEY]
+    #[arg(long = "ssh", value_name = "AGENT", help_heading = "Steps")]
+    pub(crate) ssh: Vec<String>,
+    /// Network of RUN steps: default, none, host
+    #[arg(long, value_name = "MODE", help_heading = "Steps")]
+    pub(crate) network: Option<String>,
+    /// Line in the steps' /etc/hosts
+    #[arg(long = "add-host", value_name = "NAME:ADDRESS", help_heading = "Steps")]
+    pub(crate) add_hosts: Vec<String>,
+    /// Allow more to the Dockerfile: network.host, security.insecure
+    #[arg(long, value_name = "RIGHT", value_delimiter = ',', help_heading = "Steps")]
+    pub(crate) allow: Vec<String>,
+    /// Limit of the steps' processes
+    #[arg(long = "ulimit", value_name = "NAME=SOFT[:HARD]", help_heading = "Steps")]
+    pub(crate) ulimits: Vec<String>,
+    /// Size of /dev/shm, as 64m
+    #[arg(long, value_name = "SIZE", help_heading = "Steps")]
+    pub(crate) shm_size: Option<String>,
+    /// Cgroup above the steps' own
+    #[arg(long, value_name = "CGROUP", help_heading = "Steps")]
+    pub(crate) cgroup_parent: Option<String>,
+
+    /// How to show what happens: auto, tty, plain, rawjson, quiet
+    #[arg(long, value_name = "MODE", help_heading = "Display")]
+    pub(crate) progress: Option<String>,
+    /// Show nothing but the image's digest
+    #[arg(short, long, help_heading = "Display", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", value_parser = boolean, value_name = "BOOL", hide_default_value = true)]
+    pub(crate) quiet: bool,
+
+    #[command(flatten)]
+    docker: DockerOnlyArgs,
+}
+
+/// Flags of docker build that have no meaning without a daemon or that nacre cannot follow.
+#[derive(Debug, Args)]
+struct DockerOnlyArgs {
+    #[arg(long, hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = boolean)]
+    rm: Option<bool>,
+    #[arg(long, hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = boolean)]
+    force_rm: Option<bool>,
+    #[arg(long, hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = boolean)]
+    compress: Option<bool>,
+    #[arg(long, hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = boolean)]
+    squash: Option<bool>,
+    #[arg(long, hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = boolean)]
+    disable_content_trust: Option<bool>,
+    #[arg(short = 'D', long, hide = true, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = boolean)]
+    debug: Option<bool>,
+    #[arg(long, hide = true)]
+    builder: Option<String>,
+    #[arg(long, hide = true)]
+    isolation: Option<String>,
+    #[arg(long, hide = true)]
+    security_opt: Vec<String>,
+    #[arg(short = 'm', long, hide = true)]
+    memory: Option<String>,
+    #[arg(long, hide = true, allow_hyphen_values = true)]
+    memory_swap: Option<String>,
+    #[arg(long, hide = true)]
+    cpu_period: Option<String>,
+    #[arg(long, hide = true, allow_hyphen_values = true)]
+    cpu_quota: Option<String>,
+    #[arg(short = 'c', long, hide = true)]
+    cpu_shares: Option<String>,
+    #[arg(long, hide = true)]
+    cpuset_cpus: Option<String>,
+    #[arg(long, hide = true)]
+    cpuset_mems: Option<String>,
+    #[arg(long, hide = true)]
+    sbom: Option<String>,
+    #[arg(long, hide = true)]
+    provenance: Option<String>,
+    #[arg(long, hide = true)]
+    attest: Vec<String>,
+}
+
+/// `nacre images`.
+#[derive(Debug, Args)]
+pub(crate) struct ImagesArgs {
+    /// Directory of cache and images
+    #[arg(long, value_name = "DIR")]
+    pub(crate) store: Option<PathBuf>,
+    /// How to print the list
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: ListFormat,
+    /// Only digests
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// Accepted for docker's sake; every image is listed anyway
+    #[arg(short, long, hide = true)]
+    pub(crate) all: bool,
+}
+
+/// Form of a list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ListFormat {
+    /// Columns.
+    Table,
+    /// One JSON array.
+    Json,
+}
+
+/// `nacre prune`.
+#[derive(Debug, Args)]
+pub(crate) struct PruneArgs {
+    /// Directory of cache and images
+    #[arg(long, value_name = "DIR")]
+    pub(crate) store: Option<PathBuf>,
+    /// Also what the newest builds used
+    #[arg(short, long)]
+    pub(crate) all: bool,
+    /// Do not ask
+    #[arg(short, long)]
+    pub(crate) force: bool,
+}
+
+impl BuildArgs {
+    /// Returns a sentence for each flag that was given and does nothing here, or not what docker build does.
+    pub(crate) fn without_meaning(&self) -> Vec<String> {
+        let docker = &self.docker;
+        let mut notices = Vec::new();
+        let limits = [
+            ("--memory", &docker.memory),
+            ("--memory-swap", &docker.memory_swap),
+            ("--cpu-period", &docker.cpu_period),
+            ("--cpu-quota", &docker.cpu_quota),
+            ("--cpu-shares", &docker.cpu_shares),
+            ("--cpuset-cpus", &docker.cpuset_cpus),
+            ("--cpuset-mems", &docker.cpuset_mems),
+        ];
+        for (flag, value) in limits {
+            if value.is_some() {
+                notices.push(format!("{flag} is not enforced: steps run in the caller's cgroup"));
+            }
+        }
+        if docker.squash == Some(true) {
+            notices.push("--squash does nothing: layers stay as they are".to_owned());
+        }
+        if docker.isolation.as_deref().is_some_and(|value| value != "default") {
+            notices.push("--isolation does nothing: there is one kind of sandbox".to_owned());
+        }
+        if !docker.security_opt.is_empty() {
+            notices.push("--security-opt does nothing: steps always run with the default profile".to_owned());
+        }
+        for (flag, value) in [("--sbom", &docker.sbom), ("--provenance", &docker.provenance)] {
+            if value.as_deref().is_some_and(|value| boolean(value) != Ok(false)) {
+                notices.push(format!("{flag} does nothing yet: no attestation is made"));
+            }
+        }
+        if docker.attest.iter().any(|value| !value.contains("disabled=true")) {
+            notices.push("--attest does nothing yet: no attestation is made".to_owned());
+        }
+        for (flag, values) in [("--cache-from", &self.cache_from), ("--cache-to", &self.cache_to)] {
+            if !values.is_empty() {
+                notices.push(format!("{flag} does nothing yet: only the cache in the store is used"));
+            }
+        }
+        notices
+    }
+}
+
+/// Takes the words away that docker has between its own name and the subcommand: `buildx build`, `image build`,
+/// `builder prune`, `image ls`.
+pub(crate) fn without_docker_groups(mut args: Vec<OsString>) -> Vec<OsString> {
+    let word = |at: usize| args.get(at).and_then(|arg| arg.to_str()).unwrap_or_default();
+    let grouped = match (word(1), word(2)) {
+        ("buildx", "build" | "b" | "version" | "prune") => true,
+        ("builder", "build" | "prune") => true,
+        ("image", "build" | "ls" | "list") => true,
+        _ => false,
+    };
+    if grouped {
+        args.remove(1);
+        if args[1] == "list" {
+            args[1] = "ls".into();
+        }
+    }
+    args
+}
+
+/// Reads a boolean as Go's flag packages do.
+pub(crate) fn boolean(text: &str) -> Result<bool, String> {
+    match text {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
+        _ => Err("expected true or false".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn build(line: &str) -> BuildArgs {
+        let args = std::iter::once("nacre").chain(line.split_whitespace()).map(OsString::from).collect();
+        match Cli::try_parse_from(without_docker_groups(args)).map(|cli| cli.command) {
+            Ok(Command::Build(build)) => *build,
+            Ok(other) => panic!("{line}: parsed as {other:?}"),
+            Err(error) => panic!("{line}: {error}"),
+        }
+    }
+
+    #[test]
+    fn definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn docker_build_lines_are_understood() {
+        for line in [
+            "build .",
+            "b .",
+            "buildx build .",
+            "buildx b .",
+            "image build .",
+            "builder build .",
+            "build -",
+            "build -f - .",
+            "build -fother -t a:1 -ta:2 --build-arg A --build-arg B=1=2 .",
+            "build . -f x --target y",
+            "build --pull=false --rm --force-rm=true --compress -D --no-cache=0 .",
+            "build --rm --rm=false --pull --pull .",
+            "build -m 1g --memory-swap -1 --cpu-quota -1 -c 5 --cpuset-cpus 0-1 --cpuset-mems 0 .",
+            "build --sbom=false --provenance mode=max .",
+            "build --provenance=mode=max,version=v1 --attest type=sbom --builder default .",
+            "build --platform linux/amd64,linux/arm64 --platform linux/386 .",
+            "build -o - -o type=oci,dest=x --load --push=false --iidfile i --metadata-file m .",
+            "build --secret id=a,src=b --ssh default --network host --add-host a:1.2.3.4 --allow network.host .",
+            "build --ulimit nofile=1:2 --shm-size 1g --cgroup-parent /x --call check --check .",
+            "build --progress plain --progress=tty -q --explain --store /s .",
+        ] {
+            build(line);
+        }
+    }
+
+    #[test]
+    fn last_of_a_repeated_flag_counts_and_lists_grow() {
+        let args = build("build --target a --target b --pull --pull=false -t x -t y --platform a,b --platform c .");
+        assert_eq!(args.target.as_deref(), Some("b"));
+        assert!(!args.pull);
+        assert_eq!(args.tags, ["x", "y"]);
+        assert_eq!(args.platforms, ["a", "b", "c"]);
+    }
+
+    #[test]
+    fn flags_without_meaning_are_named() {
+        let quiet = build("build --rm --force-rm --sbom=false --provenance=false --builder x --isolation default .");
+        assert_eq!(quiet.without_meaning(), Vec::<String>::new());
+        let loud = build("build --squash --sbom=true --provenance=mode=max -m 1g --cache-from a --security-opt x .");
+        assert_eq!(loud.without_meaning().len(), 6, "{:?}", loud.without_meaning());
+    }
+
+    #[test]
+    fn other_commands_have_docker_names_too() {
+        let parse = |line: &str| {
+            let args = std::iter::once("nacre").chain(line.split_whitespace()).map(OsString::from).collect();
+            Cli::try_parse_from(without_docker_groups(args)).map(|cli| cli.command)
+        };
+        for line in ["images", "image ls", "image list", "ls", "images -a -q"] {
+            assert!(matches!(parse(line), Ok(Command::Images(_))), "{line}");
+        }
+        for line in ["prune", "builder prune -af", "buildx prune --all"] {
+            assert!(matches!(parse(line), Ok(Command::Prune(_))), "{line}");
+        }
+        assert!(matches!(parse("buildx version"), Ok(Command::Version)));
+        assert!(parse("run debian").is_err());
+    }
+}
