@@ -11,6 +11,7 @@ pub mod glob;
 pub mod ignore;
 pub mod index;
 pub mod layer;
+mod tar_stream;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -179,6 +180,14 @@ impl Entry {
         matches!(self.kind, Kind::Dir { .. })
     }
 
+    /// Hard-link group; 0 for everything but files that share an inode.
+    pub fn link_group(&self) -> u32 {
+        match self.kind {
+            Kind::File { link_group, .. } => link_group,
+            _ => 0,
+        }
+    }
+
     /// Is it a regular file?
     pub fn is_file(&self) -> bool {
         matches!(self.kind, Kind::File { .. })
@@ -282,17 +291,21 @@ impl Tree {
     /// This tree with a layer put on top: whiteouts and opaque directories act, anything but a directory on a directory
     /// replaces all of it. The result has no whiteouts and no opaque marks.
     pub fn apply(&self, layer: &Tree) -> Tree {
+        // Link groups are numbered per tree; the layer's must not meet the lower ones.
+        let groups = self.nodes.iter().map(|node| node.entry.link_group()).max().unwrap_or(0);
         let mut nodes = Vec::with_capacity(self.nodes.len() + layer.nodes.len());
         let mut upper = layer.nodes.iter().peekable();
         // What the layer hides: everything in `hidden` when `.1`, else only below it.
         let mut hidden: Option<(&[u8], bool)> = None;
-        let mut push = |node: &Node| {
+        let mut push = |node: &Node, groups: u32| {
             if node.entry.kind == Kind::Whiteout {
                 return;
             }
             let mut node = node.clone();
-            if let Kind::Dir { opaque } = &mut node.entry.kind {
-                *opaque = false;
+            match &mut node.entry.kind {
+                Kind::Dir { opaque } => *opaque = false,
+                Kind::File { link_group, .. } if *link_group != 0 => *link_group += groups,
+                _ => {}
             }
             nodes.push(node);
         };
@@ -311,16 +324,16 @@ impl Tree {
                         if hides && !inside {
                             hidden = Some((&node.entry.path, true));
                         }
-                        push(node);
+                        push(node, groups);
                         upper.next();
                     }
                 }
             }
             if !replaced && !hidden.is_some_and(|(dir, _)| is_within(&lower.entry.path, dir)) {
-                push(lower);
+                push(lower, 0);
             }
         }
-        upper.for_each(|node| push(node));
+        upper.for_each(|node| push(node, groups));
         Tree { nodes }
     }
 }
