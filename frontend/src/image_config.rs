@@ -1,9 +1,16 @@
 //! The image configuration (image-spec config.md) with Docker's additions, kept whole: unknown members survive a round
 //! trip, maps are ordered so that the bytes are stable.
 
+use crate::llb::Platform;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
+
+/// PATH where the base image sets none.
+pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Comment of the history entries of a build.
+pub const HISTORY_COMMENT: &str = "buildkit.dockerfile.v0";
 
 /// A whole image configuration blob.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -35,6 +42,72 @@ pub struct ImageConfig {
     /// Members that this version does not know.
     #[serde(flatten)]
     pub other: BTreeMap<String, Value>,
+}
+
+impl ImageConfig {
+    /// What `FROM scratch` starts with.
+    pub fn scratch(platform: &Platform) -> Self {
+        Self {
+            architecture: platform.architecture.clone(),
+            variant: platform.variant.clone(),
+            os: platform.os.clone(),
+            config: ContainerConfig {
+                env: vec![format!("PATH={DEFAULT_PATH}")],
+                working_dir: "/".to_owned(),
+                ..ContainerConfig::default()
+            },
+            ..Self::default()
+        }
+    }
+
+    /// What an image built on this one starts with: without date, layers and triggers. Members that only describe
+    /// how the base was made (`container_config`, `docker_version` and so on) are left behind; those of the platform stay.
+    pub fn inherited(&self) -> Self {
+        let mut image = self.clone();
+        image.created = None;
+        image.rootfs = RootFs::default();
+        image.other.retain(|key, _| key.starts_with("os."));
+        image.config.other.clear();
+        image.config.on_build.clear();
+        image
+    }
+
+    /// Whether the image has no layer at all. Old images may lack the list of layers; their history tells.
+    pub fn has_no_layers(&self) -> bool {
+        self.rootfs.diff_ids.as_ref().is_none_or(Vec::is_empty) && self.history.iter().all(|entry| entry.empty_layer)
+    }
+
+    /// Adds a history entry.
+    pub fn commit(&mut self, created_by: String, empty_layer: bool, created: Option<String>) {
+        self.history.push(History {
+            created,
+            created_by: Some(created_by),
+            author: None,
+            comment: Some(HISTORY_COMMENT.to_owned()),
+            empty_layer,
+        });
+    }
+
+    /// The platform that the configuration names.
+    pub fn platform(&self) -> Platform {
+        Platform { os: self.os.clone(), architecture: self.architecture.clone(), variant: self.variant.clone() }
+    }
+}
+
+impl ContainerConfig {
+    /// Sets a variable: in place where it exists, else at the end.
+    pub fn set_env(&mut self, name: &str, value: &str) {
+        let text = format!("{name}={value}");
+        match self.env.iter_mut().find(|entry| split_env(entry).0 == name) {
+            Some(entry) => *entry = text,
+            None => self.env.push(text),
+        }
+    }
+}
+
+/// Splits `NAME=value`; without `=` the value is empty.
+pub fn split_env(entry: &str) -> (&str, &str) {
+    entry.split_once('=').unwrap_or((entry, ""))
 }
 
 /// `config` of the image configuration.

@@ -1,16 +1,252 @@
 //! Mistakes found when stages are put together and lowered.
 
+use crate::diagnostic::Problem;
+
 /// What is wrong.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LowerProblem {
+    /// Only global ARGs.
+    #[error("the Dockerfile has no build stage")]
+    NoStages,
+    /// An instruction other than ARG stands before the first FROM.
+    #[error("no build stage for `{0}`: only ARG may stand before the first FROM")]
+    BeforeFrom(String),
     /// `--target` names no stage.
-    #[error("target stage `{0}` could not be found")]
-    UnknownTarget(String),
+    #[error("target stage `{name}` could not be found")]
+    UnknownTarget {
+        /// As given.
+        name: String,
+        /// A stage of a similar name.
+        similar: Option<String>,
+    },
+    /// FROM expands to nothing.
+    #[error("base name `{expression}` is blank after expansion")]
+    BlankBase {
+        /// As written.
+        expression: String,
+        /// Variables that are not set.
+        unset: Vec<String>,
+        /// A declared argument of a similar name.
+        similar: Option<String>,
+    },
+    /// `FROM --platform` expands to nothing.
+    #[error("empty platform from `{expression}`")]
+    EmptyPlatform {
+        /// As written.
+        expression: String,
+        /// A declared argument of a similar name.
+        similar: Option<String>,
+    },
+    /// A platform that does not parse.
+    #[error("platform `{platform}` is not valid: {reason}")]
+    BadPlatform {
+        /// As expanded.
+        platform: String,
+        /// Why.
+        reason: String,
+    },
+    /// An image name that does not parse.
+    #[error("`{name}` is neither a stage nor a valid image name: {reason}")]
+    BadReference {
+        /// As expanded.
+        name: String,
+        /// Why.
+        reason: String,
+    },
+    /// A named context that this builder cannot use.
+    #[error("build context `{0}` cannot be used here: the result of another target was not given")]
+    UnresolvedContext(String),
+    /// `--from=$X`.
+    #[error("variable expansion is not supported in --from ({0})")]
+    VariableInFrom(String),
+    /// `--from=7` with fewer stages.
+    #[error("invalid stage index {index}: there are {stages} stages")]
+    StageIndex {
+        /// As written.
+        index: String,
+        /// Number of stages.
+        stages: usize,
+    },
+    /// Stages that need each other.
+    #[error("circular dependency on stage `{0}`")]
+    Circular(String),
+    /// `COPY --from` a later stage.
+    #[error("stage `{from}` must be defined before stage `{stage}`, which uses it")]
+    NotYetDefined {
+        /// The stage that is used.
+        from: String,
+        /// The stage that uses it.
+        stage: String,
+    },
+    /// `--mount` that does not parse.
+    #[error("invalid mount `{mount}`: {reason}")]
+    BadMount {
+        /// As expanded.
+        mount: String,
+        /// Why.
+        reason: String,
+    },
+    /// A mount over the root of the file system.
+    #[error("invalid mount target `{0}`: the root of the file system cannot be mounted over")]
+    MountOverRoot(String),
+    /// A secret mount that names nothing.
+    #[error("a secret mount needs one of id, source, target")]
+    SecretWithoutId,
+    /// `source` on an ssh mount.
+    #[error("an ssh mount does not take a source (`{0}`)")]
+    SshSource(String),
+    /// `--network` with an unknown value.
+    #[error("invalid network mode `{0}`")]
+    BadNetwork(String),
+    /// `--security` with an unknown value.
+    #[error("invalid security mode `{0}`")]
+    BadSecurity(String),
+    /// `--security=insecure` without permission.
+    #[error("security mode `insecure` is not allowed")]
+    InsecureNotAllowed,
+    /// `--network=host` without permission.
+    #[error("network mode `host` is not allowed")]
+    HostNetworkNotAllowed,
+    /// `--device`.
+    #[error("device `{0}` cannot be given to a step: devices are not supported")]
+    Device(String),
+    /// COPY of an address.
+    #[error("COPY cannot fetch a URL (`{0}`)")]
+    CopyUrl(String),
+    /// COPY of a repository.
+    #[error("COPY cannot fetch a git repository (`{0}`)")]
+    CopyGit(String),
+    /// `--checksum` with more than one source.
+    #[error("--checksum allows only one source, there are {0}")]
+    ChecksumSources(usize),
+    /// `--checksum` on a file.
+    #[error("--checksum requires an HTTP(S) or git source, `{0}` is a file")]
+    ChecksumLocal(String),
+    /// A checksum that is no digest.
+    #[error("checksum `{0}` is not a digest like sha256:<64 hexadecimal digits>")]
+    BadChecksum(String),
+    /// Two checksums for one repository.
+    #[error("checksum `{flag}` contradicts `{url}` of the address")]
+    ChecksumConflict {
+        /// Of `--checksum`.
+        flag: String,
+        /// Of the address.
+        url: String,
+    },
+    /// `--keep-git-dir` against the address.
+    #[error("--keep-git-dir contradicts the address `{0}`")]
+    KeepGitDirConflict(String),
+    /// A git address with parts that make no sense.
+    #[error("invalid git address `{url}`: {reason}")]
+    BadGitUrl {
+        /// The address.
+        url: String,
+        /// Why.
+        reason: super::lower::GitUrlError,
+    },
+    /// `--chmod` that does not parse.
+    #[error("invalid --chmod `{mode}`: {reason}")]
+    BadMode {
+        /// As expanded.
+        mode: String,
+        /// Why.
+        reason: String,
+    },
+    /// EXPOSE of nothing.
+    #[error("no port given in `{0}`")]
+    NoPort(String),
+    /// EXPOSE with an unknown protocol.
+    #[error("invalid protocol `{protocol}` in port `{port}`")]
+    BadPortProtocol {
+        /// The protocol.
+        protocol: String,
+        /// All of it.
+        port: String,
+    },
+    /// EXPOSE of something that is no port.
+    #[error("invalid port or port range `{0}`")]
+    BadPort(String),
+    /// EXPOSE with a bad host address.
+    #[error("invalid IP address `{0}`")]
+    BadPortAddress(String),
+    /// EXPOSE with ranges of different lengths.
+    #[error("port ranges `{container}` and `{host}` differ in length")]
+    PortRanges {
+        /// Of the container.
+        container: String,
+        /// Of the host.
+        host: String,
+    },
+    /// VOLUME with an empty path.
+    #[error("VOLUME path is empty")]
+    EmptyVolume,
+    /// STOPSIGNAL that is no signal.
+    #[error("invalid signal `{0}`")]
+    BadSignal(String),
+    /// SOURCE_DATE_EPOCH that is no number.
+    #[error("invalid SOURCE_DATE_EPOCH `{0}`")]
+    BadEpoch(String),
+    /// A trigger of the base image or stage is wrong.
+    #[error("ONBUILD trigger `{trigger}` of `{base}`: {problem}")]
+    Trigger {
+        /// The trigger.
+        trigger: String,
+        /// The base that it comes from.
+        base: String,
+        /// What is wrong with it.
+        problem: Box<Problem>,
+    },
+    /// An instruction that cannot be a trigger.
+    #[error("{0} is not allowed as an ONBUILD trigger")]
+    NotATrigger(String),
+    /// A build check that the file or the caller turned into an error.
+    #[error("{message} ({rule})")]
+    Check {
+        /// Name of the rule.
+        rule: &'static str,
+        /// What it found.
+        message: String,
+    },
 }
 
 impl LowerProblem {
     /// A way out, one sentence.
     pub fn help(&self) -> Option<String> {
-        None
+        let similar = |name: &Option<String>| name.as_ref().map(|name| format!("did you mean `{name}`?"));
+        Some(match self {
+            Self::NoStages | Self::BeforeFrom(_) => "begin a stage with `FROM image` or `FROM scratch`".to_owned(),
+            Self::UnknownTarget { similar: name, .. } => return similar(name),
+            Self::BlankBase { similar: name, unset, .. } => {
+                return similar(name).or_else(|| {
+                    let name = unset.first()?;
+                    Some(format!(
+                        "declare `ARG {name}` with a default before the first FROM, or give --build-arg {name}=…"
+                    ))
+                });
+            }
+            Self::EmptyPlatform { similar: name, .. } => {
+                return similar(name)
+                    .or_else(|| Some("declare the ARG with a default before the first FROM".to_owned()));
+            }
+            Self::BadPlatform { .. } => "write os/architecture or os/architecture/variant, as linux/arm64".to_owned(),
+            Self::VariableInFrom(_) => {
+                "define a stage with `FROM $NAME AS stage`, using an ARG from before the first FROM, and copy from that"
+                    .to_owned()
+            }
+            Self::StageIndex { .. } => "stages count from 0".to_owned(),
+            Self::NotYetDefined { from, .. } => format!("move stage `{from}` up"),
+            Self::InsecureNotAllowed => "give --allow security.insecure".to_owned(),
+            Self::HostNetworkNotAllowed => "give --allow network.host".to_owned(),
+            Self::CopyUrl(_) | Self::CopyGit(_) => "use ADD".to_owned(),
+            Self::BadPort(_) => "write 80, 80/udp or 8000-8010".to_owned(),
+            Self::BadPortProtocol { .. } => "protocols are tcp, udp and sctp".to_owned(),
+            Self::BadNetwork(_) => "modes are default, none and host".to_owned(),
+            Self::BadSecurity(_) => "modes are sandbox and insecure".to_owned(),
+            Self::Trigger { problem, .. } => match problem.as_ref() {
+                Problem::Lower(problem) => return problem.help(),
+                _ => return None,
+            },
+            _ => return None,
+        })
     }
 }

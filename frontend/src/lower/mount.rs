@@ -1,0 +1,276 @@
+//! `RUN --mount`: expansion, defaults, and where the files come from.
+
+use super::{At, StageLowering, text};
+use crate::diagnostic::Diagnostic;
+use crate::flag::{self, MountSpec, MountType};
+use crate::instruction::Text;
+use crate::llb::{Mount, MountKind, Sharing, VertexId};
+use crate::lower_problem::LowerProblem;
+use crate::stage::{SourceRef, problem};
+
+/// Splits a comma-separated record; a quote that begins a field keeps commas in it, two quotes in it are one. `None`
+/// when quotes are wrong.
+pub(crate) fn split_csv(text: &str) -> Option<Vec<String>> {
+    let mut fields = Vec::new();
+    let mut rest = text;
+    loop {
+        let mut field = String::new();
+        if let Some(mut quoted) = rest.strip_prefix('"') {
+            loop {
+                let end = quoted.find('"')?;
+                field.push_str(&quoted[..end]);
+                quoted = &quoted[end + 1..];
+                match quoted.strip_prefix('"') {
+                    Some(more) => {
+                        field.push('"');
+                        quoted = more;
+                    }
+                    None => break,
+                }
+            }
+            rest = quoted;
+        } else {
+            let end = rest.find(',').unwrap_or(rest.len());
+            field.push_str(&rest[..end]);
+            if field.contains('"') {
+                return None;
+            }
+            rest = &rest[end..];
+        }
+        fields.push(field);
+        match rest.strip_prefix(',') {
+            Some(more) => rest = more,
+            None if rest.is_empty() => return Some(fields),
+            None => return None,
+        }
+    }
+}
+
+fn join_csv(fields: &[String]) -> String {
+    let quote = |field: &String| match field.contains([',', '"', '\n']) || field.starts_with(' ') {
+        true => format!("\"{}\"", field.replace('"', "\"\"")),
+        false => field.clone(),
+    };
+    fields.iter().map(quote).collect::<Vec<_>>().join(",")
+}
+
+/// Mounts of a RUN.
+#[derive(Default)]
+pub(super) struct Mounts {
+    pub(super) mounts: Vec<Mount>,
+    /// SSH_AUTH_SOCK, when an agent is mounted.
+    pub(super) ssh_socket: Option<String>,
+    /// Variables that are filled with secrets.
+    pub(super) secret_env: Vec<String>,
+}
+
+impl StageLowering<'_, '_> {
+    /// Reads the mounts; what they read is added to `inputs`.
+    pub(super) fn mounts(
+        &mut self,
+        at: &At<'_>,
+        texts: &[Text],
+        sources: &[Option<SourceRef>],
+        inputs: &mut Vec<Option<VertexId>>,
+    ) -> Result<Mounts, Diagnostic> {
+        let mut mounts = Mounts::default();
+        let mut agents = 0;
+        for (index, text) in texts.iter().enumerate() {
+            let expanded = self.expand_mount(at, text)?;
+            let spec = flag::parse_mount(&expanded).map_err(|error| {
+                problem(text.span, LowerProblem::BadMount { mount: expanded.clone(), reason: error.to_string() })
+            })?;
+            let source = sources.get(index).and_then(Option::as_ref);
+            let mount = match spec.kind {
+                MountType::Secret => {
+                    mounts.secret_env.extend(spec.env.clone());
+                    secret(&spec).map_err(|error| problem(text.span, error))?
+                }
+                MountType::Ssh => {
+                    let mount = ssh(&spec, agents).map_err(|error| problem(text.span, error))?;
+                    agents += 1;
+                    mounts.ssh_socket.get_or_insert_with(|| mount.target.clone());
+                    mount
+                }
+                _ => self.file_mount(&spec, source, text, inputs)?,
+            };
+            mounts.mounts.push(mount);
+        }
+        Ok(mounts)
+    }
+
+    /// Expands the values, each for itself: a comma in a value does not begin a new option.
+    fn expand_mount(&mut self, at: &At<'_>, text: &Text) -> Result<String, Diagnostic> {
+        // Wrong quotes are for the parser of mounts to name.
+        let Some(mut fields) = split_csv(&text.value) else { return Ok(text.value.clone()) };
+        let lexer = self.shared.lexer;
+        for field in &mut fields {
+            if let Some((key, value)) = field.split_once('=') {
+                let expanded = self.expand_with(at, &lexer, value, text.span)?;
+                *field = format!("{key}={expanded}");
+            }
+        }
+        Ok(join_csv(&fields))
+    }
+
+    fn file_mount(
+        &mut self,
+        spec: &MountSpec,
+        source: Option<&SourceRef>,
+        text: &Text,
+        inputs: &mut Vec<Option<VertexId>>,
+    ) -> Result<Mount, Diagnostic> {
+        let written = spec.target.as_deref().unwrap_or_default();
+        let target = text::absolute(&self.state.cwd(), written);
+        if target == "/" {
+            return Err(problem(text.span, LowerProblem::MountOverRoot(written.to_owned())));
+        }
+        let path = text::absolute("/", spec.source.as_deref().unwrap_or_default());
+        let kind = match spec.kind {
+            MountType::Tmpfs => MountKind::Tmpfs { size_bytes: spec.size_bytes },
+            MountType::Cache => {
+                let from = match source {
+                    Some(source) => self.source_vertex(source, text.span)?.map(|id| (input(inputs, id), path)),
+                    None => None,
+                };
+                let id = match spec.id.as_deref() {
+                    Some(id) if !id.is_empty() => id.to_owned(),
+                    // The path as written: a relative target names the same cache from every directory.
+                    _ => clean(written),
+                };
+                MountKind::Cache {
+                    id: match self.shared.cache_namespace.as_str() {
+                        "" => id,
+                        namespace => format!("{namespace}/{id}"),
+                    },
+                    sharing: spec.sharing.unwrap_or(Sharing::Shared),
+                    from,
+                    mode: spec.mode.unwrap_or(0o755),
+                    uid: spec.uid.unwrap_or(0),
+                    gid: spec.gid.unwrap_or(0),
+                }
+            }
+            _ => {
+                let id = match source {
+                    Some(source) => self.source_vertex(source, text.span)?,
+                    None => self.main_context().map_err(|error| problem(text.span, error))?,
+                };
+                MountKind::Bind { input: id.map(|id| input(inputs, id)), source: path }
+            }
+        };
+        Ok(Mount { target, kind, read_only: spec.read_only })
+    }
+}
+
+/// Position of a vertex among the inputs after number 0; added when it is new.
+pub(super) fn input(inputs: &mut Vec<Option<VertexId>>, id: VertexId) -> usize {
+    let known = inputs.iter().skip(1).position(|one| *one == Some(id));
+    known.map_or_else(
+        || {
+            inputs.push(Some(id));
+            inputs.len() - 1
+        },
+        |at| at + 1,
+    )
+}
+
+/// A path without `.`, `..` and doubled slashes; a relative one stays relative.
+fn clean(path: &str) -> String {
+    if path.starts_with('/') {
+        return text::absolute("/", path);
+    }
+    let mut parts: Vec<&str> = Vec::new();
+    for part in path.split('/').filter(|part| !part.is_empty() && *part != ".") {
+        match part {
+            ".." if parts.last().is_some_and(|last| *last != "..") => {
+                parts.pop();
+            }
+            part => parts.push(part),
+        }
+    }
+    if parts.is_empty() { ".".to_owned() } else { parts.join("/") }
+}
+
+fn base_name(path: &str) -> &str {
+    path.trim_end_matches('/').rsplit('/').next().unwrap_or_default()
+}
+
+fn secret(spec: &MountSpec) -> Result<Mount, LowerProblem> {
+    let written = spec.target.as_deref().filter(|target| !target.is_empty());
+    let named = [&spec.source, &spec.id].into_iter().flatten().find(|name| !name.is_empty());
+    let id = match (named, written) {
+        (Some(id), _) => id.clone(),
+        (None, Some(target)) => base_name(target).to_owned(),
+        (None, None) => return Err(LowerProblem::SecretWithoutId),
+    };
+    let target = match written {
+        Some(target) => text::absolute("/", target),
+        None => format!("/run/secrets/{}", base_name(&id)),
+    };
+    let kind = MountKind::Secret {
+        id,
+        required: spec.required,
+        mode: spec.mode.unwrap_or(0o400),
+        uid: spec.uid.unwrap_or(0),
+        gid: spec.gid.unwrap_or(0),
+        file: spec.env.is_none() || written.is_some(),
+        env: spec.env.clone(),
+    };
+    Ok(Mount { target, kind, read_only: true })
+}
+
+fn ssh(spec: &MountSpec, index: usize) -> Result<Mount, LowerProblem> {
+    if let Some(source) = spec.source.as_ref().filter(|source| !source.is_empty()) {
+        return Err(LowerProblem::SshSource(source.clone()));
+    }
+    let target = match spec.target.as_deref() {
+        Some(target) if !target.is_empty() => text::absolute("/", target),
+        _ => format!("/run/buildkit/ssh_agent.{index}"),
+    };
+    let kind = MountKind::Ssh {
+        id: spec.id.clone().filter(|id| !id.is_empty()).unwrap_or_else(|| "default".to_owned()),
+        required: spec.required,
+        mode: spec.mode.unwrap_or(0o600),
+        uid: spec.uid.unwrap_or(0),
+        gid: spec.gid.unwrap_or(0),
+    };
+    Ok(Mount { target, kind, read_only: true })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn csv() {
+        fn check(text: &str, expected: Option<&[&str]>) {
+            let got = split_csv(text);
+            assert_eq!(
+                got.as_ref().map(|all| all.iter().map(String::as_str).collect()),
+                expected.map(<[&str]>::to_vec)
+            );
+            if let Some(fields) = got {
+                assert_eq!(split_csv(&join_csv(&fields)), Some(fields), "{text}");
+            }
+        }
+        check("a=b,c", Some(&["a=b", "c"]));
+        check(r#"a,"b,c""#, Some(&["a", "b,c"]));
+        check(r#""a""b""#, Some(&[r#"a"b"#]));
+        check("", Some(&[""]));
+        check("a,", Some(&["a", ""]));
+        check(r#"a"b"#, None);
+        check(r#""a"b"#, None);
+        check(r#""a"#, None);
+    }
+
+    #[test]
+    fn cleaning() {
+        fn check(path: &str, expected: &str) {
+            assert_eq!(clean(path), expected);
+        }
+        check("/a//b/../c/", "/a/c");
+        check("a/./b/..", "a");
+        check("../a", "../a");
+        check(".", ".");
+    }
+}
