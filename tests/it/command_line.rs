@@ -1,0 +1,71 @@
+//! The command line outside of builds.
+
+use crate::story::{Build, Ended, run};
+use std::process::Command;
+
+fn nacre(args: &[&str]) -> Ended {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nacre"));
+    command.args(args).env("HOME", "/nonexistent").env_remove("NACRE_STORE").env_remove("XDG_DATA_HOME");
+    run(command, None)
+}
+
+#[test]
+fn help_documents_exit_codes_and_environment() {
+    let help = nacre(&["--help"]);
+    assert_eq!(help.code, Some(0));
+    for words in ["130  interrupted", "4    a RUN step failed", "NACRE_STORE", "SOURCE_DATE_EPOCH"] {
+        assert!(help.stdout().contains(words), "{words}");
+    }
+    let build = nacre(&["buildx", "build", "--help"]);
+    assert!(build.stdout().contains("--build-arg <NAME[=VALUE]>"), "{}", build.stdout());
+}
+
+#[test]
+fn version_is_a_result() {
+    let version = nacre(&["version"]);
+    assert_eq!(version.stdout(), format!("nacre {}\n", env!("CARGO_PKG_VERSION")));
+    assert_eq!(version.stderr, "");
+}
+
+#[test]
+fn a_command_line_without_sense_ends_with_2() {
+    for args in [
+        &["build"][..],
+        &["build", "--nope", "."],
+        &["run", "debian"],
+        &["build", "/nonexistent"],
+        &["build", "-f", "-", "-"],
+        &["build", "--output", "type=floppy", "."],
+        &["build", "--secret", "id=a,src=/nonexistent", "."],
+        &["build", "--push", "."],
+    ] {
+        let ended = nacre(args);
+        assert_eq!(ended.code, Some(2), "{args:?}: {}", ended.stderr);
+        assert!(ended.stderr.starts_with("error: "), "{args:?}: {}", ended.stderr);
+        assert_eq!(ended.stdout(), "", "{args:?}");
+    }
+}
+
+#[test]
+fn an_empty_store_has_no_images() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let list = nacre(&["images", "-q", "--store", dir.path().to_str().expect("text")]);
+    assert_eq!((list.code, list.stdout().as_str()), (Some(0), ""));
+}
+
+#[test]
+fn a_name_is_in_the_list_of_images() {
+    let build = Build::new().dockerfile("FROM scratch\nCOPY a /\n").file("a", "x").flag("--tag=story:1");
+    build.runs();
+    let store = build.store();
+    let list = nacre(&["images", "--store", store.to_str().expect("text")]);
+    assert!(list.stdout().contains("story:1"), "{}", list.stdout());
+}
+
+#[test]
+fn flags_of_docker_are_taken() {
+    let build = Build::new().dockerfile("FROM scratch\nCOPY a /\n").file("a", "x");
+    let build = build.flag("--rm").flag("--force-rm=true").flag("--provenance=false").flag("--squash");
+    let ended = build.runs();
+    assert!(ended.stderr.contains("warning: --squash does nothing"), "{}", ended.stderr);
+}

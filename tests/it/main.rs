@@ -1,0 +1,22 @@
+//! Runs of the program that prove the wiring; what a crate can show by itself is tested there.
+//!
+//! A test tells a story: [`story::Build`] lays a context out, builds it, and hands out what came of it. Each has a store
+//! of its own. Steps run on busybox, which has to be in PATH.
+
+#[path = "../support/bases.rs"]
+#[allow(dead_code, reason = "shared with the other test program")]
+mod bases;
+#[path = "../support/image.rs"]
+#[allow(dead_code, reason = "shared with the other test program")]
+mod image;
+#[path = "../support/process.rs"]
+#[allow(dead_code, reason = "shared with the other test program")]
+mod process;
+
+mod cache;
+mod command_line;
+mod context;
+mod interrupt;
+mod mistakes;
+mod output;
+mod story;

@@ -1,0 +1,134 @@
+//! Where results go.
+
+use crate::image::{self, Bases};
+use crate::story::{Build, run};
+use serde_json::Value;
+use std::fs;
+use std::io::Read;
+
+fn simple() -> Build {
+    Build::new().dockerfile("FROM busybox\nCOPY a /a\nRUN echo b > /b\nCMD [\"sh\"]\n").file("a", "x")
+}
+
+#[test]
+fn an_oci_layout_as_a_directory() {
+    let build = simple();
+    let out = build.path("layout");
+    let build = build.flag(format!("--output=type=oci,dest={},tar=false", out.display()));
+    build.runs();
+    let record = image::read_image(&out, &Bases::default(), false).expect("a layout");
+    assert_eq!(record.fs["/b"]["data"], "b\n");
+    assert!(out.join("oci-layout").exists());
+}
+
+#[test]
+fn the_store_is_an_oci_layout() {
+    let build = simple().flag("--tag=story:1");
+    build.runs();
+    let record = image::read_image(&build.store(), &Bases::default(), false).expect("a layout");
+    assert_eq!(record.fs["/a"]["data"], "x");
+}
+
+#[test]
+fn a_docker_archive() {
+    let build = simple().flag("--tag=story:1");
+    let out = build.path("docker.tar");
+    let build = build.flag(format!("--output=type=docker,dest={}", out.display()));
+    build.runs();
+    let mut manifest = String::new();
+    let file = fs::File::open(&out).expect("an archive");
+    for entry in tar::Archive::new(file).entries().expect("an archive") {
+        let mut entry = entry.expect("an archive");
+        if entry.path_bytes().as_ref() == b"manifest.json" {
+            entry.read_to_string(&mut manifest).expect("text");
+        }
+    }
+    let manifest: Value = serde_json::from_str(&manifest).expect("manifest.json");
+    assert!(manifest[0]["RepoTags"].to_string().contains("story:1"), "{manifest}");
+}
+
+#[test]
+fn files_in_a_directory() {
+    let build = simple();
+    let out = build.path("files");
+    let build = build.flag(format!("--output={}", out.display()));
+    build.runs();
+    assert_eq!(fs::read_to_string(out.join("a")).expect("a file"), "x");
+    assert_eq!(fs::read_to_string(out.join("b")).expect("a file"), "b\n");
+}
+
+#[test]
+fn files_as_an_archive_on_standard_output() {
+    let ended = simple().flag("--output=-").runs();
+    let mut found = false;
+    for entry in tar::Archive::new(ended.stdout.as_slice()).entries().expect("an archive") {
+        let mut entry = entry.expect("an archive");
+        if entry.path_bytes().trim_ascii_start().ends_with(b"b") && entry.size() == 2 {
+            let mut content = String::new();
+            entry.read_to_string(&mut content).expect("text");
+            found |= content == "b\n";
+        }
+    }
+    assert!(found, "{}", ended.stderr);
+}
+
+#[test]
+fn every_compression_gives_the_same_image() {
+    let build = simple();
+    let mut records = Vec::new();
+    for how in ["uncompressed", "gzip", "gzip,compression-level=9", "zstd", "zstd,compression-level=19"] {
+        let out = build.path("out.tar");
+        let mut command = build.command();
+        command.arg(format!("--output=type=oci,dest={},compression={how},force-compression=true", out.display()));
+        let ended = run(command, None);
+        assert_eq!(ended.code, Some(0), "{how}: {}", ended.stderr);
+        let record = image::read_image(&out, &Bases::default(), false).expect("an image");
+        assert_eq!(record.problems, Vec::<String>::new(), "{how}");
+        records.push(record);
+    }
+    assert!(records.windows(2).all(|pair| pair[0] == pair[1]));
+}
+
+#[test]
+fn digest_and_metadata_files() {
+    let build = simple().flag("--tag=story:1");
+    let (digest, metadata) = (build.path("digest"), build.path("metadata.json"));
+    let build = build
+        .flag(format!("--iidfile={}", digest.display()))
+        .flag(format!("--metadata-file={}", metadata.display()))
+        .flag("--quiet");
+    let ended = build.runs();
+    let digest = fs::read_to_string(digest).expect("a digest");
+    assert!(digest.starts_with("sha256:") && digest.len() == 71, "{digest}");
+    assert_eq!(ended.stdout().trim(), digest);
+    assert_eq!(ended.stderr, "");
+    let metadata: Value = serde_json::from_slice(&fs::read(metadata).expect("a file")).expect("JSON");
+    assert!(metadata["containerimage.digest"].as_str().is_some_and(|text| text.starts_with("sha256:")), "{metadata}");
+}
+
+#[test]
+fn the_same_input_gives_the_same_bytes() {
+    let bytes = || {
+        let build = simple().env("SOURCE_DATE_EPOCH", "1700000000");
+        let out = build.path("out.tar");
+        build.flag(format!("--output=type=oci,dest={},rewrite-timestamp=true", out.display())).runs_into(&out)
+    };
+    assert!(bytes() == bytes(), "two builds of the same input differ");
+}
+
+impl Build {
+    #[track_caller]
+    fn runs_into(self, out: &std::path::Path) -> Vec<u8> {
+        self.runs();
+        fs::read(out).expect("an archive")
+    }
+}
+
+#[test]
+fn progress_as_json_lines() {
+    let ended = simple().flag("--progress=rawjson").runs();
+    let events: Vec<Value> =
+        ended.stderr.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{line}: {error}"))).collect();
+    assert_eq!(events[0]["event"], "planned", "{}", ended.stderr);
+    assert!(events.iter().any(|event| event["event"] == "finished"));
+}
