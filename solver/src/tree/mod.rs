@@ -11,6 +11,7 @@ pub mod glob;
 pub mod ignore;
 pub mod index;
 pub mod layer;
+mod tar_stream;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
