@@ -1,1 +1,667 @@
-//! context.
+//! Build contexts: a directory of the caller seen through its ignore file, and what is remembered of file contents.
+//!
+//! A context is walked once, when its tree is first asked for, and no file in it is opened until a COPY selects it:
+//! [`digest_files`] fills in the digests of exactly those. [`DigestCache`] keeps digests between builds, as git's index
+//! does: a file whose path, inode, size and times are those of the record is not read again. A record is only made of a
+//! file that was last changed well before it was read, since a change within the same tick of the clock would not show.
+//!
+//! ```text
+//! "nacre digests 1\n"  records, sorted by path  BLAKE3 of all before
+//! record: path length u32, path, dev u64, ino u64, size u64, mtime i64 u32, ctime i64 u32, day last used u32,
+//!         digest 32 bytes, length of security.capability u32, its value          (little-endian)
+//! ```
+//!
+//! The owner of everything in a context is root. Of extended attributes images keep `security.capability` alone; it is
+//! read together with a file's content.
+
+use crate::scan::{self, Choice, Filter, ScanError, ScanOptions, Scanned, Xattrs, open_below};
+use crate::tree::ignore::{self, IgnoreError, Matcher, Verdict};
+use crate::tree::{ContentDigest, Kind, Node, Origin, Tree};
+use rayon::prelude::*;
+use rustix::fs::{CWD, Mode, OFlags, Statx, openat};
+use rustix::io::Errno;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Where the patterns of a context come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum IgnoreFile<'a> {
+    /// Nothing is ignored.
+    None,
+    /// `.dockerignore` in the directory.
+    Directory,
+    /// `PATH.dockerignore` for the path of this Dockerfile when it exists, even if it is empty; else as `Directory`.
+    Dockerfile(&'a Path),
+}
+
+/// Why a context cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ContextError {
+    /// The directory is missing or no directory.
+    #[error("cannot open build context {path:?}", path = .path.display())]
+    Open {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The ignore file cannot be read.
+    #[error("cannot read {path:?}", path = .path.display())]
+    ReadIgnoreFile {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The ignore file has a pattern that is none.
+    #[error("{path:?} is not valid", path = .path.display())]
+    BadIgnoreFile {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: IgnoreError,
+    },
+    /// The directory cannot be walked.
+    #[error("cannot read the build context")]
+    Scan(#[from] ScanError),
+    /// A file cannot be read.
+    #[error("cannot read {path:?}", path = .path.display())]
+    ReadFile {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The record of digests cannot be read or written.
+    #[error("cannot use {path:?}", path = .path.display())]
+    DigestCache {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A directory of the caller.
+#[derive(Debug)]
+pub struct Context {
+    /// Free of symlinks, so that later opening can refuse all.
+    root: PathBuf,
+    fd: OwnedFd,
+    matcher: Matcher,
+    walked: OnceLock<Walked>,
+}
+
+#[derive(Debug)]
+struct Walked {
+    tree: Tree,
+    /// For each node of the tree.
+    stamps: Vec<Stamp>,
+}
+
+/// What tells whether a file is the same as before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stamp {
+    dev: u64,
+    ino: u64,
+    size: u64,
+    mtime: (i64, u32),
+    ctime: (i64, u32),
+}
+
+impl Stamp {
+    fn of(stat: &Statx) -> Self {
+        let (dev, ino) = scan::identity(stat);
+        Self {
+            dev,
+            ino,
+            size: stat.stx_size,
+            mtime: (stat.stx_mtime.tv_sec, stat.stx_mtime.tv_nsec),
+            ctime: (stat.stx_ctime.tv_sec, stat.stx_ctime.tv_nsec),
+        }
+    }
+
+    fn of_scanned(item: &Scanned) -> Self {
+        let size = match item.entry.kind {
+            Kind::File { size, .. } => size,
+            _ => 0,
+        };
+        Self { dev: item.dev, ino: item.ino, size, mtime: item.entry.mtime, ctime: item.ctime }
+    }
+}
+
+/// Leaves out what an ignore file excludes.
+struct Ignored<'a>(&'a Matcher);
+
+impl Filter for Ignored<'_> {
+    type State = Verdict;
+
+    fn root(&self) -> Verdict {
+        self.0.root()
+    }
+
+    fn choose(&self, parent: &Verdict, path: &[u8], is_dir: bool) -> (Choice, Verdict) {
+        let verdict = self.0.verdict(parent, path);
+        let choice = if !verdict.excluded() {
+            Choice::Keep
+        } else if is_dir && !self.0.can_prune(path) {
+            Choice::Look
+        } else {
+            Choice::Skip
+        };
+        (choice, verdict)
+    }
+}
+
+impl Context {
+    /// Opens a directory and reads its ignore file; does not walk it yet.
+    pub fn open(dir: &Path, ignore: IgnoreFile<'_>) -> Result<Self, ContextError> {
+        let failed = |source| ContextError::Open { path: dir.to_owned(), source };
+        let root = std::fs::canonicalize(dir).map_err(failed)?;
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let fd = openat(CWD, &root, flags, Mode::empty()).map_err(|error| failed(error.into()))?;
+        let general = root.join(".dockerignore");
+        let matcher = match ignore {
+            IgnoreFile::None => None,
+            IgnoreFile::Directory => read_ignore_file(&general)?,
+            IgnoreFile::Dockerfile(path) => {
+                let mut own = path.as_os_str().to_owned();
+                own.push(".dockerignore");
+                match read_ignore_file(Path::new(&own))? {
+                    Some(matcher) => Some(matcher),
+                    None => read_ignore_file(&general)?,
+                }
+            }
+        };
+        Ok(Self { root, fd, matcher: matcher.unwrap_or_default(), walked: OnceLock::new() })
+    }
+
+    /// The directory, free of symlinks.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Does the ignore file exclude this path? To explain why a source is missing.
+    pub fn is_ignored(&self, path: &[u8]) -> bool {
+        let mut verdict = self.matcher.root();
+        for end in (0..=path.len()).filter(|&at| at == path.len() || path[at] == b'/') {
+            if end > 0 {
+                verdict = self.matcher.verdict(&verdict, &path[..end]);
+            }
+        }
+        verdict.excluded()
+    }
+
+    /// All that is not ignored, root included: owned by root, without digests, read in place. Walks the directory when
+    /// called for the first time.
+    pub fn tree(&self) -> Result<&Tree, ContextError> {
+        Ok(&self.walk()?.tree)
+    }
+
+    fn walk(&self) -> Result<&Walked, ContextError> {
+        if let Some(walked) = self.walked.get() {
+            return Ok(walked);
+        }
+        let options = ScanOptions { xattrs: Xattrs::None, filter: &Ignored(&self.matcher) };
+        let found = scan::scan(&self.root, &options)?;
+        let groups = scan::link_groups(&found);
+        let mut stamps = Vec::with_capacity(found.len());
+        let mut nodes = Vec::with_capacity(found.len());
+        for (item, group) in found.into_iter().zip(groups) {
+            stamps.push(Stamp::of_scanned(&item));
+            let mut entry = item.entry;
+            (entry.uid, entry.gid) = (0, 0);
+            let origin = match &mut entry.kind {
+                Kind::File { link_group, .. } => {
+                    *link_group = group;
+                    Origin::File(Arc::new(self.root.join(std::ffi::OsStr::from_bytes(&entry.path))))
+                }
+                _ => Origin::None,
+            };
+            nodes.push(Node { entry, origin });
+        }
+        Ok(self.walked.get_or_init(|| Walked { tree: Tree::from_nodes(nodes), stamps }))
+    }
+
+    /// Path below the root, if it is one.
+    fn relative<'a>(&self, path: &'a Path) -> Option<&'a [u8]> {
+        path.strip_prefix(&self.root).ok().map(|path| path.as_os_str().as_bytes())
+    }
+
+    /// The stamp that the walk saw.
+    fn stamp(&self, relative: &[u8]) -> Option<Stamp> {
+        let walked = self.walked.get()?;
+        let nodes = walked.tree.nodes();
+        let at = nodes.binary_search_by(|node| crate::tree::compare_paths(&node.entry.path, relative)).ok()?;
+        walked.stamps.get(at).copied()
+    }
+}
+
+/// `None` when there is no such file.
+fn read_ignore_file(path: &Path) -> Result<Option<Matcher>, ContextError> {
+    match std::fs::read(path) {
+        Ok(bytes) => Matcher::new(ignore::parse(&bytes))
+            .map(Some)
+            .map_err(|source| ContextError::BadIgnoreFile { path: path.to_owned(), source }),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
+        Err(source) => Err(ContextError::ReadIgnoreFile { path: path.to_owned(), source }),
+    }
+}
+
+/// BLAKE3 and length of all that is left to read.
+pub(crate) fn digest_of(reader: &mut impl Read) -> io::Result<(ContentDigest, u64)> {
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; 1 << 17];
+    let mut length = 0;
+    loop {
+        match reader.read(&mut buffer) {
+            Ok(0) => return Ok((*hasher.finalize().as_bytes(), length)),
+            Ok(read) => {
+                hasher.update(&buffer[..read]);
+                length += read as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Flags to read a file that somebody may have replaced by a FIFO or a symlink.
+const READ_FILE: OFlags =
+    OFlags::RDONLY.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC).union(OFlags::NONBLOCK).union(OFlags::NOCTTY);
+
+/// Reads a file: its stamp, digest and capabilities, all of the same moment.
+fn read_content(path: &Path, contexts: &[&Context]) -> io::Result<Record> {
+    let below = contexts.iter().find_map(|context| Some((context, context.relative(path)?)));
+    let fd = match below {
+        Some((context, relative)) => open_below(context.fd.as_fd(), relative, READ_FILE),
+        None => openat(CWD, path, READ_FILE, Mode::empty()),
+    };
+    let mut file = File::from(fd?);
+    if !file.metadata()?.is_file() {
+        return Err(Errno::INVAL.into());
+    }
+    for _ in 0..3 {
+        let before = Stamp::of(&scan::stat_fd(&file)?);
+        let (digest, length) = digest_of(&mut file)?;
+        let stamp = Stamp::of(&scan::stat_fd(&file)?);
+        if before == stamp && length == stamp.size {
+            let mut value = [0; 256];
+            let length = rustix::fs::fgetxattr(&file, "security.capability", &mut value[..]).unwrap_or(0);
+            return Ok(Record { stamp, digest, capability: value[..length].to_vec(), day: today() });
+        }
+        io::Seek::rewind(&mut file)?;
+    }
+    Err(io::Error::new(io::ErrorKind::ResourceBusy, "the file changes while it is read"))
+}
+
+/// Fills in the digest of every file that has none and lies on disk, together with size, time and capabilities as they
+/// are at this moment. `contexts` are those that the files may come from: such files are opened without following any
+/// symlink, and remembered. Reads in parallel.
+pub fn digest_files(nodes: &mut [Node], contexts: &[&Context], cache: &mut DigestCache) -> Result<(), ContextError> {
+    let known = &*cache;
+    let results: Vec<_> = nodes.par_iter_mut().map(|node| digest_node(node, contexts, known)).collect();
+    for result in results {
+        if let Some((path, record)) = result? {
+            cache.changes.insert(path.as_os_str().as_bytes().to_vec(), record);
+        }
+    }
+    Ok(())
+}
+
+/// Digests one file; what there is to remember.
+fn digest_node(
+    node: &mut Node,
+    contexts: &[&Context],
+    cache: &DigestCache,
+) -> Result<Option<(Arc<PathBuf>, Record)>, ContextError> {
+    let (Origin::File(path), Kind::File { digest: None, .. }) = (&node.origin, &node.entry.kind) else {
+        return Ok(None);
+    };
+    let path = Arc::clone(path);
+    let stamp = contexts.iter().find_map(|context| context.stamp(context.relative(&path)?));
+    if let Some(record) = stamp.and_then(|stamp| cache.look_up(&path, stamp)) {
+        fill_in(node, &record);
+        let today = today();
+        return Ok((record.day != today).then_some((path, Record { day: today, ..record })));
+    }
+    let started = SystemTime::now();
+    let record =
+        read_content(&path, contexts).map_err(|source| ContextError::ReadFile { path: path.to_path_buf(), source })?;
+    fill_in(node, &record);
+    Ok((stamp.is_some() && is_settled(&record.stamp, started)).then_some((path, record)))
+}
+
+fn fill_in(node: &mut Node, record: &Record) {
+    if let Kind::File { size, digest, .. } = &mut node.entry.kind {
+        *digest = Some(record.digest);
+        *size = record.stamp.size;
+    }
+    node.entry.mtime = record.stamp.mtime;
+    if !record.capability.is_empty() {
+        node.entry.xattrs.insert(b"security.capability".to_vec(), record.capability.clone());
+    }
+}
+
+/// Was the file last changed so long before it was read that a later change must show in its times? Clocks of file
+/// systems tick every few milliseconds, coarse ones every second or two; those are told by times without fraction.
+fn is_settled(stamp: &Stamp, read: SystemTime) -> bool {
+    let tick = if stamp.ctime.1 == 0 && stamp.mtime.1 == 0 { 2_000_000_000 } else { 20_000_000 };
+    let nanoseconds = |(seconds, fraction): (i64, u32)| i128::from(seconds) * 1_000_000_000 + i128::from(fraction);
+    let read = read.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_nanos() as i128;
+    nanoseconds(stamp.ctime.max(stamp.mtime)) + tick < read
+}
+
+/// Days since the epoch.
+fn today() -> u32 {
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs();
+    u32::try_from(seconds / 86400).unwrap_or(u32::MAX)
+}
+
+/// What is remembered of one file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Record {
+    stamp: Stamp,
+    digest: ContentDigest,
+    capability: Vec<u8>,
+    day: u32,
+}
+
+/// Digests of context files by path, kept in one file between builds.
+#[derive(Debug)]
+pub struct DigestCache {
+    path: PathBuf,
+    /// Content of the file without the checksum, and where each record starts.
+    bytes: Vec<u8>,
+    starts: Vec<usize>,
+    changes: BTreeMap<Vec<u8>, Record>,
+}
+
+const MAGIC: &[u8] = b"nacre digests 1\n";
+
+/// Records that no build has used for so many days are dropped.
+const KEEP_DAYS: u32 = 30;
+
+impl DigestCache {
+    /// Reads the file. A missing or damaged one is empty: digests can always be computed again.
+    pub fn load(path: &Path) -> Result<Self, ContextError> {
+        let mut bytes = match std::fs::read(path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+            Err(source) => return Err(ContextError::DigestCache { path: path.to_owned(), source }),
+        };
+        let starts = match record_starts(&bytes) {
+            Some(starts) => {
+                bytes.truncate(bytes.len() - 32);
+                starts
+            }
+            None => {
+                bytes.clear();
+                Vec::new()
+            }
+        };
+        Ok(Self { path: path.to_owned(), bytes, starts, changes: BTreeMap::new() })
+    }
+
+    /// Writes the file if anything is new, as a whole or not at all. Of two builds that write at once one wins.
+    pub fn save(&mut self) -> Result<(), ContextError> {
+        if self.changes.is_empty() {
+            return Ok(());
+        }
+        let mut out = MAGIC.to_vec();
+        let oldest = today().saturating_sub(KEEP_DAYS);
+        let mut changes = std::mem::take(&mut self.changes).into_iter().peekable();
+        let old = self.starts.iter().filter_map(|&start| parse_record(&self.bytes, start));
+        for (path, record, _) in old {
+            while let Some((path, record)) = changes.next_if(|change| change.0.as_slice() < path) {
+                write_record(&mut out, &path, &record);
+            }
+            match changes.next_if(|change| change.0 == path) {
+                Some((path, record)) => write_record(&mut out, &path, &record),
+                None if record.day >= oldest => write_record(&mut out, path, &record),
+                None => {}
+            }
+        }
+        for (path, record) in changes {
+            write_record(&mut out, &path, &record);
+        }
+        let checksum = blake3::hash(&out);
+        let failed = |source| ContextError::DigestCache { path: self.path.clone(), source };
+        let dir = self.path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let mut file = tempfile::NamedTempFile::new_in(dir).map_err(failed)?;
+        file.write_all(&out).and_then(|()| file.write_all(checksum.as_bytes())).map_err(failed)?;
+        file.persist(&self.path).map_err(|error| failed(error.error))?;
+        self.starts = starts_within(&out).unwrap_or_default();
+        self.bytes = out;
+        Ok(())
+    }
+
+    fn look_up(&self, path: &Path, stamp: Stamp) -> Option<Record> {
+        let path = path.as_os_str().as_bytes();
+        if let Some(record) = self.changes.get(path) {
+            return (record.stamp == stamp).then(|| record.clone());
+        }
+        let at =
+            self.starts.binary_search_by(|&start| path_at(&self.bytes, start).unwrap_or_default().cmp(path)).ok()?;
+        let (_, record, _) = parse_record(&self.bytes, self.starts[at])?;
+        (record.stamp == stamp).then_some(record)
+    }
+}
+
+/// Starts of the records of a whole file, `None` when it is damaged.
+fn record_starts(bytes: &[u8]) -> Option<Vec<usize>> {
+    let (body, checksum) = bytes.split_last_chunk::<32>()?;
+    if blake3::hash(body).as_bytes() != checksum {
+        return None;
+    }
+    starts_within(body)
+}
+
+fn starts_within(body: &[u8]) -> Option<Vec<usize>> {
+    let mut starts = Vec::new();
+    let mut at = if body.starts_with(MAGIC) { MAGIC.len() } else { return None };
+    while at < body.len() {
+        starts.push(at);
+        at = parse_record(body, at)?.2;
+    }
+    Some(starts)
+}
+
+fn write_record(out: &mut Vec<u8>, path: &[u8], record: &Record) {
+    let length = |bytes: &[u8]| u32::try_from(bytes.len()).unwrap_or(u32::MAX).to_le_bytes();
+    out.extend_from_slice(&length(path));
+    out.extend_from_slice(path);
+    for number in [record.stamp.dev, record.stamp.ino, record.stamp.size] {
+        out.extend_from_slice(&number.to_le_bytes());
+    }
+    for (seconds, fraction) in [record.stamp.mtime, record.stamp.ctime] {
+        out.extend_from_slice(&seconds.to_le_bytes());
+        out.extend_from_slice(&fraction.to_le_bytes());
+    }
+    out.extend_from_slice(&record.day.to_le_bytes());
+    out.extend_from_slice(&record.digest);
+    out.extend_from_slice(&length(&record.capability));
+    out.extend_from_slice(&record.capability);
+}
+
+/// Takes bytes off the front.
+fn take<'a, const N: usize>(rest: &mut &'a [u8]) -> Option<&'a [u8; N]> {
+    let (head, tail) = rest.split_first_chunk::<N>()?;
+    *rest = tail;
+    Some(head)
+}
+
+/// Takes bytes off the front whose number stands before them.
+fn take_counted<'a>(rest: &mut &'a [u8]) -> Option<&'a [u8]> {
+    let length = u32::from_le_bytes(*take(rest)?) as usize;
+    let (head, tail) = rest.split_at_checked(length)?;
+    *rest = tail;
+    Some(head)
+}
+
+fn path_at(bytes: &[u8], start: usize) -> Option<&[u8]> {
+    take_counted(&mut bytes.get(start..)?)
+}
+
+/// Path, record and the position behind it.
+fn parse_record(bytes: &[u8], start: usize) -> Option<(&[u8], Record, usize)> {
+    let mut rest = bytes.get(start..)?;
+    let path = take_counted(&mut rest)?;
+    let mut number = || take(&mut rest).map(|bytes| u64::from_le_bytes(*bytes));
+    let (dev, ino, size) = (number()?, number()?, number()?);
+    let mut time = || Some((i64::from_le_bytes(*take(&mut rest)?), u32::from_le_bytes(*take(&mut rest)?)));
+    let (mtime, ctime) = (time()?, time()?);
+    let day = u32::from_le_bytes(*take(&mut rest)?);
+    let digest = *take(&mut rest)?;
+    let capability = take_counted(&mut rest)?.to_vec();
+    let record = Record { stamp: Stamp { dev, ino, size, mtime, ctime }, digest, capability, day };
+    Some((path, record, bytes.len() - rest.len()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(dir: &Path, name: &str, content: &str) {
+        let path = dir.join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, content).unwrap();
+    }
+
+    fn paths(context: &Context) -> Vec<String> {
+        let name = |node: &Node| String::from_utf8_lossy(&node.entry.path).into_owned();
+        context.tree().unwrap().nodes().iter().map(name).collect()
+    }
+
+    #[test]
+    fn ignore_files_are_chosen_and_applied() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["a", "d/a", "d/b", "e/f/g", "h/i"] {
+            write(dir.path(), name, name);
+        }
+        let dockerfile = dir.path().join("Dockerfile");
+        let check = |ignore: IgnoreFile<'_>, expected: &[&str]| {
+            let context = Context::open(dir.path(), ignore).unwrap();
+            let visible: Vec<_> = paths(&context).into_iter().filter(|path| !path.contains(".dockerignore")).collect();
+            assert_eq!(visible, expected, "{ignore:?}");
+        };
+        let all = ["", "a", "d", "d/a", "d/b", "e", "e/f", "e/f/g", "h", "h/i"];
+        check(IgnoreFile::Directory, &all);
+        write(dir.path(), ".dockerignore", "d\n!d/b\ne\n!e/x\nh\n");
+        check(IgnoreFile::Directory, &["", "a", "d", "d/b"]);
+        check(IgnoreFile::Dockerfile(&dockerfile), &["", "a", "d", "d/b"]);
+        check(IgnoreFile::None, &all);
+        write(dir.path(), "Dockerfile.dockerignore", "");
+        check(IgnoreFile::Dockerfile(&dockerfile), &all);
+        let context = Context::open(dir.path(), IgnoreFile::Directory).unwrap();
+        assert!(context.is_ignored(b"h/i") && context.is_ignored(b"d/a") && !context.is_ignored(b"d/b"));
+    }
+
+    #[test]
+    fn bad_contexts_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(matches!(
+            Context::open(&dir.path().join("none"), IgnoreFile::None),
+            Err(ContextError::Open { path, .. }) if path.ends_with("none")
+        ));
+        write(dir.path(), ".dockerignore", "a[\n");
+        assert!(matches!(
+            Context::open(dir.path(), IgnoreFile::Directory),
+            Err(ContextError::BadIgnoreFile { path, .. }) if path.ends_with(".dockerignore")
+        ));
+    }
+
+    #[test]
+    fn links_stay_links_and_owners_do_not_matter() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), "a", "x");
+        std::fs::hard_link(dir.path().join("a"), dir.path().join("b")).unwrap();
+        let _ = std::os::unix::fs::chown(dir.path().join("a"), Some(5), Some(6));
+        let context = Context::open(dir.path(), IgnoreFile::None).unwrap();
+        for node in &context.tree().unwrap().nodes()[1..] {
+            assert_eq!((node.entry.uid, node.entry.gid), (0, 0));
+            assert!(matches!(node.entry.kind, Kind::File { size: 1, digest: None, link_group: 1 }));
+        }
+    }
+
+    fn digest_all(dir: &Path, cache: &mut DigestCache) -> Result<Vec<Node>, ContextError> {
+        let context = Context::open(dir, IgnoreFile::None)?;
+        let mut nodes = context.tree()?.nodes().to_vec();
+        digest_files(&mut nodes, &[&context], cache)?;
+        Ok(nodes)
+    }
+
+    fn digests(nodes: &[Node]) -> Vec<ContentDigest> {
+        let digest = |node: &Node| match node.entry.kind {
+            Kind::File { digest, .. } => digest,
+            _ => None,
+        };
+        nodes.iter().filter_map(digest).collect()
+    }
+
+    #[test]
+    fn digests_are_remembered_until_the_file_changes() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = tempfile::tempdir().unwrap();
+        let file = store.path().join("digests");
+        for name in ["b", "a/c", "a-c"] {
+            write(dir.path(), name, name);
+        }
+        let expected: Vec<_> = ["a/c", "a-c", "b"].map(|name| *blake3::hash(name.as_bytes()).as_bytes()).into();
+        let mut cache = DigestCache::load(&file).unwrap();
+        assert_eq!(digests(&digest_all(dir.path(), &mut cache).unwrap()), expected);
+        assert!(cache.changes.is_empty(), "files of this very moment are not trusted");
+        std::thread::sleep(Duration::from_millis(40));
+        assert_eq!(digests(&digest_all(dir.path(), &mut cache).unwrap()), expected);
+        assert_eq!(cache.changes.len(), 3);
+        cache.save().unwrap();
+        let mut again = DigestCache::load(&file).unwrap();
+        assert_eq!(again.starts.len(), 3);
+        assert_eq!(digests(&digest_all(dir.path(), &mut again).unwrap()), expected);
+        assert!(again.changes.is_empty());
+        write(dir.path(), "a-c", "new");
+        std::thread::sleep(Duration::from_millis(40));
+        let changed = digests(&digest_all(dir.path(), &mut again).unwrap());
+        assert_eq!(changed[1], *blake3::hash(b"new").as_bytes());
+        assert_eq!(again.changes.len(), 1);
+        again.save().unwrap();
+        assert_eq!(DigestCache::load(&file).unwrap().starts.len(), 3);
+    }
+
+    #[test]
+    fn damaged_caches_are_empty() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("digests");
+        let mut cache = DigestCache::load(&file).unwrap();
+        let stamp = Stamp { dev: 1, ino: 2, size: 3, mtime: (4, 5), ctime: (-6, 7) };
+        let record = Record { stamp, digest: [9; 32], capability: b"cap".to_vec(), day: today() };
+        cache.changes.insert(b"/x".to_vec(), record.clone());
+        cache.save().unwrap();
+        let bytes = std::fs::read(&file).unwrap();
+        assert_eq!(DigestCache::load(&file).unwrap().look_up(Path::new("/x"), stamp), Some(record));
+        for length in 0..bytes.len() {
+            std::fs::write(&file, &bytes[..length]).unwrap();
+            assert!(DigestCache::load(&file).unwrap().starts.is_empty(), "{length}");
+        }
+    }
+
+    #[test]
+    fn swapped_files_are_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), "ctx/d/f", "inside");
+        write(dir.path(), "secret/f", "secret");
+        let context = Context::open(&dir.path().join("ctx"), IgnoreFile::None).unwrap();
+        let mut nodes = context.tree().unwrap().nodes().to_vec();
+        std::fs::rename(dir.path().join("ctx/d"), dir.path().join("ctx/e")).unwrap();
+        std::os::unix::fs::symlink("../secret", dir.path().join("ctx/d")).unwrap();
+        let mut cache = DigestCache::load(&dir.path().join("cache")).unwrap();
+        let error = digest_files(&mut nodes, &[&context], &mut cache).unwrap_err();
+        assert!(matches!(error, ContextError::ReadFile { path, .. } if path.ends_with("ctx/d/f")));
+    }
+}

@@ -1,1 +1,614 @@
-//! materialize.
+//! Writes a layer as a directory that overlayfs can stack, and removes such directories.
+//!
+//! What the image format says and what overlayfs (mounted with `userxattr`) reads:
+//!
+//! ```text
+//! whiteout          character device 0:0; where the kernel refuses one, an empty file with user.overlay.whiteout in a
+//!                   directory with user.overlay.opaque=x (Linux 6.7)
+//! opaque directory  user.overlay.opaque=y
+//! ```
+//! Paths and link targets come from strangers. Every path is looked up below the target's descriptor without following
+//! symlinks, so nothing outside of the target is ever written. Attributes of overlayfs itself are never taken from a
+//! layer: `user.overlay.redirect` would let a layer name other directories.
+//!
+//! Metadata is set in the order owner, mode, attributes, times: a change of owner clears set-id bits and capabilities.
+//! Directories get theirs last and deepest first, since their content changes their times and a mode may shut us out.
+//!
+//! The index of a layer stays the truth where the disk cannot hold it: owners with [`Ownership::SingleId`], and devices
+//! other than whiteouts, which a user namespace may not create (an empty file stands in).
+
+use crate::scan::{self, LIST_DIRECTORY, open_below};
+use crate::tree::{self, Entry, Kind, Node, Origin, Tree};
+use rayon::prelude::*;
+use rustix::fs::{
+    AtFlags, CWD, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags, chmodat, chownat, linkat,
+    makedev, mkdirat, mknodat, openat, symlinkat, unlinkat, utimensat,
+};
+use rustix::io::Errno;
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::CString;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Who owns files on disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ownership {
+    /// The image's owner: we are root, or root of a user namespace with a range of IDs.
+    Native,
+    /// Ourselves, always: only one ID is mapped.
+    SingleId,
+}
+
+/// How to write a tree.
+#[derive(Debug, Clone, Copy)]
+pub struct WriteOptions {
+    /// Who owns the files.
+    pub ownership: Ownership,
+}
+
+/// Why a tree cannot be written.
+#[derive(Debug, thiserror::Error)]
+pub enum MaterializeError {
+    /// A system call failed.
+    #[error("{call} of {path:?} failed", path = .path.display())]
+    Call {
+        /// Which.
+        call: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The content of a file cannot be read from where it is kept.
+    #[error("cannot read the content of {path}")]
+    Content {
+        /// Path in the layer.
+        path: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The content has another length than the layer says.
+    #[error("{path} has {found} bytes instead of {expected}")]
+    Changed {
+        /// Path in the layer.
+        path: String,
+        /// Bytes of the layer's entry.
+        expected: u64,
+        /// Bytes found.
+        found: u64,
+    },
+    /// An owner that has no number in this user namespace.
+    #[error("{path} belongs to {uid}:{gid}, which is not mapped in this user namespace")]
+    Owner {
+        /// Path in the layer.
+        path: String,
+        /// User.
+        uid: u32,
+        /// Group.
+        gid: u32,
+    },
+    /// A path with empty, `.` or `..` components, or one below something that is no directory.
+    #[error("{path} is no possible path")]
+    BadPath {
+        /// Path in the layer.
+        path: String,
+    },
+}
+
+/// Opens the content of a file.
+pub type ReadContent<'a> = dyn Fn(&Node) -> io::Result<Box<dyn Read>> + Sync + 'a;
+
+/// Writes `tree`, a layer, into the directory `target`, which is made when it is missing. Content is copied from where
+/// it is when it is a file on disk (shared, if the file system can), and asked of `read` otherwise.
+pub fn write_tree(
+    tree: &Tree,
+    read: &ReadContent<'_>,
+    target: &Path,
+    options: WriteOptions,
+) -> Result<(), MaterializeError> {
+    TreeWriter::new(target, options)?.finish(tree, read)
+}
+
+/// Writes a layer whose files come in the order of an archive, before the layer's tree is known: [`Self::file`] for
+/// each, then [`Self::finish`] with the tree.
+pub struct TreeWriter {
+    root: OwnedFd,
+    target: PathBuf,
+    options: WriteOptions,
+    /// Files written so far, with the metadata they were given.
+    written: HashMap<Vec<u8>, Entry>,
+    /// Directory of the last file.
+    last_dir: Option<(Vec<u8>, OwnedFd)>,
+    /// Sharing blocks has failed once: do not try again.
+    cannot_clone: AtomicBool,
+}
+
+fn text(path: &[u8]) -> String {
+    String::from_utf8_lossy(path).into_owned()
+}
+
+fn name_of(path: &[u8]) -> &[u8] {
+    tree::file_name(path)
+}
+
+impl TreeWriter {
+    /// A writer into `target`, which is made when it is missing.
+    pub fn new(target: &Path, options: WriteOptions) -> Result<Self, MaterializeError> {
+        let failed =
+            |call, source: Errno| MaterializeError::Call { call, path: target.to_owned(), source: source.into() };
+        match mkdirat(CWD, target, Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(failed("mkdir", error)),
+        }
+        let root = openat(CWD, target, LIST_DIRECTORY - OFlags::NOFOLLOW, Mode::empty())
+            .map_err(|error| failed("open", error))?;
+        Ok(Self {
+            root,
+            target: target.to_owned(),
+            options,
+            written: HashMap::new(),
+            last_dir: None,
+            cannot_clone: AtomicBool::new(false),
+        })
+    }
+
+    /// Writes one file. Directories above it are made, and whatever stands in its way is removed, as a later entry of
+    /// an archive replaces an earlier one.
+    pub fn file(&mut self, entry: &Entry, data: &mut dyn Read) -> Result<(), MaterializeError> {
+        check_path(&entry.path)?;
+        if self.last_dir.as_ref().is_none_or(|(path, _)| path != tree::parent(&entry.path)) {
+            self.last_dir = None;
+            self.make_way(tree::parent(&entry.path))?;
+            let fd = open_below(self.root.as_fd(), tree::parent(&entry.path), OFlags::PATH | OFlags::DIRECTORY)
+                .map_err(|error| self.failed("open", tree::parent(&entry.path), error))?;
+            self.last_dir = Some((tree::parent(&entry.path).to_vec(), fd));
+        }
+        let Some((_, dir)) = &self.last_dir else { return Ok(()) };
+        let dir = dir.try_clone().map_err(|source| MaterializeError::Call {
+            call: "dup",
+            path: self.path(&entry.path),
+            source,
+        })?;
+        self.clear(dir.as_fd(), &entry.path)?;
+        let mut file = self.create(dir.as_fd(), &entry.path)?;
+        let found = io::copy(data, &mut file)
+            .map_err(|source| MaterializeError::Content { path: text(&entry.path), source })?;
+        self.check_size(entry, found)?;
+        self.set_metadata(file.as_fd(), entry)?;
+        self.written.insert(entry.path.clone(), entry.clone());
+        Ok(())
+    }
+
+    /// Completes the directory so that it holds `tree`. Files that were written are kept when `tree` still has them and
+    /// removed otherwise; the content of the others is read as in [`write_tree`].
+    pub fn finish(mut self, tree: &Tree, read: &ReadContent<'_>) -> Result<(), MaterializeError> {
+        self.last_dir = None;
+        self.remove_stale(tree)?;
+        let directories = self.make_directories(tree)?;
+        self.write_entries(tree, read)?;
+        self.set_directory_metadata(&directories)
+    }
+
+    /// Removes what was written for paths that are no files after all.
+    fn remove_stale(&mut self, tree: &Tree) -> Result<(), MaterializeError> {
+        let is_stale = |path: &Vec<u8>| !tree.get(path).is_some_and(|node| node.entry.is_file());
+        let stale: Vec<Vec<u8>> = self.written.keys().filter(|path| is_stale(path)).cloned().collect();
+        for path in stale {
+            self.written.remove(&path);
+            if let Ok(dir) = open_below(self.root.as_fd(), tree::parent(&path), OFlags::PATH | OFlags::DIRECTORY) {
+                self.clear(dir.as_fd(), &path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes all directories, those without an entry of their own too, and returns their entries in tree order.
+    fn make_directories(&self, tree: &Tree) -> Result<BTreeMap<Vec<u8>, Option<Entry>>, MaterializeError> {
+        let mut directories: BTreeMap<Vec<u8>, Option<Entry>> = BTreeMap::new();
+        for node in tree.nodes() {
+            check_path(&node.entry.path)?;
+            if node.entry.is_dir() {
+                directories.insert(node.entry.path.clone(), Some(node.entry.clone()));
+            }
+            let mut above = tree::parent(&node.entry.path);
+            while !above.is_empty() && !directories.contains_key(above) {
+                if tree.get(above).is_some_and(|node| !node.entry.is_dir()) {
+                    return Err(MaterializeError::BadPath { path: text(&node.entry.path) });
+                }
+                directories.insert(above.to_vec(), None);
+                above = tree::parent(above);
+            }
+        }
+        for (path, entry) in directories.iter().filter(|(path, _)| !path.is_empty()) {
+            self.make_way(path)?;
+            if let Some(Entry { kind: Kind::Dir { opaque: true }, .. }) = entry {
+                let fd = self.open_dir(path)?;
+                rustix::fs::fsetxattr(&fd, "user.overlay.opaque", b"y", XattrFlags::empty())
+                    .map_err(|error| self.failed("set user.overlay.opaque", path, error))?;
+            }
+        }
+        Ok(directories)
+    }
+
+    /// Writes everything but directories: directories in parallel, hard links at the end.
+    fn write_entries(&self, tree: &Tree, read: &ReadContent<'_>) -> Result<(), MaterializeError> {
+        let mut by_directory: BTreeMap<&[u8], Vec<&Node>> = BTreeMap::new();
+        let mut links: Vec<(&Node, &[u8])> = Vec::new();
+        // Which member of a group has its content on disk, or will have it: one that was written if there is one.
+        let mut carriers: HashMap<u32, &[u8]> = HashMap::new();
+        let group_of = |node: &Node| match node.entry.kind {
+            Kind::File { link_group, .. } => link_group,
+            _ => 0,
+        };
+        for node in tree.nodes().iter().filter(|node| group_of(node) != 0) {
+            if self.written.contains_key(&node.entry.path) {
+                carriers.entry(group_of(node)).or_insert(&node.entry.path);
+            }
+        }
+        for node in tree.nodes().iter().filter(|node| !node.entry.is_dir()) {
+            if group_of(node) != 0 {
+                let carrier = *carriers.entry(group_of(node)).or_insert(&node.entry.path);
+                if carrier != node.entry.path {
+                    links.push((node, carrier));
+                    continue;
+                }
+            }
+            by_directory.entry(tree::parent(&node.entry.path)).or_default().push(node);
+        }
+        by_directory.par_iter().try_for_each(|(path, nodes)| {
+            let dir = self.open_dir(path)?;
+            nodes.iter().try_for_each(|node| self.write_node(dir.as_fd(), node, read))
+        })?;
+        for (node, carrier) in links {
+            let dir = self.open_dir(tree::parent(&node.entry.path))?;
+            let carrier_dir = self.open_dir(tree::parent(carrier))?;
+            self.clear(dir.as_fd(), &node.entry.path)?;
+            linkat(&carrier_dir, name_of(carrier), &dir, name_of(&node.entry.path), AtFlags::empty())
+                .map_err(|error| self.failed("link", &node.entry.path, error))?;
+        }
+        Ok(())
+    }
+
+    fn write_node(&self, dir: BorrowedFd<'_>, node: &Node, read: &ReadContent<'_>) -> Result<(), MaterializeError> {
+        let entry = &node.entry;
+        let name = name_of(&entry.path);
+        let failed = |call| move |error: Errno| self.failed(call, &entry.path, error);
+        if let (Kind::File { .. }, Some(written)) = (&entry.kind, self.written.get(&entry.path)) {
+            let same = |entry: &Entry| (entry.mode, entry.uid, entry.gid, entry.mtime, entry.xattrs.clone());
+            if same(written) != same(entry) {
+                let file = openat(dir, name, OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+                    .map_err(failed("open"))?;
+                self.set_metadata(file.as_fd(), entry)?;
+            }
+            return Ok(());
+        }
+        match &entry.kind {
+            Kind::Dir { .. } => return Ok(()),
+            Kind::File { .. } => {
+                let mut file = self.create(dir, &entry.path)?;
+                let found = self
+                    .copy_content(node, &mut file, read)
+                    .map_err(|source| MaterializeError::Content { path: text(&entry.path), source })?;
+                self.check_size(entry, found)?;
+                return self.set_metadata(file.as_fd(), entry);
+            }
+            Kind::Symlink { target } => {
+                retry(dir, name, || symlinkat(target.as_slice(), dir, name)).map_err(failed("symlink"))?;
+            }
+            Kind::Whiteout => return self.write_whiteout(dir, &entry.path),
+            Kind::Fifo => {
+                retry(dir, name, || mknodat(dir, name, FileType::Fifo, Mode::RUSR, 0)).map_err(failed("mkfifo"))?;
+            }
+            Kind::Char { major, minor } | Kind::Block { major, minor } => {
+                let file_type = match entry.kind {
+                    Kind::Char { .. } => FileType::CharacterDevice,
+                    _ => FileType::BlockDevice,
+                };
+                let made = if makedev(*major, *minor) == 0 && file_type == FileType::CharacterDevice {
+                    // It would be a whiteout.
+                    Err(Errno::PERM)
+                } else {
+                    retry(dir, name, || mknodat(dir, name, file_type, Mode::RUSR, makedev(*major, *minor)))
+                };
+                match made {
+                    Err(Errno::PERM) => drop(self.create(dir, &entry.path)?),
+                    result => result.map_err(failed("mknod"))?,
+                }
+            }
+        }
+        self.set_owner(entry, |uid, gid| chownat(dir, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW))?;
+        if !matches!(entry.kind, Kind::Symlink { .. }) {
+            chmodat(dir, name, Mode::from_raw_mode(entry.mode & 0o7777), AtFlags::empty()).map_err(failed("chmod"))?;
+        }
+        utimensat(dir, name, &times(entry), AtFlags::SYMLINK_NOFOLLOW).map_err(failed("set times"))
+    }
+
+    fn write_whiteout(&self, dir: BorrowedFd<'_>, path: &[u8]) -> Result<(), MaterializeError> {
+        let name = name_of(path);
+        let made = retry(dir, name, || mknodat(dir, name, FileType::CharacterDevice, Mode::empty(), makedev(0, 0)));
+        match made {
+            Err(Errno::PERM | Errno::INVAL | Errno::NOTSUP) => {}
+            result => return result.map_err(|error| self.failed("mknod", path, error)),
+        }
+        let failed = |error| self.failed("set user.overlay.whiteout", path, error);
+        let file = self.create(dir, path)?;
+        rustix::fs::fsetxattr(&file, "user.overlay.whiteout", b"y", XattrFlags::empty()).map_err(failed)?;
+        let dir = openat(dir, c".", LIST_DIRECTORY, Mode::empty()).map_err(failed)?;
+        match rustix::fs::fsetxattr(&dir, "user.overlay.opaque", b"x", XattrFlags::CREATE) {
+            // Opaque already: there is nothing below that the whiteout could hide.
+            Ok(()) | Err(Errno::EXIST) => Ok(()),
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    /// Copies content; the number of bytes.
+    fn copy_content(&self, node: &Node, file: &mut File, read: &ReadContent<'_>) -> io::Result<u64> {
+        match &node.origin {
+            Origin::Inline(bytes) => io::copy(&mut &bytes[..], file),
+            Origin::File(path) => {
+                // NONBLOCK: somebody may have put a FIFO there.
+                let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+                let mut source = File::from(openat(CWD, path.as_path(), flags, Mode::empty())?);
+                let metadata = source.metadata()?;
+                if !metadata.is_file() {
+                    return Err(Errno::INVAL.into());
+                }
+                if metadata.len() > 0 && !self.cannot_clone.load(Ordering::Relaxed) {
+                    match rustix::fs::ioctl_ficlone(&*file, &source) {
+                        Ok(()) => return Ok(file.metadata()?.len()),
+                        Err(_) => self.cannot_clone.store(true, Ordering::Relaxed),
+                    }
+                }
+                io::copy(&mut source, file)
+            }
+            Origin::None | Origin::Layer(..) => io::copy(&mut read(node)?, file),
+        }
+    }
+
+    fn set_directory_metadata(&self, directories: &BTreeMap<Vec<u8>, Option<Entry>>) -> Result<(), MaterializeError> {
+        // What is in a directory sorts after it, so that the reverse order has the deepest first.
+        for (path, entry) in directories.iter().rev() {
+            let fd = self.open_dir(path)?;
+            match entry {
+                Some(entry) => self.set_metadata(fd.as_fd(), entry)?,
+                None => rustix::fs::fchmod(&fd, Mode::from_raw_mode(0o755))
+                    .map_err(|error| self.failed("chmod", path, error))?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Metadata of an open file or directory.
+    fn set_metadata(&self, fd: BorrowedFd<'_>, entry: &Entry) -> Result<(), MaterializeError> {
+        let failed = |call| move |error: Errno| self.failed(call, &entry.path, error);
+        self.set_owner(entry, |uid, gid| rustix::fs::fchown(fd, Some(uid), Some(gid)))?;
+        rustix::fs::fchmod(fd, Mode::from_raw_mode(entry.mode & 0o7777)).map_err(failed("chmod"))?;
+        self.set_xattrs(fd, entry)?;
+        rustix::fs::futimens(fd, &times(entry)).map_err(failed("set times"))
+    }
+
+    fn set_xattrs(&self, fd: BorrowedFd<'_>, entry: &Entry) -> Result<(), MaterializeError> {
+        for (name, value) in &entry.xattrs {
+            if name.starts_with(b"user.overlay.") || name.starts_with(b"trusted.overlay.") {
+                continue;
+            }
+            match rustix::fs::fsetxattr(fd, name.as_slice(), value, XattrFlags::empty()) {
+                // The file system or our lack of privilege; the index has it.
+                Ok(()) | Err(Errno::NOTSUP | Errno::PERM) => {}
+                Err(error) => return Err(self.failed("set attribute", &entry.path, error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Sets the owner by `chown`.
+    fn set_owner(
+        &self,
+        entry: &Entry,
+        chown: impl FnOnce(Uid, Gid) -> Result<(), Errno>,
+    ) -> Result<(), MaterializeError> {
+        if self.options.ownership == Ownership::SingleId {
+            return Ok(());
+        }
+        let unmapped = || MaterializeError::Owner { path: text(&entry.path), uid: entry.uid, gid: entry.gid };
+        // All ones means "leave as it is" to the kernel.
+        if entry.uid == u32::MAX || entry.gid == u32::MAX {
+            return Err(unmapped());
+        }
+        match chown(Uid::from_raw(entry.uid), Gid::from_raw(entry.gid)) {
+            Err(Errno::INVAL) => Err(unmapped()),
+            result => result.map_err(|error| self.failed("chown", &entry.path, error)),
+        }
+    }
+
+    /// Makes `path` and what is above it directories, removing other things that stand there.
+    fn make_way(&self, path: &[u8]) -> Result<(), MaterializeError> {
+        if path.is_empty() || open_below(self.root.as_fd(), path, OFlags::PATH | OFlags::DIRECTORY).is_ok() {
+            return Ok(());
+        }
+        let mut ends: Vec<usize> = (0..path.len()).filter(|&at| path[at] == b'/').collect();
+        ends.push(path.len());
+        for end in ends {
+            let path = &path[..end];
+            let dir = self.open_dir(tree::parent(path))?;
+            let name = name_of(path);
+            let mut made = mkdirat(&dir, name, Mode::RWXU);
+            if made == Err(Errno::EXIST) && openat(&dir, name, LIST_DIRECTORY, Mode::empty()).is_err() {
+                self.clear(dir.as_fd(), path)?;
+                made = mkdirat(&dir, name, Mode::RWXU);
+            }
+            match made {
+                Ok(()) | Err(Errno::EXIST) => {}
+                Err(error) => return Err(self.failed("mkdir", path, error)),
+            }
+        }
+        Ok(())
+    }
+
+    fn open_dir(&self, path: &[u8]) -> Result<OwnedFd, MaterializeError> {
+        open_below(self.root.as_fd(), path, LIST_DIRECTORY).map_err(|error| self.failed("open", path, error))
+    }
+
+    /// Removes what stands at a path whose directory is open.
+    fn clear(&self, dir: BorrowedFd<'_>, path: &[u8]) -> Result<(), MaterializeError> {
+        clear_name(dir, name_of(path)).map_err(|error| self.failed("remove", path, error))
+    }
+
+    fn create(&self, dir: BorrowedFd<'_>, path: &[u8]) -> Result<File, MaterializeError> {
+        let name = name_of(path);
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        retry(dir, name, || openat(dir, name, flags, Mode::RUSR | Mode::WUSR))
+            .map(File::from)
+            .map_err(|error| self.failed("create", path, error))
+    }
+
+    fn check_size(&self, entry: &Entry, found: u64) -> Result<(), MaterializeError> {
+        match entry.kind {
+            Kind::File { size, .. } if size != found => {
+                Err(MaterializeError::Changed { path: text(&entry.path), expected: size, found })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn path(&self, path: &[u8]) -> PathBuf {
+        self.target.join(std::ffi::OsStr::from_bytes(path))
+    }
+
+    fn failed(&self, call: &'static str, path: &[u8], error: Errno) -> MaterializeError {
+        MaterializeError::Call { call, path: self.path(path), source: error.into() }
+    }
+}
+
+/// Runs `make`, and once more after removing `name` when that was in the way.
+fn retry<T>(dir: BorrowedFd<'_>, name: &[u8], make: impl Fn() -> Result<T, Errno>) -> Result<T, Errno> {
+    match make() {
+        Err(Errno::EXIST) => {
+            clear_name(dir, name)?;
+            make()
+        }
+        result => result,
+    }
+}
+
+fn clear_name(dir: BorrowedFd<'_>, name: &[u8]) -> Result<(), Errno> {
+    match unlinkat(dir, name, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(Errno::ISDIR | Errno::PERM) => {
+            let inner = open_to_empty(dir, name)?;
+            empty_directory(&inner)?;
+            unlinkat(dir, name, AtFlags::REMOVEDIR)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Paths are relative and have plain components only.
+fn check_path(path: &[u8]) -> Result<(), MaterializeError> {
+    let bad = |part: &[u8]| part.is_empty() || part == b"." || part == b"..";
+    if !path.is_empty() && path.split(|&byte| byte == b'/').any(bad) {
+        return Err(MaterializeError::BadPath { path: text(path) });
+    }
+    Ok(())
+}
+
+fn times(entry: &Entry) -> Timestamps {
+    let time = Timespec { tv_sec: entry.mtime.0, tv_nsec: i64::from(entry.mtime.1) };
+    Timestamps { last_access: time, last_modification: time }
+}
+
+/// Removes a directory and all that is in it, directories without permissions for their owner too. No symlink is
+/// followed; `path` may be a file, or missing.
+pub fn remove_tree(path: &Path) -> Result<(), MaterializeError> {
+    let failed = |call, source: Errno| MaterializeError::Call { call, path: path.to_owned(), source: source.into() };
+    match unlinkat(CWD, path, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => return Ok(()),
+        Err(Errno::ISDIR | Errno::PERM) => {}
+        Err(error) => return Err(failed("remove", error)),
+    }
+    let dir = open_to_empty(CWD, path.as_os_str().as_bytes()).map_err(|error| failed("open", error))?;
+    empty_directory(&dir).map_err(|error| failed("empty", error))?;
+    drop(dir);
+    unlinkat(CWD, path, AtFlags::REMOVEDIR).map_err(|error| failed("remove", error))
+}
+
+/// Opens a directory to remove what is in it, giving ourselves the permission if need be.
+fn open_to_empty(dir: BorrowedFd<'_>, name: &[u8]) -> Result<OwnedFd, Errno> {
+    let fd = match openat(dir, name, LIST_DIRECTORY, Mode::empty()) {
+        Err(Errno::ACCESS) => {
+            // It can become a symlink between here and there; then the mode of its target changes at worst, if we own
+            // it, and the second try fails.
+            chmodat(dir, name, Mode::RWXU, AtFlags::empty())?;
+            openat(dir, name, LIST_DIRECTORY, Mode::empty())?
+        }
+        result => result?,
+    };
+    let mode = scan::stat_fd(&fd)?.stx_mode;
+    if mode & 0o700 != 0o700 {
+        rustix::fs::fchmod(&fd, Mode::RWXU)?;
+    }
+    Ok(fd)
+}
+
+/// Empties a directory. Deep ones are moved up to `top` piece by piece, so that neither stack nor descriptors run out.
+fn empty_directory(top: &OwnedFd) -> Result<(), Errno> {
+    let mut moved = 0_u64;
+    let mut queue: Vec<CString> = Vec::new();
+    empty_below(top.as_fd(), top.as_fd(), 0, &mut moved, &mut queue)?;
+    while let Some(name) = queue.pop() {
+        let dir = open_to_empty(top.as_fd(), name.as_bytes())?;
+        empty_below(top.as_fd(), dir.as_fd(), 0, &mut moved, &mut queue)?;
+        unlinkat(top, name, AtFlags::REMOVEDIR)?;
+    }
+    Ok(())
+}
+
+fn empty_below(
+    top: BorrowedFd<'_>,
+    dir: BorrowedFd<'_>,
+    depth: usize,
+    moved: &mut u64,
+    queue: &mut Vec<CString>,
+) -> Result<(), Errno> {
+    const DEPTH: usize = 50;
+    for (name, file_type) in scan::list(dir)? {
+        if file_type != FileType::Directory {
+            match unlinkat(dir, &name, AtFlags::empty()) {
+                Ok(()) | Err(Errno::NOENT) => continue,
+                Err(Errno::ISDIR | Errno::PERM) if file_type == FileType::Unknown => {}
+                Err(error) => return Err(error),
+            }
+        }
+        match unlinkat(dir, &name, AtFlags::REMOVEDIR) {
+            Ok(()) | Err(Errno::NOENT) => continue,
+            _ => {}
+        }
+        let inner = match open_to_empty(dir, name.to_bytes()) {
+            Err(Errno::NOENT) => continue,
+            result => result?,
+        };
+        if depth < DEPTH {
+            empty_below(top, inner.as_fd(), depth + 1, moved, queue)?;
+            drop(inner);
+            unlinkat(dir, &name, AtFlags::REMOVEDIR)?;
+            continue;
+        }
+        loop {
+            *moved += 1;
+            let Ok(new) = CString::new(format!(".nacre-remove-{moved}")) else { return Err(Errno::INVAL) };
+            match rustix::fs::renameat_with(dir, &name, top, &new, rustix::fs::RenameFlags::NOREPLACE) {
+                Ok(()) => {
+                    queue.push(new);
+                    break;
+                }
+                Err(Errno::EXIST) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    Ok(())
+}
