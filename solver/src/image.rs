@@ -113,11 +113,7 @@ impl From<&Platform> for DescriptorPlatform {
 
 impl From<&DescriptorPlatform> for Platform {
     fn from(platform: &DescriptorPlatform) -> Self {
-        Self {
-            os: platform.os.clone(),
-            architecture: platform.architecture.clone(),
-            variant: platform.variant.clone(),
-        }
+        Self { os: platform.os.clone(), architecture: platform.architecture.clone(), variant: platform.variant.clone() }
     }
 }
 
@@ -213,8 +209,11 @@ impl std::fmt::Display for Timestamp {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         // Years that RFC 3339 cannot hold give its last moment rather than something no reader accepts.
         let nanoseconds = i32::try_from(self.nanoseconds.min(999_999_999)).unwrap_or_default();
-        let timestamp = jiff::Timestamp::new(self.seconds, nanoseconds)
-            .unwrap_or(if self.seconds < 0 { jiff::Timestamp::UNIX_EPOCH } else { jiff::Timestamp::MAX });
+        let timestamp = jiff::Timestamp::new(self.seconds, nanoseconds).unwrap_or(if self.seconds < 0 {
+            jiff::Timestamp::UNIX_EPOCH
+        } else {
+            jiff::Timestamp::MAX
+        });
         write!(f, "{timestamp}")
     }
 }
@@ -473,11 +472,27 @@ mod tests {
     #[test]
     fn media_types_translate() {
         let check = |from: &str, media: Media, expected: &str| assert_eq!(translate_layer(from, media), expected);
-        check("application/vnd.oci.image.layer.v1.tar+gzip", Media::Docker, "application/vnd.docker.image.rootfs.diff.tar.gzip");
-        check("application/vnd.docker.image.rootfs.diff.tar.gzip", Media::Oci, "application/vnd.oci.image.layer.v1.tar+gzip");
-        check("application/vnd.oci.image.layer.v1.tar+zstd", Media::Docker, "application/vnd.oci.image.layer.v1.tar+zstd");
+        check(
+            "application/vnd.oci.image.layer.v1.tar+gzip",
+            Media::Docker,
+            "application/vnd.docker.image.rootfs.diff.tar.gzip",
+        );
+        check(
+            "application/vnd.docker.image.rootfs.diff.tar.gzip",
+            Media::Oci,
+            "application/vnd.oci.image.layer.v1.tar+gzip",
+        );
+        check(
+            "application/vnd.oci.image.layer.v1.tar+zstd",
+            Media::Docker,
+            "application/vnd.oci.image.layer.v1.tar+zstd",
+        );
         check("application/vnd.oci.image.layer.v1.tar+zstd", Media::Oci, "application/vnd.oci.image.layer.v1.tar+zstd");
-        check("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", Media::Oci, "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip");
+        check(
+            "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
+            Media::Oci,
+            "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
+        );
         assert!(media_type::is_layer("application/vnd.oci.image.layer.v1.tar+zstd"));
         assert!(!media_type::is_layer("application/vnd.in-toto+json"));
     }

@@ -12,13 +12,13 @@
 //! ARM and `amd64` takes `386`. An image that is no index is taken as it is: the caller sees its platform.
 
 use crate::image::{Descriptor, DescriptorPlatform, Index, Manifest, media_type};
+use crate::materialize::{MaterializeError, TreeWriter, WriteOptions, remove_tree, write_tree};
 use crate::registry::client::into_registry_error;
 use crate::registry::{Client, RegistryError, RemoteImage};
 use crate::store::blob::{self, BlobWriter};
+use crate::store::layers::OriginalBlob;
 use crate::store::refs::{IMAGE_NAME, REF_NAME, RememberedReference};
 use crate::store::{Store, StoreError, hex};
-use crate::materialize::{MaterializeError, TreeWriter, WriteOptions, remove_tree, write_tree};
-use crate::store::layers::OriginalBlob;
 use crate::tree::blob::decompress;
 use crate::tree::layer::{LayerError, LayerSink, Limits, NoSink, read_tar};
 use crate::tree::{ContentDigest, Entry, Kind, LayerId, Node, Tree};
@@ -325,7 +325,9 @@ pub fn ensure_blob(image: &ResolvedImage, at: usize, context: &SourceContext) ->
         return Ok(());
     }
     match &image.origin {
-        Origin::Layout(path) => store.import_blob(&layout_blob(path, &descriptor.digest)?, &descriptor.digest, descriptor.size)?,
+        Origin::Layout(path) => {
+            store.import_blob(&layout_blob(path, &descriptor.digest)?, &descriptor.digest, descriptor.size)?
+        }
         Origin::Store => {
             let (path, digest) = (store.root().to_owned(), descriptor.digest.clone());
             return Err(StoreError::NoBlob { path, digest }.into());
@@ -388,11 +390,7 @@ impl Read for Reporting {
 // ---- finding ----
 
 /// The manifests that a tag or digest means in a layout: more than one when the same tag stands at several platforms.
-fn layout_roots(
-    path: &str,
-    tag: Option<&str>,
-    digest: Option<&str>,
-) -> Result<(String, Vec<Descriptor>), SourceError> {
+fn layout_roots(path: &str, tag: Option<&str>, digest: Option<&str>) -> Result<(String, Vec<Descriptor>), SourceError> {
     let directory = PathBuf::from(path);
     let unusable = |reason: String| SourceError::NotALayout { path: directory.clone(), reason };
     if !directory.is_dir() {
@@ -419,8 +417,11 @@ fn layout_roots(
         available.dedup();
         available
     };
-    let missing =
-        |wanted: &str| SourceError::NoSuchTag { path: directory.clone(), wanted: wanted.to_owned(), available: available() };
+    let missing = |wanted: &str| SourceError::NoSuchTag {
+        path: directory.clone(),
+        wanted: wanted.to_owned(),
+        available: available(),
+    };
     if let Some(digest) = digest {
         let listed = index.manifests.iter().find(|entry| entry.digest == digest).cloned();
         let root = match listed {
@@ -436,10 +437,13 @@ fn layout_roots(
     // Some tools write the whole name where others write the tag.
     let with_tag = |tag: &str| -> Vec<Descriptor> {
         let suffix = format!(":{tag}");
-        let exact: Vec<_> = index.manifests.iter().filter(|entry| names(entry).iter().any(|name| name == tag)).collect();
+        let exact: Vec<_> =
+            index.manifests.iter().filter(|entry| names(entry).iter().any(|name| name == tag)).collect();
         let found = match exact.is_empty() {
             false => exact,
-            true => index.manifests.iter().filter(|entry| names(entry).iter().any(|name| name.ends_with(&suffix))).collect(),
+            true => {
+                index.manifests.iter().filter(|entry| names(entry).iter().any(|name| name.ends_with(&suffix))).collect()
+            }
         };
         found.into_iter().cloned().collect()
     };
@@ -470,8 +474,8 @@ fn layout_roots(
 
 /// What a reference means: by the own store's tags, by what is remembered, or by its registry.
 fn find_reference(reference: &str, context: &SourceContext) -> Result<(Origin, Descriptor), SourceError> {
-    let remote = RemoteImage::parse(reference)
-        .ok_or_else(|| SourceError::BadReference { reference: reference.to_owned() })?;
+    let remote =
+        RemoteImage::parse(reference).ok_or_else(|| SourceError::BadReference { reference: reference.to_owned() })?;
     let store = &context.store;
     if remote.digest.is_none()
         && let Some(found) = store.lookup_tag(reference)?
@@ -502,7 +506,8 @@ fn find_reference(reference: &str, context: &SourceContext) -> Result<(Origin, D
     }
     let (bytes, root) = context.client.manifest(&remote)?;
     store.put_document(&bytes)?;
-    let resolved = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let resolved =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs());
     store.remember_reference(&RememberedReference {
         reference: reference.to_owned(),
         descriptor: root.clone(),
@@ -577,7 +582,8 @@ impl Lookup<'_> {
             let mut nested = Vec::new();
             for descriptor in std::mem::take(&mut candidates) {
                 let known = descriptor.platform.as_ref().map(|found| normal_platform(&found.into()));
-                if let Some(found) = known.as_ref().filter(|_| checked && !media_type::is_index(&descriptor.media_type)) {
+                if let Some(found) = known.as_ref().filter(|_| checked && !media_type::is_index(&descriptor.media_type))
+                {
                     let rank = platform_rank(platform, found);
                     if found.os != "unknown" {
                         available.push(found.to_string());
@@ -648,7 +654,9 @@ impl Lookup<'_> {
         let media_type = [&shape.media_type, &descriptor.media_type].into_iter().find(|text| !text.is_empty());
         let index = shape.manifests.is_some();
         match media_type {
-            Some(text) if media_type::is_index(text) && !index => return Err(bad("an index without manifests".to_owned())),
+            Some(text) if media_type::is_index(text) && !index => {
+                return Err(bad("an index without manifests".to_owned()));
+            }
             Some(text) if media_type::is_manifest(text) && index => {
                 return Err(bad("an index that calls itself a manifest".to_owned()));
             }
@@ -765,9 +773,7 @@ fn platform_rank(wanted: &Platform, found: &Platform) -> Option<usize> {
         }
         _ => {}
     }
-    suitable
-        .iter()
-        .position(|(architecture, variant)| *architecture == found.architecture && *variant == found.variant)
+    suitable.iter().position(|(architecture, variant)| *architecture == found.architecture && *variant == found.variant)
 }
 
 // ---- unpacking ----
@@ -892,11 +898,8 @@ fn unpack(image: &ResolvedImage, at: usize, form: Form, context: &SourceContext)
     let store = &context.store;
     let known = store.layer_by_diff_id(&layer.diff_id);
     let staging = Staging(store.tmp_path());
-    let unwritable = |source| SourceError::Unpack {
-        image: image.name.clone(),
-        digest: layer.descriptor.digest.clone(),
-        source,
-    };
+    let unwritable =
+        |source| SourceError::Unpack { image: image.name.clone(), digest: layer.descriptor.digest.clone(), source };
     if form == Form::Index {
         let (tree, uncompressed_bytes) = read_layer(image, at, &mut NoSink, context)?;
         return put(layer, &tree, uncompressed_bytes, context);
@@ -935,11 +938,8 @@ fn put(
     uncompressed_bytes: u64,
     context: &SourceContext,
 ) -> Result<LayerId, SourceError> {
-    let original = OriginalBlob {
-        descriptor: layer.descriptor.clone(),
-        diff_id: layer.diff_id.clone(),
-        uncompressed_bytes,
-    };
+    let original =
+        OriginalBlob { descriptor: layer.descriptor.clone(), diff_id: layer.diff_id.clone(), uncompressed_bytes };
     Ok(context.store.put_pulled_layer(tree, &original)?)
 }
 
@@ -1045,4 +1045,368 @@ fn read_layer(
         keep.commit(Some(&digest))?;
     }
     Ok((tree, plain.count))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::{Annotations, Assembled, Media, assemble, assemble_index};
+    use crate::materialize::Ownership;
+    use crate::registry::ClientOptions;
+    use std::collections::BTreeMap;
+    use std::fs;
+
+    /// A layout directory that is made piece by piece, wrongly if asked.
+    struct Layout {
+        directory: tempfile::TempDir,
+        manifests: Vec<Descriptor>,
+    }
+
+    impl Layout {
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            fs::create_dir_all(directory.path().join("blobs/sha256")).unwrap();
+            Self { directory, manifests: Vec::new() }
+        }
+
+        fn path(&self) -> &str {
+            self.directory.path().to_str().unwrap()
+        }
+
+        fn blob(&self, bytes: &[u8], media_type: &str) -> Descriptor {
+            let descriptor = crate::image::describe(bytes, media_type);
+            fs::write(layout_blob(self.directory.path(), &descriptor.digest).unwrap(), bytes).unwrap();
+            descriptor
+        }
+
+        fn layer(&self, tar: &[u8]) -> (Descriptor, String) {
+            let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+            encoder.write_all(tar).unwrap();
+            let blob = encoder.finish().unwrap();
+            (self.blob(&blob, "application/vnd.docker.image.rootfs.diff.tar.gzip"), blob::sha256(tar))
+        }
+
+        fn image(&self, platform: &str, layers: &[(Descriptor, String)]) -> Assembled {
+            let (os, architecture) = platform.split_once('/').unwrap();
+            let (architecture, variant) = architecture.split_once('/').unwrap_or((architecture, ""));
+            let config = ImageConfig {
+                os: os.into(),
+                architecture: architecture.into(),
+                variant: variant.into(),
+                ..ImageConfig::default()
+            };
+            let image = assemble(config, layers, None, Media::Docker, &Annotations::default());
+            self.blob(&image.config_bytes, "");
+            self.blob(&image.manifest_bytes, "");
+            image
+        }
+
+        fn tag(&mut self, tag: &str, mut descriptor: Descriptor) {
+            descriptor.annotations.insert(REF_NAME.to_owned(), tag.to_owned());
+            self.untagged(descriptor);
+        }
+
+        fn untagged(&mut self, descriptor: Descriptor) {
+            self.manifests.push(descriptor);
+            let index = Index { schema_version: 2, manifests: self.manifests.clone(), ..Index::default() };
+            fs::write(self.directory.path().join("index.json"), serde_json::to_vec(&index).unwrap()).unwrap();
+        }
+
+        fn source(&self, tag: Option<&str>, digest: Option<&str>) -> ImageSource {
+            ImageSource::OciLayout {
+                path: self.path().to_owned(),
+                tag: tag.map(str::to_owned),
+                digest: digest.map(str::to_owned),
+            }
+        }
+    }
+
+    fn context() -> (tempfile::TempDir, SourceContext) {
+        let (directory, store) = crate::store::temporary();
+        let context = SourceContext {
+            store: Arc::new(store),
+            client: Client::new(ClientOptions::default()),
+            pull: PullPolicy::Missing,
+            offline: true,
+            limits: Limits::default(),
+            write: WriteOptions { ownership: Ownership::SingleId },
+            progress: None,
+        };
+        (directory, context)
+    }
+
+    fn platform(text: &str) -> Platform {
+        let mut parts = text.splitn(3, '/').map(str::to_owned);
+        let mut next = || parts.next().unwrap_or_default();
+        Platform { os: next(), architecture: next(), variant: next() }
+    }
+
+    /// A tar of (path, content); a content of `None` is a directory, one that begins with `->` a hard link.
+    fn tar(entries: &[(&str, Option<&str>)]) -> Vec<u8> {
+        let mut builder = tar::Builder::new(Vec::new());
+        for (path, content) in entries {
+            let mut header = tar::Header::new_ustar();
+            header.set_mode(if content.is_none() { 0o755 } else { 0o644 });
+            header.set_uid(0);
+            header.set_gid(0);
+            header.set_mtime(1000);
+            header.set_size(0);
+            match content {
+                None => {
+                    header.set_entry_type(tar::EntryType::Directory);
+                    builder.append_data(&mut header, path, io::empty()).unwrap();
+                }
+                Some(text) if text.starts_with("->") => {
+                    header.set_entry_type(tar::EntryType::Link);
+                    builder.append_link(&mut header, path, &text[2..]).unwrap();
+                }
+                Some(text) => {
+                    header.set_size(text.len() as u64);
+                    builder.append_data(&mut header, path, text.as_bytes()).unwrap();
+                }
+            }
+        }
+        builder.into_inner().unwrap()
+    }
+
+    #[test]
+    fn platforms_are_ranked() {
+        let check = |wanted: &str, found: &str, expected: Option<usize>| {
+            assert_eq!(platform_rank(&platform(wanted), &platform(found)), expected, "{wanted} on {found}");
+        };
+        check("linux/amd64", "linux/amd64", Some(0));
+        check("linux/amd64", "linux/x86_64", Some(0));
+        check("linux/amd64", "linux/amd64/v3", None);
+        check("linux/amd64/v3", "linux/amd64/v2", Some(1));
+        check("linux/amd64/v3", "linux/amd64", Some(2));
+        check("linux/amd64", "linux/386", Some(2));
+        check("linux/arm64", "linux/arm64/v8", Some(0));
+        check("linux/arm64/v8", "linux/arm64", Some(0));
+        check("linux/arm64", "linux/arm/v7", Some(3));
+        check("linux/arm/v7", "linux/arm", Some(0));
+        check("linux/arm/v7", "linux/arm/v6", Some(1));
+        check("linux/arm/v6", "linux/arm/v7", None);
+        check("linux/riscv64", "linux/riscv64", Some(0));
+        check("linux/amd64", "windows/amd64", None);
+        check("linux/amd64", "unknown/unknown", None);
+    }
+
+    #[test]
+    fn a_layout_is_read_by_tag_digest_and_platform() {
+        let mut layout = Layout::new();
+        let one = layout.image("linux/amd64", &[layout.layer(&tar(&[("a", Some("1"))]))]);
+        let two = layout.image("linux/arm64", &[layout.layer(&tar(&[("a", Some("2"))]))]);
+        let index = assemble_index(&[one.clone(), two.clone()], Media::Oci, &BTreeMap::new());
+        layout.tag("one", one.manifest_descriptor.clone());
+        let (_directory, context) = context();
+        let digest = |source: ImageSource, wanted: &str| {
+            resolve_image(&source, &platform(wanted), &context).map(|image| image.manifest_digest)
+        };
+        let (first, second) = (&one.manifest_descriptor.digest, &two.manifest_descriptor.digest);
+        assert_eq!(digest(layout.source(None, None), "linux/amd64").unwrap(), *first);
+        assert_eq!(digest(layout.source(None, None), "linux/s390x").unwrap(), *first, "no index: taken as it is");
+        let nested = layout.blob(&index.0, "");
+        layout.tag("both", Descriptor { media_type: index.1.media_type.clone(), ..nested });
+        assert!(matches!(digest(layout.source(None, None), "linux/amd64"), Err(SourceError::WhichImage { .. })));
+        assert_eq!(digest(layout.source(Some("both"), None), "linux/arm64").unwrap(), *second);
+        assert_eq!(digest(layout.source(Some("both"), None), "linux/arm64/v8").unwrap(), *second);
+        assert_eq!(digest(layout.source(None, Some(second)), "linux/amd64").unwrap(), *second);
+        let error = digest(layout.source(Some("both"), None), "linux/s390x").unwrap_err().to_string();
+        assert!(error.contains("linux/s390x") && error.contains("linux/amd64, linux/arm64"), "{error}");
+        let error = digest(layout.source(Some("three"), None), "linux/amd64").unwrap_err().to_string();
+        assert!(error.contains("`three`") && error.contains("one, both"), "{error}");
+        assert!(matches!(
+            digest(layout.source(None, Some(&blob::sha256(b"?"))), "linux/amd64"),
+            Err(SourceError::NoSuchTag { .. })
+        ));
+        layout.tag("latest", two.manifest_descriptor.clone());
+        assert_eq!(digest(layout.source(None, None), "linux/arm64").unwrap(), *second);
+
+        let mut flat = Layout::new();
+        let one = flat.image("linux/amd64", &[]);
+        let two = flat.image("linux/arm/v6", &[]);
+        flat.untagged(one.manifest_descriptor);
+        // Without a platform on the descriptor the configuration tells.
+        flat.untagged(Descriptor { platform: None, ..two.manifest_descriptor.clone() });
+        assert_eq!(digest(flat.source(None, None), "linux/arm/v7").unwrap(), two.manifest_descriptor.digest);
+        assert!(matches!(digest(flat.source(None, None), "linux/arm/v5"), Err(SourceError::NoSuchPlatform { .. })));
+    }
+
+    #[test]
+    fn layers_come_as_index_tree_and_blob() {
+        let mut layout = Layout::new();
+        let content = tar(&[("d", None), ("d/f", Some("text")), ("d/g", Some("->d/f")), ("d/.wh.gone", Some(""))]);
+        let layer = layout.layer(&content);
+        let image = layout.image("linux/amd64", &[layer.clone(), layout.layer(&tar(&[("x", Some("y"))])), layer]);
+        layout.tag("latest", image.manifest_descriptor);
+        let (_directory, context) = context();
+        let image = resolve_image(&layout.source(None, None), &platform("linux/amd64"), &context).unwrap();
+        assert_eq!(image.platform, platform("linux/amd64"));
+        let ids = ensure_layers(&image, Form::Index, &context).unwrap();
+        assert_eq!(ids.len(), 3);
+        assert_eq!(ids[0], ids[2]);
+        assert!(context.store.tree_dir(&ids[0]).is_none());
+        assert!(context.store.layer(&ids[0]).unwrap().get(b"d/gone").is_some());
+        assert_eq!(ensure_layers(&image, Form::Tree, &context).unwrap(), ids);
+        let tree = context.store.tree_dir(&ids[0]).unwrap();
+        assert_eq!(fs::read(tree.join("d/g")).unwrap(), b"text");
+        let original = context.store.original_blob(&ids[1]).unwrap();
+        assert_eq!(original.descriptor, image.layers[1].descriptor);
+        assert!(!context.store.has_blob(&original.descriptor.digest, None));
+        ensure_blob(&image, 1, &context).unwrap();
+        assert!(context.store.has_blob(&original.descriptor.digest, Some(original.descriptor.size)));
+        // What is in the store needs its origin no more.
+        drop(layout);
+        assert_eq!(ensure_layers(&image, Form::Tree, &context).unwrap(), ids);
+        assert!(ensure_blob(&image, 0, &context).is_err());
+    }
+
+    #[test]
+    fn archives_that_change_their_mind_are_unpacked_right() {
+        let mut layout = Layout::new();
+        let content =
+            tar(&[("a", Some("old")), ("b", Some("new")), ("a", Some("->b")), ("c", Some("1")), ("c", Some("22"))]);
+        let image = layout.image("linux/amd64", &[layout.layer(&content)]);
+        layout.tag("latest", image.manifest_descriptor);
+        let (_directory, context) = context();
+        let image = resolve_image(&layout.source(None, None), &platform("linux/amd64"), &context).unwrap();
+        let ids = ensure_layers(&image, Form::Tree, &context).unwrap();
+        let tree = context.store.tree_dir(&ids[0]).unwrap();
+        let read = |name: &str| fs::read_to_string(tree.join(name)).unwrap();
+        assert_eq!((read("a").as_str(), read("b").as_str(), read("c").as_str()), ("new", "new", "22"));
+    }
+
+    #[test]
+    fn hostile_layouts_leave_nothing() {
+        let check = |damage: &dyn Fn(&mut Layout), words: &str| {
+            let mut layout = Layout::new();
+            damage(&mut layout);
+            let (_directory, context) = context();
+            let resolved = resolve_image(&layout.source(None, None), &platform("linux/amd64"), &context);
+            let error = resolved.and_then(|image| ensure_layers(&image, Form::Tree, &context)).expect_err(words);
+            let mut text = error.to_string();
+            let mut cause = std::error::Error::source(&error);
+            while let Some(inner) = cause {
+                text = format!("{text}: {inner}");
+                cause = inner.source();
+            }
+            assert!(text.contains(words), "{words}: {text}");
+            let left = |part: &str| fs::read_dir(context.store.part(part)).unwrap().count();
+            assert_eq!((left("layers"), left("blobs/sha256")), (0, 0), "{words}");
+        };
+        let with_layers = |layout: &mut Layout, layers: &[(Descriptor, String)]| {
+            let image = layout.image("linux/amd64", layers);
+            layout.tag("latest", image.manifest_descriptor);
+        };
+        let good = |layout: &Layout| layout.layer(&tar(&[("a", Some("1"))]));
+        check(&|_| {}, "index.json");
+        check(&|layout| drop(fs::remove_dir_all(layout.path())), "no such directory");
+        check(&|layout| fs::write(layout.directory.path().join("index.json"), "{").unwrap(), "not an OCI image layout");
+        check(
+            &|layout| fs::write(layout.directory.path().join("index.json"), "{\"schemaVersion\":2}").unwrap(),
+            "there is none",
+        );
+        check(
+            &|layout| {
+                let layer = good(layout);
+                with_layers(layout, &[layer.clone()]);
+                fs::remove_file(layout_blob(layout.directory.path(), &layer.0.digest).unwrap()).unwrap();
+            },
+            "No such file",
+        );
+        check(
+            &|layout| {
+                let (descriptor, diff_id) = good(layout);
+                with_layers(layout, &[(Descriptor { size: descriptor.size - 1, ..descriptor }, diff_id)]);
+            },
+            "bytes, found",
+        );
+        check(
+            &|layout| {
+                let (descriptor, diff_id) = good(layout);
+                with_layers(layout, &[(Descriptor { size: descriptor.size + 1, ..descriptor }, diff_id)]);
+            },
+            "bytes, found",
+        );
+        check(
+            &|layout| {
+                let layer = good(layout);
+                let path = layout_blob(layout.directory.path(), &layer.0.digest).unwrap();
+                let mut bytes = fs::read(&path).unwrap();
+                let middle = bytes.len() / 2;
+                bytes[middle] ^= 0xff;
+                fs::write(path, bytes).unwrap();
+                with_layers(layout, &[layer]);
+            },
+            "found digest",
+        );
+        check(
+            &|layout| {
+                let layer = (good(layout).0, blob::sha256(b"something else"));
+                with_layers(layout, &[layer]);
+            },
+            "diff ID",
+        );
+        check(
+            &|layout| {
+                let layer = layout
+                    .layer(b"this is no tar, but a text that is long enough to be looked at".repeat(20).as_slice());
+                with_layers(layout, &[layer]);
+            },
+            "cannot be unpacked",
+        );
+        check(
+            &|layout| {
+                let layer = (Descriptor { media_type: "text/plain".into(), ..good(layout).0 }, blob::sha256(b""));
+                with_layers(layout, &[layer]);
+            },
+            "text/plain",
+        );
+        check(
+            &|layout| {
+                let layer = (Descriptor { digest: "sha256:../../x".into(), ..good(layout).0 }, blob::sha256(b""));
+                with_layers(layout, &[layer]);
+            },
+            "unsupported digest",
+        );
+        let manifest = |text: &'static str, words: &str| {
+            check(
+                &|layout| {
+                    let descriptor = layout.blob(text.as_bytes(), media_type::OCI_MANIFEST);
+                    layout.tag("latest", descriptor);
+                },
+                words,
+            );
+        };
+        manifest("[]", "not usable");
+        manifest("{\"schemaVersion\":1}", "schema version 1");
+        manifest("{\"schemaVersion\":2,\"manifests\":[],\"layers\":[]}", "both");
+        manifest("{\"schemaVersion\":2,\"manifests\":[]}", "calls itself");
+        manifest("{\"schemaVersion\":2}", "config");
+        manifest(
+            "{\"schemaVersion\":2,\"config\":{\"mediaType\":\"application/vnd.oci.empty.v1+json\",\"digest\":\"x\",\"size\":2},\"layers\":[]}",
+            "not an image",
+        );
+    }
+
+    #[test]
+    fn the_own_store_comes_first_and_offline_means_offline() {
+        let (_directory, context) = context();
+        let name = "docker.io/library/app:latest";
+        let look = || resolve_image(&ImageSource::Reference(name.into()), &platform("linux/amd64"), &context);
+        assert!(matches!(look(), Err(SourceError::NotPulled { .. })));
+        let config = ImageConfig { os: "linux".into(), architecture: "amd64".into(), ..ImageConfig::default() };
+        let image = assemble(config, &[], None, Media::Oci, &Annotations::default());
+        context.store.put_document(&image.config_bytes).unwrap();
+        context.store.put_document(&image.manifest_bytes).unwrap();
+        context.store.tag(name, &image.manifest_descriptor).unwrap();
+        let found = look().unwrap();
+        assert_eq!((found.origin, found.manifest_digest), (Origin::Store, image.manifest_descriptor.digest.clone()));
+        let pinned = format!("other.io/app@{}", image.manifest_descriptor.digest);
+        let source = ImageSource::Reference(pinned);
+        assert!(resolve_image(&source, &platform("linux/amd64"), &context).is_ok());
+        let source = ImageSource::Reference("app".into());
+        let found = resolve_image(&source, &platform("linux/amd64"), &context);
+        assert!(matches!(found, Err(SourceError::BadReference { .. })));
+    }
 }

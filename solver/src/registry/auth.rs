@@ -236,7 +236,9 @@ mod tests {
             assert_eq!(parse_challenge(values.iter().copied()), expected, "{values:?}");
         };
         check(
-            &["Bearer realm=\"https://auth.docker.io/token\",service=\"registry.docker.io\",scope=\"repository:a/b:pull,push\""],
+            &[
+                "Bearer realm=\"https://auth.docker.io/token\",service=\"registry.docker.io\",scope=\"repository:a/b:pull,push\"",
+            ],
             bearer("https://auth.docker.io/token", Some("registry.docker.io"), Some("repository:a/b:pull,push")),
         );
         check(&["Basic realm=\"x\""], Some(Challenge::Basic));
@@ -251,7 +253,8 @@ mod tests {
 
     #[test]
     fn base64_decodes() {
-        let check = |text: &str, expected: Option<&[u8]>| assert_eq!(decode_base64(text).as_deref(), expected, "{text}");
+        let check =
+            |text: &str, expected: Option<&[u8]>| assert_eq!(decode_base64(text).as_deref(), expected, "{text}");
         check("", Some(b""));
         check("dTpw", Some(b"u:p"));
         check("dXNlcjpwYXNz", Some(b"user:pass"));

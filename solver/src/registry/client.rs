@@ -142,6 +142,8 @@ pub(super) struct Exchange {
     pub(super) what: String,
     /// A redirect from HTTPS may lead to HTTP.
     pub(super) downgrade: bool,
+    /// `Authorization` that is sent without being asked for.
+    pub(super) authorization: Option<HeaderValue>,
 }
 
 impl Client {
@@ -203,17 +205,14 @@ impl Client {
             repository: image.repository.clone(),
             what: format!("blob {}", blob.digest),
             downgrade: false,
+            authorization: None,
         };
         self.open(exchange, Some(blob.size))
     }
 
     fn manifest_exchange(&self, method: Method, image: &RemoteImage) -> Result<Exchange, RegistryError> {
-        let accepted = [
-            media_type::OCI_INDEX,
-            media_type::DOCKER_LIST,
-            media_type::OCI_MANIFEST,
-            media_type::DOCKER_MANIFEST,
-        ];
+        let accepted =
+            [media_type::OCI_INDEX, media_type::DOCKER_LIST, media_type::OCI_MANIFEST, media_type::DOCKER_MANIFEST];
         let mut headers = HeaderMap::new();
         headers.insert(
             header::ACCEPT,
@@ -227,6 +226,7 @@ impl Client {
             repository: image.repository.clone(),
             what: format!("manifest {}", image.version()),
             downgrade: false,
+            authorization: None,
         })
     }
 
@@ -331,7 +331,7 @@ impl Client {
         let mut attempt = 1;
         let mut answered_challenge = false;
         loop {
-            let authorization = self.authorizations().get(&key).cloned();
+            let authorization = exchange.authorization.clone().or_else(|| self.authorizations().get(&key).cloned());
             let sent_credentials = authorization.is_some();
             let result = self.send(exchange, authorization);
             let (error, pause) = match result {
@@ -527,13 +527,16 @@ impl Client {
         };
         let bytes = self.small_body(response).unwrap_or_default();
         let token: Token = serde_json::from_slice(&bytes).unwrap_or_default();
-        token.token.filter(|token| !token.is_empty()).or(token.access_token).filter(|token| !token.is_empty()).ok_or_else(
-            || RegistryError::Challenge {
+        token
+            .token
+            .filter(|token| !token.is_empty())
+            .or(token.access_token)
+            .filter(|token| !token.is_empty())
+            .ok_or_else(|| RegistryError::Challenge {
                 host: exchange.host.clone(),
                 repository: exchange.repository.clone(),
                 challenge: format!("no token from {}", realm.host_str().unwrap_or_default()),
-            },
-        )
+            })
     }
 
     /// Reads what there is of a short body.
@@ -670,13 +673,9 @@ impl Body {
                 }
                 Ok(Ok(None)) => match self.expected.filter(|expected| self.received < *expected) {
                     None => return Ok(false),
-                    Some(expected) => {
-                        RegistryError::Incomplete { host, repository, received: self.received, expected }
-                    }
+                    Some(expected) => RegistryError::Incomplete { host, repository, received: self.received, expected },
                 },
-                Ok(Err(source)) => {
-                    RegistryError::Transport { host, repository, source: source.without_url() }
-                }
+                Ok(Err(source)) => RegistryError::Transport { host, repository, source: source.without_url() },
                 Err(_) => RegistryError::Timeout { host, repository, phase: "data", after },
             };
             self.failures += 1;
@@ -741,7 +740,7 @@ pub(crate) fn into_registry_error(error: io::Error, host: &str, repository: &str
     }
 }
 
-fn basic(credentials: &Credentials) -> String {
+pub(super) fn basic(credentials: &Credentials) -> String {
     let text = format!("{}:{}", credentials.user, credentials.password);
     format!("Basic {}", encode_base64(text.as_bytes()))
 }

@@ -3,7 +3,8 @@
 //! The bytes become a blob of the store. `http/HEX` (of the address) remembers blob, `ETag` and `Last-Modified`, so that
 //! the next build asks only whether it changed, and with a checksum it does not even ask.
 
-use super::client::{Exchange, into_registry_error};
+use super::auth::Credentials;
+use super::client::{Exchange, basic, into_registry_error};
 use super::{Client, RegistryError};
 use crate::store::blob::{copy, digest_hex};
 use crate::store::{Store, hex};
@@ -57,15 +58,24 @@ pub fn http_get(
     // Not every server accepts a request without it; nothing here would undo a compression.
     headers.insert(header::ACCEPT, HeaderValue::from_static("*/*"));
     headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-    if !address.username().is_empty() || address.password().is_some() {
-        // As a header it stays with this host when the answer is a redirect.
+    // As a header it stays with this host when the answer is a redirect, and out of what is written down.
+    let credentials = (!address.username().is_empty() || address.password().is_some()).then(|| Credentials {
+        user: percent_decoded(address.username()),
+        password: percent_decoded(address.password().unwrap_or_default()),
+        ..Credentials::default()
+    });
+    let authorization = credentials.and_then(|known| {
+        let mut value = HeaderValue::from_str(&basic(&known)).ok()?;
+        value.set_sensitive(true);
+        Some(value)
+    });
+    if address.set_username("").is_err() || address.set_password(None).is_err() {
         return Err(RegistryError::BadUrl { url: without_secrets(url) });
     }
     address.set_fragment(None);
     let memo_path = store.part("http").join(hex(blake3::hash(address.as_str().as_bytes()).as_bytes()));
     let memo = store.read_optional(&memo_path)?.and_then(|bytes| serde_json::from_slice::<Memo>(&bytes).ok());
-    let memo =
-        memo.filter(|memo| memo.url == address.as_str() && store.has_blob(&memo.digest, Some(memo.size_bytes)));
+    let memo = memo.filter(|memo| memo.url == address.as_str() && store.has_blob(&memo.digest, Some(memo.size_bytes)));
     if let Some(memo) = &memo {
         let pinned = match &checksum {
             Some(checksum) => checksum.matches(store, &memo.digest)?,
@@ -76,8 +86,7 @@ pub fn http_get(
         }
         // What is remembered is not what is wanted: only a fresh copy can be.
         if checksum.is_none() {
-            for (name, value) in
-                [(header::IF_NONE_MATCH, &memo.etag), (header::IF_MODIFIED_SINCE, &memo.last_modified)]
+            for (name, value) in [(header::IF_NONE_MATCH, &memo.etag), (header::IF_MODIFIED_SINCE, &memo.last_modified)]
             {
                 if let Some(value) = value.as_deref().and_then(|value| HeaderValue::from_str(value).ok()) {
                     headers.insert(name, value);
@@ -100,6 +109,7 @@ pub fn http_get(
         repository: String::new(),
         what: String::new(),
         downgrade: true,
+        authorization,
     };
     let mut body = client.open(exchange, None)?;
     if let Some(memo) = memo.filter(|_| body.status() == StatusCode::NOT_MODIFIED) {
@@ -182,6 +192,27 @@ fn without_secrets(url: &str) -> String {
         }
         None => url.to_owned(),
     }
+}
+
+/// Undoes `%63`; what is no such sequence stays.
+fn percent_decoded(text: &str) -> String {
+    let bytes = text.as_bytes();
+    let mut decoded = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        let digits = text.get(at + 1..at + 3).filter(|_| bytes[at] == b'%');
+        match digits.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
+            Some(byte) => {
+                decoded.push(byte);
+                at += 3;
+            }
+            None => {
+                decoded.push(bytes[at]);
+                at += 1;
+            }
+        }
+    }
+    String::from_utf8_lossy(&decoded).into_owned()
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -122,7 +122,8 @@ impl Store {
 
     /// Is the blob there? With a size, one of another size does not count (and would be written again).
     pub fn has_blob(&self, digest: &str, size_bytes: Option<u64>) -> bool {
-        let length = self.blob_path(digest).ok().and_then(|path| fs::metadata(path).ok()).map(|metadata| metadata.len());
+        let length =
+            self.blob_path(digest).ok().and_then(|path| fs::metadata(path).ok()).map(|metadata| metadata.len());
         length.is_some_and(|length| size_bytes.is_none_or(|size| size == length))
     }
 

@@ -334,10 +334,7 @@ mod tests {
     }
 
     fn tree(content: &[u8]) -> Tree {
-        Tree::from_nodes(vec![
-            Node { entry: Entry::dir("d", 0o755), origin: Origin::None },
-            file("d/f", content),
-        ])
+        Tree::from_nodes(vec![Node { entry: Entry::dir("d", 0o755), origin: Origin::None }, file("d/f", content)])
     }
 
     fn staged(store: &Store, content: &[u8]) -> PathBuf {

@@ -440,7 +440,9 @@ mod tests {
     fn strange_directories_are_refused() {
         let directory = tempfile::tempdir().unwrap();
         fs::write(directory.path().join("thesis.txt"), "x").unwrap();
-        assert!(matches!(Store::open(directory.path()), Err(StoreError::NotAStore { entry, .. }) if entry == "thesis.txt"));
+        assert!(
+            matches!(Store::open(directory.path()), Err(StoreError::NotAStore { entry, .. }) if entry == "thesis.txt")
+        );
         let (directory, store) = temporary();
         fs::write(store.root().join("version"), "nacre store 99\n").unwrap();
         let error = Store::open(&directory.path().join("store")).unwrap_err();
