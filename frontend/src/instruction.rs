@@ -205,3 +205,154 @@ pub struct CopyInstruction {
     /// Destination.
     pub dest: Text,
 }
+
+impl Dockerfile {
+    /// Text that shows everything but places inside of lines: one line an instruction, its parts below it.
+    pub fn dump(&self) -> String {
+        let mut out = Dump(String::new());
+        out.line(0, &format!("escape {}", self.escape));
+        for (name, value) in &self.directives {
+            out.line(0, &format!("directive {name} {:?}", value.value));
+        }
+        for instruction in &self.instructions {
+            for comment in &instruction.comments {
+                out.line(0, &format!("# {comment}"));
+            }
+            let (first, last) = instruction.lines;
+            out.line(0, &format!("{first}-{last} {}", instruction.keyword.value.to_uppercase()));
+            instruction.kind.dump(&mut out);
+        }
+        out.0
+    }
+}
+
+/// Lines of a dump; texts are quoted, so that each is on one line and blanks show.
+struct Dump(String);
+
+impl Dump {
+    fn line(&mut self, depth: usize, text: &str) {
+        self.0.push_str(&"  ".repeat(depth));
+        self.0.push_str(text);
+        self.0.push('\n');
+    }
+
+    fn text(&mut self, name: &str, text: &Text) {
+        self.line(1, &format!("{name} {:?}", text.value));
+    }
+
+    fn texts<'a>(&mut self, name: &str, texts: impl IntoIterator<Item = &'a Text>) {
+        texts.into_iter().for_each(|text| self.text(name, text));
+    }
+
+    fn pairs(&mut self, pairs: &[(Text, Text)], legacy: bool) {
+        let sign = if legacy { ' ' } else { '=' };
+        for (name, value) in pairs {
+            self.line(1, &format!("{:?}{sign}{:?}", name.value, value.value));
+        }
+    }
+
+    fn command(&mut self, command: &Command) {
+        let form = if command.exec_form { "exec" } else { "shell" };
+        self.line(1, &format!("{form} {:?}", command.args));
+    }
+
+    fn heredoc(&mut self, name: &str, heredoc: &Heredoc) {
+        let mut text = format!("{name} {:?}", heredoc.name);
+        if heredoc.file_descriptor != 0 {
+            text.push_str(&format!(" fd {}", heredoc.file_descriptor));
+        }
+        for (set, word) in [(heredoc.chomp, " chomp"), (heredoc.expand, " expand")] {
+            text.push_str(if set { word } else { "" });
+        }
+        self.line(1, &format!("{text} {:?}", heredoc.content));
+    }
+}
+
+impl InstructionKind {
+    fn dump(&self, out: &mut Dump) {
+        match self {
+            InstructionKind::From { platform, image, name } => {
+                out.texts("platform", platform);
+                out.text("image", image);
+                out.texts("name", name);
+            }
+            InstructionKind::Arg(pairs) => {
+                for (name, value) in pairs {
+                    let value = value.as_ref().map_or(String::new(), |value| format!("={:?}", value.value));
+                    out.line(1, &format!("{:?}{value}", name.value));
+                }
+            }
+            InstructionKind::Env { pairs, legacy } | InstructionKind::Label { pairs, legacy } => {
+                out.pairs(pairs, *legacy);
+            }
+            InstructionKind::Run { flags, command, heredocs } => {
+                out.texts("mount", &flags.mounts);
+                out.texts("network", &flags.network);
+                out.texts("security", &flags.security);
+                out.texts("device", &flags.devices);
+                out.command(command);
+                heredocs.iter().for_each(|heredoc| out.heredoc("heredoc", heredoc));
+            }
+            InstructionKind::Copy(copy) | InstructionKind::Add(copy) => copy.dump(out),
+            InstructionKind::Cmd(command) | InstructionKind::Entrypoint(command) | InstructionKind::Shell(command) => {
+                out.command(command);
+            }
+            InstructionKind::Workdir(text)
+            | InstructionKind::User(text)
+            | InstructionKind::StopSignal(text)
+            | InstructionKind::Maintainer(text) => out.text("value", text),
+            InstructionKind::Expose(texts) | InstructionKind::Volume(texts) => out.texts("value", texts),
+            InstructionKind::Healthcheck(HealthcheckInstruction::None) => out.line(1, "none"),
+            InstructionKind::Healthcheck(HealthcheckInstruction::Cmd {
+                command,
+                interval,
+                timeout,
+                start_period,
+                start_interval,
+                retries,
+            }) => {
+                let numbers = [
+                    ("interval", interval),
+                    ("timeout", timeout),
+                    ("start-period", start_period),
+                    ("start-interval", start_interval),
+                    ("retries", retries),
+                ];
+                for (name, number) in numbers.into_iter().filter(|(_, number)| **number != 0) {
+                    out.line(1, &format!("{name} {number}"));
+                }
+                out.command(command);
+            }
+            InstructionKind::Onbuild { text, keyword } => {
+                out.line(1, &format!("keyword {keyword}"));
+                out.text("trigger", text);
+            }
+        }
+    }
+}
+
+impl CopyInstruction {
+    fn dump(&self, out: &mut Dump) {
+        out.texts("from", &self.from);
+        out.texts("chown", &self.chown);
+        out.texts("chmod", &self.chmod);
+        let flags = [
+            ("link", self.link.then_some(true)),
+            ("parents", self.parents.then_some(true)),
+            ("keep-git-dir", self.keep_git_dir),
+            ("unpack", self.unpack),
+        ];
+        for (name, value) in flags {
+            if let Some(value) = value {
+                out.line(1, &format!("{name} {value}"));
+            }
+        }
+        out.texts("exclude", &self.excludes);
+        out.texts("checksum", &self.checksum);
+        out.texts("source", &self.sources);
+        for (position, heredoc) in &self.heredocs {
+            out.heredoc(&format!("heredoc {position}"), heredoc);
+        }
+        out.text("dest", &self.dest);
+    }
+}

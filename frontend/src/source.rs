@@ -2,6 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+/// Byte order mark; some editors put one at the start of a file.
+pub(crate) const BYTE_ORDER_MARK: char = '\u{feff}';
+
 /// Byte range in a [`SourceFile`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize)]
 pub struct Span {
@@ -46,19 +49,41 @@ impl SourceFile {
         u32::try_from(self.line_starts.partition_point(|&start| start <= at)).unwrap_or(u32::MAX)
     }
 
-    /// Line and column of a byte, both counted from 1; the column counts characters.
+    /// Line and column of a byte, both counted from 1; the column counts characters, a byte order mark is none.
     pub fn line_column(&self, at: usize) -> (u32, u32) {
         let line = self.line(at);
-        let start = self.line_starts[line as usize - 1];
-        let column = self.text.get(start..at.min(self.text.len())).map_or(0, |before| before.chars().count());
-        (line, u32::try_from(column).unwrap_or(u32::MAX - 1) + 1)
+        let start = self.line_starts.get(line as usize - 1).copied().unwrap_or(0);
+        let before = self.text.get(start..at.min(self.text.len())).unwrap_or("");
+        let before = if start == 0 { before.trim_start_matches(BYTE_ORDER_MARK) } else { before };
+        (line, u32::try_from(before.chars().count()).unwrap_or(u32::MAX - 1) + 1)
     }
 
     /// A line's text without its end; lines count from 1.
     pub fn line_text(&self, line: u32) -> &str {
-        let index = line as usize - 1;
+        let index = (line as usize).saturating_sub(1);
         let start = self.line_starts.get(index).copied().unwrap_or(self.text.len());
         let end = self.line_starts.get(index + 1).copied().unwrap_or(self.text.len());
         self.text[start..end].trim_end_matches(['\n', '\r'])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places() {
+        let source = SourceFile::new("f", "\u{feff}ab\r\nčd\n");
+        let check = |at, want| assert_eq!(source.line_column(at), want, "{at}");
+        check(0, (1, 1));
+        check(3, (1, 1));
+        check(4, (1, 2));
+        check(7, (2, 1));
+        check(9, (2, 2));
+        check(11, (3, 1));
+        check(900, (3, 1));
+        assert_eq!(source.line_text(2), "čd");
+        assert_eq!(source.line_text(0), source.line_text(1));
+        assert_eq!(source.line_text(77), "");
     }
 }
