@@ -899,7 +899,7 @@ mod tests {
             index.manifests.into_iter().map(|entry| entry.digest).collect::<Vec<_>>()
         };
         let (first, second) = (&one[0].manifest_descriptor.digest, &two[0].manifest_descriptor.digest);
-        assert_eq!(write(&one, &names), [first.clone()]);
+        assert_eq!(write(&one, &names), std::slice::from_ref(first));
         assert_eq!(write(&two, &[]), [first.clone(), second.clone()]);
         assert_eq!(write(&two, &names), [second.clone(), second.clone()]);
         let names: Vec<_> = fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().file_name()).collect();

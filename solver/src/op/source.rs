@@ -270,11 +270,38 @@ pub fn resolve_image(
             (name, Origin::Layout(PathBuf::from(path)), roots)
         }
         ImageSource::Reference(reference) => {
-            let (origin, root) = find_reference(reference, context)?;
-            (reference.clone(), origin, vec![root])
+            let remote = RemoteImage::parse(reference)
+                .ok_or_else(|| SourceError::BadReference { reference: reference.clone() })?;
+            let mut other_platform = None;
+            if let Some(root) = own_image(reference, &remote, context)? {
+                let found = look_up(reference, &Origin::Store, vec![root], platform, context)?;
+                if platform_rank(platform, &found.platform).is_some() {
+                    return Ok(found);
+                }
+                // Built here, but for another platform: the registry may have it for this one.
+                other_platform = Some(SourceError::NoSuchPlatform {
+                    image: reference.clone(),
+                    wanted: platform.clone(),
+                    available: vec![found.platform.to_string()],
+                });
+            }
+            match find_reference(reference, &remote, context) {
+                Ok(root) => (reference.clone(), Origin::Registry(remote), vec![root]),
+                Err(error) => return Err(other_platform.unwrap_or(error)),
+            }
         }
     };
-    let lookup = Lookup { name: &name, origin: &origin, context };
+    look_up(&name, &origin, roots, platform, context)
+}
+
+fn look_up(
+    name: &str,
+    origin: &Origin,
+    roots: Vec<Descriptor>,
+    platform: &Platform,
+    context: &SourceContext,
+) -> Result<ResolvedImage, SourceError> {
+    let lookup = Lookup { name, origin, context };
     let root_digest = roots.first().map(|root| root.digest.clone()).unwrap_or_default();
     let (descriptor, bytes) = lookup.choose(roots, platform)?;
     lookup.image(&descriptor, &bytes, root_digest)
@@ -472,39 +499,46 @@ fn layout_roots(path: &str, tag: Option<&str>, digest: Option<&str>) -> Result<(
     Ok((name, roots))
 }
 
-/// What a reference means: by the own store's tags, by what is remembered, or by its registry.
-fn find_reference(reference: &str, context: &SourceContext) -> Result<(Origin, Descriptor), SourceError> {
-    let remote =
-        RemoteImage::parse(reference).ok_or_else(|| SourceError::BadReference { reference: reference.to_owned() })?;
-    let store = &context.store;
-    if remote.digest.is_none()
-        && let Some(found) = store.lookup_tag(reference)?
-    {
-        return Ok((Origin::Store, Descriptor { annotations: Default::default(), platform: None, ..found }));
+/// The image of this name that was built here. A digest in the reference names bytes, not a tag.
+fn own_image(
+    reference: &str,
+    remote: &RemoteImage,
+    context: &SourceContext,
+) -> Result<Option<Descriptor>, SourceError> {
+    if remote.digest.is_some() {
+        return Ok(None);
     }
+    let found = context.store.lookup_tag(reference)?;
+    Ok(found.map(|found| Descriptor { annotations: Default::default(), platform: None, ..found }))
+}
+
+/// What a reference means: by its digest, by what is remembered, or by its registry.
+fn find_reference(reference: &str, remote: &RemoteImage, context: &SourceContext) -> Result<Descriptor, SourceError> {
+    let store = &context.store;
     if let Some(digest) = &remote.digest {
         // The name fixes the bytes: nobody needs to be asked.
         if let Ok(bytes) = store.read_document(digest) {
             let size = bytes.len() as u64;
-            let root = Descriptor { digest: digest.clone(), size, ..Descriptor::default() };
-            return Ok((Origin::Registry(remote), root));
+            return Ok(Descriptor { digest: digest.clone(), size, ..Descriptor::default() });
         }
     }
     let remembered = store.remembered_reference(reference)?.map(|remembered| remembered.descriptor);
     let remembered = remembered.filter(|root| store.read_document(&root.digest).is_ok());
     if let Some(root) = remembered.clone().filter(|_| context.offline || context.pull != PullPolicy::Always) {
-        return Ok((Origin::Registry(remote), root));
+        return Ok(root);
     }
     if context.offline || context.pull == PullPolicy::Never {
         return Err(SourceError::NotPulled { image: reference.to_owned() });
     }
-    // Registries count fetched manifests, but not questions about them.
-    if let Some(root) = remembered
-        && context.client.resolve(&remote)?.is_some_and(|found| found.digest == root.digest)
-    {
-        return Ok((Origin::Registry(remote), root));
+    // Registries count fetched manifests, but not questions about them. Some do not answer questions.
+    if let Some(root) = remembered {
+        match context.client.resolve(remote) {
+            Ok(Some(found)) if found.digest == root.digest => return Ok(root),
+            Ok(_) | Err(RegistryError::Status { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
     }
-    let (bytes, root) = context.client.manifest(&remote)?;
+    let (bytes, root) = context.client.manifest(remote)?;
     store.put_document(&bytes)?;
     let resolved =
         std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs());
@@ -513,7 +547,7 @@ fn find_reference(reference: &str, context: &SourceContext) -> Result<(Origin, D
         descriptor: root.clone(),
         resolved: i64::try_from(resolved).unwrap_or(i64::MAX),
     })?;
-    Ok((Origin::Registry(remote), root))
+    Ok(root)
 }
 
 struct Lookup<'a> {
@@ -1309,7 +1343,7 @@ mod tests {
         check(
             &|layout| {
                 let layer = good(layout);
-                with_layers(layout, &[layer.clone()]);
+                with_layers(layout, std::slice::from_ref(&layer));
                 fs::remove_file(layout_blob(layout.directory.path(), &layer.0.digest).unwrap()).unwrap();
             },
             "No such file",
@@ -1402,6 +1436,8 @@ mod tests {
         context.store.tag(name, &image.manifest_descriptor).unwrap();
         let found = look().unwrap();
         assert_eq!((found.origin, found.manifest_digest), (Origin::Store, image.manifest_descriptor.digest.clone()));
+        let other = resolve_image(&ImageSource::Reference(name.into()), &platform("linux/arm64"), &context);
+        assert!(matches!(other, Err(SourceError::NoSuchPlatform { .. })));
         let pinned = format!("other.io/app@{}", image.manifest_descriptor.digest);
         let source = ImageSource::Reference(pinned);
         assert!(resolve_image(&source, &platform("linux/amd64"), &context).is_ok());

@@ -357,7 +357,7 @@ impl Client {
                     }
                     (error, pause)
                 }
-                Err(error @ (RegistryError::Transport { .. } | RegistryError::Timeout { .. })) => (error, None),
+                Err(error) if is_passing(&error) => (error, None),
                 Err(error) => return Err(error),
             };
             if attempt >= options.attempts {
@@ -517,7 +517,8 @@ impl Client {
                     }
                     (error, pause)
                 }
-                Err(error) => (error, None),
+                Err(error) if is_passing(&error) => (error, None),
+                Err(error) => return Err(error),
             };
             if attempt >= options.attempts {
                 return Err(error);
@@ -760,6 +761,24 @@ fn encode_base64(bytes: &[u8]) -> String {
 
 fn without_parameters(content_type: &str) -> String {
     content_type.split(';').next().unwrap_or_default().trim().to_owned()
+}
+
+/// May the same request succeed later? A certificate stays as bad as it is.
+fn is_passing(error: &RegistryError) -> bool {
+    let RegistryError::Transport { source, .. } = error else {
+        return matches!(error, RegistryError::Timeout { .. });
+    };
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(source);
+    while let Some(error) = cause {
+        // An I/O error that wraps another one does not give it as its source.
+        let wrapped = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+        let tls = wrapped.and_then(|inner| inner.downcast_ref()).or_else(|| error.downcast_ref::<rustls::Error>());
+        if matches!(tls, Some(rustls::Error::InvalidCertificate(_))) {
+            return false;
+        }
+        cause = error.source();
+    }
+    true
 }
 
 /// Host without port; IPv6 without brackets.

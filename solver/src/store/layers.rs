@@ -11,8 +11,9 @@
 //! A layer made here is named by its index, so that its name is its content. A layer that came as a blob is named by its
 //! diff ID (`blob-HEX`), which is known before the blob is: whoever has unpacked it need not look at it again.
 
-use super::{Store, StoreError, check_name, hex, remove_all};
+use super::{Store, StoreError, check_name, hex};
 use crate::image::Descriptor;
+use crate::materialize::remove_tree;
 use crate::tree::blob::{BlobInfo, Codec};
 use crate::tree::{ContentDigest, Kind, LayerId, Node, Origin, Tree, index};
 use serde::{Deserialize, Serialize};
@@ -128,7 +129,7 @@ impl Store {
                 // Renamed first, so that it is gone at once and for everybody.
                 let doomed = self.tmp_path();
                 fs::rename(&tree, &doomed).ok()?;
-                let _ = remove_all(&doomed);
+                let _ = remove_tree(&doomed);
                 None
             }
         }
@@ -156,7 +157,7 @@ impl Store {
             Ok(()) => {}
             // What a directory cannot be renamed over is another directory that is not empty: the winner's. An empty
             // one is replaced, which is right, too.
-            Err(_) if tree.is_dir() => drop(remove_all(staging)),
+            Err(_) if tree.is_dir() => drop(remove_tree(staging)),
             Err(error) => return Err(StoreError::io("rename to", &tree)(error)),
         }
         // Origins of files pointed into the staging directory.

@@ -29,11 +29,12 @@ pub mod layers;
 pub mod record;
 pub mod refs;
 
+use crate::materialize::remove_tree;
 use crate::tree::{LayerId, Tree};
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -285,40 +286,8 @@ impl Store {
 impl Drop for Store {
     fn drop(&mut self) {
         // What cannot be removed now is removed by the next process that opens the store.
-        let _ = remove_all(&self.tmp);
+        let _ = remove_tree(&self.tmp);
     }
-}
-
-/// Removes a file or directory that this process may write, whatever the modes inside. A path that is not there is fine.
-pub(crate) fn remove_all(path: &Path) -> io::Result<()> {
-    let metadata = match fs::symlink_metadata(path) {
-        Ok(metadata) => metadata,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error),
-    };
-    if !metadata.is_dir() {
-        return fs::remove_file(path);
-    }
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            // Images have directories that their owner may not write (0555), and overlayfs leaves one of mode 000.
-            make_writable(path)?;
-            fs::remove_dir_all(path)
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    }
-}
-
-fn make_writable(directory: &Path) -> io::Result<()> {
-    fs::set_permissions(directory, fs::Permissions::from_mode(0o700))?;
-    for entry in fs::read_dir(directory)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            make_writable(&entry.path())?;
-        }
-    }
-    Ok(())
 }
 
 /// A name that can only be a file directly in its directory: letters, digits, `-` and `_`.
@@ -406,7 +375,7 @@ fn own_tmp(parent: &Path) -> Result<(PathBuf, File), StoreError> {
     // The locks of the dead are held until their directories are gone: a third process leaves them to us. What
     // belongs to users that this process cannot act for stays, and is no reason to refuse work.
     for (path, _lock) in dead {
-        let _ = remove_all(&path);
+        let _ = remove_tree(&path);
     }
     Ok((tmp, lock))
 }
@@ -422,6 +391,7 @@ pub(crate) fn temporary() -> (tempfile::TempDir, Store) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn a_store_is_made_once_and_shared() {

@@ -71,7 +71,10 @@ impl Store {
     /// Removes a record whose layer turned out to be unusable.
     pub fn remove_record(&self, key: &str) -> Result<(), StoreError> {
         let path = self.root.join("records").join(check_name(key)?);
-        super::remove_all(&path).map_err(StoreError::io("remove", &path))
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(StoreError::io("remove", &path)(error)),
+            _ => Ok(()),
+        }
     }
 
     /// The newest record of a step, whatever its key.
