@@ -287,13 +287,21 @@ impl Tree {
         let mut upper = layer.nodes.iter().peekable();
         // What the layer hides: everything in `hidden` when `.1`, else only below it.
         let mut hidden: Option<(&[u8], bool)> = None;
-        let mut push = |node: &Node| {
+        // Groups are numbered in each layer from 1: those of this one must not join groups of the others.
+        let group_of = |node: &Node| match node.entry.kind {
+            Kind::File { link_group, .. } => link_group,
+            _ => 0,
+        };
+        let lower_groups = self.nodes.iter().map(group_of).max().unwrap_or(0);
+        let mut push = |node: &Node, groups_before: u32| {
             if node.entry.kind == Kind::Whiteout {
                 return;
             }
             let mut node = node.clone();
-            if let Kind::Dir { opaque } = &mut node.entry.kind {
-                *opaque = false;
+            match &mut node.entry.kind {
+                Kind::Dir { opaque } => *opaque = false,
+                Kind::File { link_group: group @ 1.., .. } => *group = group.saturating_add(groups_before),
+                _ => {}
             }
             nodes.push(node);
         };
@@ -312,16 +320,16 @@ impl Tree {
                         if hides && !inside {
                             hidden = Some((&node.entry.path, true));
                         }
-                        push(node);
+                        push(node, lower_groups);
                         upper.next();
                     }
                 }
             }
             if !replaced && !hidden.is_some_and(|(dir, _)| is_within(&lower.entry.path, dir)) {
-                push(lower);
+                push(lower, 0);
             }
         }
-        upper.for_each(|node| push(node));
+        upper.for_each(|node| push(node, lower_groups));
         Tree { nodes }
     }
 }
@@ -397,5 +405,17 @@ mod tests {
             ("f", Kind::Fifo),
         ]);
         assert_eq!(paths(&base.apply(&layer)), ["", "d", "d/b", "d/c", "e", "e/new", "f"]);
+    }
+
+    #[test]
+    fn hard_links_of_two_layers_stay_apart() {
+        let link = |group| Kind::File { size: 0, digest: None, link_group: group };
+        let base = tree(&[("a", link(1)), ("b", link(1)), ("z", link(0))]);
+        let flat = base.apply(&tree(&[("c", link(1)), ("d", link(1))]));
+        let groups = |node: &Node| match node.entry.kind {
+            Kind::File { link_group, .. } => link_group,
+            _ => 0,
+        };
+        assert_eq!(flat.nodes().iter().map(groups).collect::<Vec<_>>(), [1, 1, 2, 2, 0]);
     }
 }
