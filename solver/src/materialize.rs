@@ -18,6 +18,7 @@
 //! other than whiteouts, which a user namespace may not create (an empty file stands in).
 
 use crate::scan::{self, LIST_DIRECTORY, open_below};
+use crate::tree::layer::LayerSink;
 use crate::tree::{self, Entry, Kind, Node, Origin, Tree};
 use rayon::prelude::*;
 use rustix::fs::{
@@ -127,6 +128,12 @@ pub struct TreeWriter {
     cannot_clone: AtomicBool,
 }
 
+impl LayerSink for TreeWriter {
+    fn file(&mut self, entry: &Entry, data: &mut dyn Read) -> io::Result<()> {
+        TreeWriter::file(self, entry, data).map_err(io::Error::other)
+    }
+}
+
 fn text(path: &[u8]) -> String {
     String::from_utf8_lossy(path).into_owned()
 }
@@ -162,7 +169,9 @@ impl TreeWriter {
         check_path(&entry.path)?;
         if self.last_dir.as_ref().is_none_or(|(path, _)| path != tree::parent(&entry.path)) {
             self.last_dir = None;
-            self.make_way(tree::parent(&entry.path))?;
+            if let Some(replaced) = self.make_way(tree::parent(&entry.path))? {
+                self.written.remove(&replaced);
+            }
             let fd = open_below(self.root.as_fd(), tree::parent(&entry.path), OFlags::PATH | OFlags::DIRECTORY)
                 .map_err(|error| self.failed("open", tree::parent(&entry.path), error))?;
             self.last_dir = Some((tree::parent(&entry.path).to_vec(), fd));
@@ -173,7 +182,9 @@ impl TreeWriter {
             path: self.path(&entry.path),
             source,
         })?;
-        self.clear(dir.as_fd(), &entry.path)?;
+        if self.clear(dir.as_fd(), &entry.path)? {
+            self.written.retain(|path, _| !tree::is_within(path, &entry.path));
+        }
         let mut file = self.create(dir.as_fd(), &entry.path)?;
         let found = io::copy(data, &mut file)
             .map_err(|source| MaterializeError::Content { path: text(&entry.path), source })?;
@@ -201,6 +212,13 @@ impl TreeWriter {
             self.written.remove(&path);
             if let Ok(dir) = open_below(self.root.as_fd(), tree::parent(&path), OFlags::PATH | OFlags::DIRECTORY) {
                 self.clear(dir.as_fd(), &path)?;
+            }
+            // Directories made for it alone.
+            let mut above = tree::parent(&path);
+            while !above.is_empty() && tree.subtree(above).is_empty() {
+                let Ok(dir) = self.open_dir(tree::parent(above)) else { break };
+                let _ = unlinkat(&dir, name_of(above), AtFlags::REMOVEDIR);
+                above = tree::parent(above);
             }
         }
         Ok(())
@@ -425,20 +443,21 @@ impl TreeWriter {
         }
     }
 
-    /// Makes `path` and what is above it directories, removing other things that stand there.
-    fn make_way(&self, path: &[u8]) -> Result<(), MaterializeError> {
+    /// Makes `path` and what is above it directories; what stood there instead, at most one path, is removed and
+    /// returned.
+    fn make_way(&self, path: &[u8]) -> Result<Option<Vec<u8>>, MaterializeError> {
         if path.is_empty() || open_below(self.root.as_fd(), path, OFlags::PATH | OFlags::DIRECTORY).is_ok() {
-            return Ok(());
+            return Ok(None);
         }
-        let mut ends: Vec<usize> = (0..path.len()).filter(|&at| path[at] == b'/').collect();
-        ends.push(path.len());
-        for end in ends {
+        let mut replaced = None;
+        for end in (0..=path.len()).filter(|&at| at == path.len() || path[at] == b'/') {
             let path = &path[..end];
             let dir = self.open_dir(tree::parent(path))?;
             let name = name_of(path);
             let mut made = mkdirat(&dir, name, Mode::RWXU);
             if made == Err(Errno::EXIST) && openat(&dir, name, LIST_DIRECTORY, Mode::empty()).is_err() {
                 self.clear(dir.as_fd(), path)?;
+                replaced = Some(path.to_vec());
                 made = mkdirat(&dir, name, Mode::RWXU);
             }
             match made {
@@ -446,15 +465,15 @@ impl TreeWriter {
                 Err(error) => return Err(self.failed("mkdir", path, error)),
             }
         }
-        Ok(())
+        Ok(replaced)
     }
 
     fn open_dir(&self, path: &[u8]) -> Result<OwnedFd, MaterializeError> {
         open_below(self.root.as_fd(), path, LIST_DIRECTORY).map_err(|error| self.failed("open", path, error))
     }
 
-    /// Removes what stands at a path whose directory is open.
-    fn clear(&self, dir: BorrowedFd<'_>, path: &[u8]) -> Result<(), MaterializeError> {
+    /// Removes what stands at a path whose directory is open. Was it a directory?
+    fn clear(&self, dir: BorrowedFd<'_>, path: &[u8]) -> Result<bool, MaterializeError> {
         clear_name(dir, name_of(path)).map_err(|error| self.failed("remove", path, error))
     }
 
@@ -495,13 +514,14 @@ fn retry<T>(dir: BorrowedFd<'_>, name: &[u8], make: impl Fn() -> Result<T, Errno
     }
 }
 
-fn clear_name(dir: BorrowedFd<'_>, name: &[u8]) -> Result<(), Errno> {
+fn clear_name(dir: BorrowedFd<'_>, name: &[u8]) -> Result<bool, Errno> {
     match unlinkat(dir, name, AtFlags::empty()) {
-        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Ok(()) | Err(Errno::NOENT) => Ok(false),
         Err(Errno::ISDIR | Errno::PERM) => {
             let inner = open_to_empty(dir, name)?;
             empty_directory(&inner)?;
-            unlinkat(dir, name, AtFlags::REMOVEDIR)
+            unlinkat(dir, name, AtFlags::REMOVEDIR)?;
+            Ok(true)
         }
         Err(error) => Err(error),
     }
@@ -611,4 +631,204 @@ fn empty_below(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scan::{Everything, ScanOptions, Xattrs};
+
+    fn entry(path: &str, kind: Kind, mode: u32) -> Entry {
+        let (uid, gid) = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
+        Entry { kind, uid, gid, mtime: (7, 9), ..Entry::dir(path, mode) }
+    }
+
+    fn file(path: &str, content: &str, link_group: u32) -> Node {
+        let kind = Kind::File { size: content.len() as u64, digest: None, link_group };
+        Node { entry: entry(path, kind, 0o640), origin: Origin::Inline(content.as_bytes().into()) }
+    }
+
+    fn other(path: &str, kind: Kind, mode: u32) -> Node {
+        Node { entry: entry(path, kind, mode), origin: Origin::None }
+    }
+
+    fn no_content(_: &Node) -> io::Result<Box<dyn Read>> {
+        Err(io::ErrorKind::NotFound.into())
+    }
+
+    const DIR: Kind = Kind::Dir { opaque: false };
+    const OPTIONS: WriteOptions = WriteOptions { ownership: Ownership::Native };
+
+    fn links_to(target: &str) -> Kind {
+        Kind::Symlink { target: target.into() }
+    }
+
+    fn content(root: &Path) -> Vec<(String, Entry)> {
+        let options = ScanOptions { xattrs: Xattrs::All, filter: &Everything };
+        let found = scan::scan(root, &options).unwrap();
+        let describe = |item: scan::Scanned| (text(&item.entry.path), item.entry);
+        found.into_iter().skip(1).map(describe).collect()
+    }
+
+    #[test]
+    fn a_tree_becomes_what_overlayfs_stacks() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("tree");
+        let nodes = vec![
+            other("", DIR, 0o711),
+            other("d", Kind::Dir { opaque: true }, 0o500),
+            file("d/f", "content", 1),
+            file("d/g", "", 0),
+            other("d/sub", DIR, 0),
+            file("implied/x/y", "content", 1),
+            other("gone", Kind::Whiteout, 0),
+            other("link", links_to("/nowhere"), 0o777),
+            other("pipe", Kind::Fifo, 0o604),
+        ];
+        let tree = Tree::from_nodes(nodes);
+        write_tree(&tree, &no_content, &target, OPTIONS).unwrap();
+        let written = content(&target);
+        let names: Vec<_> = written.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["d", "d/f", "d/g", "d/sub", "gone", "implied", "implied/x", "implied/x/y", "link", "pipe"]);
+        for (name, found) in &written {
+            let Some(node) = tree.get(name.as_bytes()) else {
+                assert_eq!(found.mode, 0o755, "{name}");
+                continue;
+            };
+            if node.entry.kind == Kind::Whiteout {
+                assert_eq!(found.kind, Kind::Char { major: 0, minor: 0 });
+                continue;
+            }
+            assert_eq!((found.mode, found.mtime), (node.entry.mode, node.entry.mtime), "{name}");
+        }
+        assert_eq!(written[0].1.xattrs.get(&b"user.overlay.opaque"[..]).map(Vec::as_slice), Some(&b"y"[..]));
+        assert_eq!(std::fs::metadata(&target).unwrap().permissions().mode() & 0o7777, 0o711);
+        let inode = |name: &str| std::fs::metadata(target.join(name)).unwrap().ino();
+        assert_eq!(inode("d/f"), inode("implied/x/y"));
+        assert_eq!(std::fs::read(target.join("d/f")).unwrap(), b"content");
+        remove_tree(&target).unwrap();
+        assert!(!target.exists());
+    }
+
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+    #[test]
+    fn content_comes_from_files_and_readers() {
+        let dir = tempfile::tempdir().unwrap();
+        let source = dir.path().join("source");
+        std::fs::write(&source, vec![b'x'; 100_000]).unwrap();
+        let size = 100_000;
+        let big = |path: &str, origin| Node {
+            entry: entry(path, Kind::File { size, digest: None, link_group: 0 }, 0o644),
+            origin,
+        };
+        let target = dir.path().join("tree");
+        let tree = Tree::from_nodes(vec![
+            big("a", Origin::File(Arc::new(source.clone()))),
+            big("b", Origin::Layer(tree::LayerId("l".into()), Arc::from(&b"b"[..]))),
+        ]);
+        let read = |node: &Node| -> io::Result<Box<dyn Read>> {
+            assert_eq!(node.entry.path, b"b");
+            Ok(Box::new(File::open(&source)?))
+        };
+        write_tree(&tree, &read, &target, OPTIONS).unwrap();
+        for name in ["a", "b"] {
+            assert_eq!(std::fs::read(target.join(name)).unwrap().len(), 100_000);
+        }
+        std::fs::write(&source, "short").unwrap();
+        let error = write_tree(&tree, &read, &dir.path().join("other"), OPTIONS).unwrap_err();
+        assert!(matches!(error, MaterializeError::Changed { found: 5, expected: 100_000, .. }));
+    }
+
+    use std::sync::Arc;
+
+    #[test]
+    fn nothing_is_written_outside() {
+        let dir = tempfile::tempdir().unwrap();
+        let outside = dir.path().join("outside");
+        std::fs::create_dir(&outside).unwrap();
+        let link = || links_to(outside.to_str().unwrap());
+        let trees = [
+            vec![other("l", link(), 0o777), file("l/x", "1", 0)],
+            vec![file("../outside/x", "1", 0)],
+            vec![file("a/../../outside/x", "1", 0)],
+            vec![file("/x", "1", 0)],
+            vec![file("a//x", "1", 0)],
+            vec![file(".", "1", 0)],
+        ];
+        for (number, nodes) in trees.into_iter().enumerate() {
+            let target = dir.path().join(number.to_string());
+            let error = write_tree(&Tree::from_nodes(nodes), &no_content, &target, OPTIONS).unwrap_err();
+            assert!(matches!(error, MaterializeError::BadPath { .. }), "{number} {error}");
+        }
+        // A symlink that stands in the target already.
+        let target = dir.path().join("planted");
+        std::fs::create_dir(&target).unwrap();
+        std::os::unix::fs::symlink(&outside, target.join("l")).unwrap();
+        std::os::unix::fs::symlink(outside.join("new"), target.join("f")).unwrap();
+        let tree = Tree::from_nodes(vec![other("l", DIR, 0o755), file("l/x", "1", 0), file("f", "2", 0)]);
+        write_tree(&tree, &no_content, &target, OPTIONS).unwrap();
+        assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 0);
+        assert_eq!(std::fs::read(target.join("l/x")).unwrap(), b"1");
+    }
+
+    #[test]
+    fn files_of_a_stream_are_kept_replaced_or_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("tree");
+        let mut writer = TreeWriter::new(&target, OPTIONS).unwrap();
+        let mut put = |path: &str, content: &str| {
+            writer.file(&file(path, content, 0).entry, &mut content.as_bytes()).unwrap();
+        };
+        put("a", "old");
+        put("a", "newer");
+        put("b/x", "in b");
+        put("c/x", "in c");
+        put("was-file", "1");
+        put("was-file/now", "2");
+        put("linked", "shared");
+        put("no/longer/here", "1");
+        let tree = Tree::from_nodes(vec![
+            file("a", "newer", 0),
+            other("b", links_to("c"), 0o777),
+            other("c", DIR, 0o750),
+            file("linked", "shared", 1),
+            file("also", "shared", 1),
+            other("was-file", DIR, 0o755),
+            file("was-file/now", "2", 0),
+            file("missing", "read later", 0),
+        ]);
+        let mut tree = tree;
+        for node in tree.nodes_mut() {
+            if node.entry.path != b"missing" {
+                node.origin = Origin::None;
+            }
+        }
+        writer.finish(&tree, &no_content).unwrap();
+        let names: Vec<_> = content(&target).into_iter().map(|(name, _)| name).collect();
+        assert_eq!(names, ["a", "also", "b", "c", "linked", "missing", "was-file", "was-file/now"]);
+        assert_eq!(std::fs::read(target.join("a")).unwrap(), b"newer");
+        assert_eq!(std::fs::read(target.join("also")).unwrap(), b"shared");
+        assert_eq!(std::fs::metadata(target.join("also")).unwrap().nlink(), 2);
+    }
+
+    #[test]
+    fn removal_does_not_follow_links() {
+        let dir = tempfile::tempdir().unwrap();
+        let kept = dir.path().join("kept");
+        std::fs::create_dir(&kept).unwrap();
+        std::fs::write(kept.join("f"), "1").unwrap();
+        let target = dir.path().join("tree");
+        std::fs::create_dir_all(target.join("a/b")).unwrap();
+        std::os::unix::fs::symlink(&kept, target.join("a/l")).unwrap();
+        std::fs::write(target.join("a/b/f"), "1").unwrap();
+        std::fs::set_permissions(target.join("a/b"), std::fs::Permissions::from_mode(0)).unwrap();
+        remove_tree(&target).unwrap();
+        remove_tree(&target).unwrap();
+        assert!(!target.exists() && kept.join("f").exists());
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&kept, &link).unwrap();
+        remove_tree(&link).unwrap();
+        assert!(!link.exists() && kept.join("f").exists());
+    }
 }

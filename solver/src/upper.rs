@@ -1,1 +1,275 @@
-//! upper.
+//! Reads the upper directory of an overlay after a RUN as a layer: what the step changed.
+//!
+//! ```text
+//! upper has                                   layer has
+//! character device 0:0, or a file with        a whiteout, if the lower layers have something there
+//!   overlay.whiteout
+//! directory with overlay.opaque=y             an opaque directory, if the lower layers have content there
+//! entry copied up and left as it was          nothing
+//! directory that differs by its time only     nothing (its content stands for itself)
+//! socket                                      nothing
+//! ```
+//! The file system marks files with attributes in the `user.overlay.` (or `trusted.overlay.`) namespace; none of them
+//! reaches a layer. An entry is "as it was" when kind, mode, owner, kept attributes, content, target and, but for
+//! directories, time are those of the lower layers.
+
+use crate::context::digest_of;
+use crate::materialize::Ownership;
+use crate::op::changes::{is_same, number_groups};
+use crate::scan::{self, Everything, ScanError, ScanOptions, Scanned, Xattrs, is_kept_xattr, open_below};
+use crate::tree::{ContentDigest, Entry, Kind, Node, Origin, Tree, is_within};
+use rayon::prelude::*;
+use rustix::fs::{CWD, Mode, OFlags, openat};
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Why an upper directory cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum UpperError {
+    /// It cannot be walked.
+    #[error("cannot read what the step changed")]
+    Scan(#[from] ScanError),
+    /// A file in it cannot be read.
+    #[error("cannot read {path:?}", path = .path.display())]
+    ReadFile {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// The layer that `upper` makes of `lower`, the flattened stack below it, whose digests must be known. Files are read
+/// in place and have their digests; hard links are grouped.
+pub fn scan_upper(upper: &Path, lower: &Tree, ownership: Ownership) -> Result<Tree, UpperError> {
+    let found = scan::scan(upper, &ScanOptions { xattrs: Xattrs::All, filter: &Everything })?;
+    let groups = scan::link_groups(&found);
+    let digests = digest_all(upper, &found, &groups)?;
+    let mut nodes = Vec::new();
+    // The directory in which nothing of the lower layers shows.
+    let mut hiding: Option<Vec<u8>> = None;
+    for ((item, group), digest) in found.into_iter().zip(groups).zip(digests) {
+        if item.entry.path.is_empty() {
+            continue;
+        }
+        let mark = |name: &str| overlay_mark(&item.entry.xattrs, name).map(<[u8]>::to_vec);
+        let (whiteout, opaque, origin) = (mark("whiteout"), mark("opaque"), mark("origin"));
+        let mut entry = item.entry;
+        if hiding.as_ref().is_some_and(|dir| !is_within(&entry.path, dir)) {
+            hiding = None;
+        }
+        let hidden = hiding.is_some();
+        let before = if hidden { None } else { lower.get(&entry.path) };
+        let is_whiteout =
+            matches!(entry.kind, Kind::Char { major: 0, minor: 0 }) || entry.is_file() && whiteout.is_some();
+        if is_whiteout {
+            if !hidden && !lower.subtree(&entry.path).is_empty() {
+                let entry = Entry { kind: Kind::Whiteout, ..Entry::dir(entry.path, 0) };
+                nodes.push(Node { entry, origin: Origin::None });
+            }
+            continue;
+        }
+        let is_opaque = opaque.as_deref() == Some(b"y");
+        let mut content = Origin::None;
+        let copied_up = match &mut entry.kind {
+            Kind::Dir { opaque } => {
+                let had_content = lower.subtree(&entry.path).iter().any(|node| node.entry.path != entry.path);
+                *opaque = is_opaque && !hidden && had_content;
+                let was_dir = before.is_some_and(|node| node.entry.is_dir());
+                if !hidden && (is_opaque || before.is_some() && !was_dir) {
+                    hiding = Some(entry.path.clone());
+                }
+                was_dir && !is_opaque
+            }
+            Kind::File { link_group, digest: own, .. } => {
+                (*link_group, *own) = (group, digest);
+                content = Origin::File(Arc::new(upper.join(std::ffi::OsStr::from_bytes(&entry.path))));
+                // Of hard links the kernel does not note where they came from.
+                let was_link = before.is_some_and(|node| matches!(node.entry.kind, Kind::File { link_group: 1.., .. }));
+                origin.is_some() || was_link
+            }
+            _ => origin.is_some(),
+        };
+        if ownership == Ownership::SingleId {
+            (entry.uid, entry.gid) = match before {
+                Some(node) if copied_up => (node.entry.uid, node.entry.gid),
+                _ => (0, 0),
+            };
+        }
+        entry.xattrs.retain(|name, _| is_kept_xattr(name));
+        let node = Node { entry, origin: content };
+        if !before.is_some_and(|before| is_same(before, &node)) {
+            nodes.push(node);
+        }
+    }
+    let mut tree = Tree::from_nodes(nodes);
+    number_groups(&mut tree);
+    Ok(tree)
+}
+
+/// Value of one of overlayfs's own attributes.
+fn overlay_mark<'a>(xattrs: &'a BTreeMap<Vec<u8>, Vec<u8>>, name: &str) -> Option<&'a [u8]> {
+    ["user.overlay.", "trusted.overlay."]
+        .iter()
+        .find_map(|prefix| xattrs.get(format!("{prefix}{name}").as_bytes()))
+        .map(Vec::as_slice)
+}
+
+/// Digests of all files, in parallel, once for each inode; `None` for what is no file.
+fn digest_all(upper: &Path, found: &[Scanned], groups: &[u32]) -> Result<Vec<Option<ContentDigest>>, UpperError> {
+    let failed = |path: &Path, source| UpperError::ReadFile { path: path.to_owned(), source };
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = openat(CWD, upper, flags, Mode::empty()).map_err(|error| failed(upper, error.into()))?;
+    let mut seen = HashMap::new();
+    let carrier: Vec<usize> = groups
+        .iter()
+        .enumerate()
+        .map(|(position, &group)| if group == 0 { position } else { *seen.entry(group).or_insert(position) })
+        .collect();
+    let results: Vec<Result<Option<ContentDigest>, UpperError>> = found
+        .par_iter()
+        .enumerate()
+        .map(|(position, item)| {
+            if !item.entry.is_file() || carrier[position] != position {
+                return Ok(None);
+            }
+            let path = &item.entry.path;
+            let digest = || -> io::Result<ContentDigest> {
+                let mut file = File::from(open_below(root.as_fd(), path, OFlags::RDONLY | OFlags::NONBLOCK)?);
+                Ok(digest_of(&mut file)?.0)
+            };
+            digest().map(Some).map_err(|source| failed(&upper.join(std::ffi::OsStr::from_bytes(path)), source))
+        })
+        .collect();
+    let digests = results.into_iter().collect::<Result<Vec<_>, _>>()?;
+    Ok(carrier.into_iter().map(|position| digests[position]).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::materialize::{WriteOptions, write_tree};
+    use rustix::fs::{FileType, XattrFlags, makedev, mknodat};
+
+    const NATIVE: Ownership = Ownership::Native;
+
+    /// A lower tree and its directory. Owners are ours, so that the test needs no privilege.
+    fn lower(dir: &Path, paths: &[(&str, &str)]) -> Tree {
+        let (uid, gid) = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
+        let node = |(path, content): &(&str, &str)| {
+            let mut entry = Entry { uid, gid, mtime: (1, 5), ..Entry::dir(path.trim_end_matches('/'), 0o755) };
+            let mut origin = Origin::None;
+            if !path.ends_with('/') {
+                let bytes = content.as_bytes();
+                let digest = Some(*blake3::hash(bytes).as_bytes());
+                entry.kind = Kind::File { size: bytes.len() as u64, digest, link_group: 0 };
+                entry.mode = 0o644;
+                origin = Origin::Inline(bytes.into());
+            }
+            Node { entry, origin }
+        };
+        let tree = Tree::from_nodes(paths.iter().map(node).collect());
+        let read = |_: &Node| Err(io::ErrorKind::NotFound.into());
+        write_tree(&tree, &read, dir, WriteOptions { ownership: NATIVE }).unwrap();
+        tree
+    }
+
+    fn listing(tree: &Tree) -> Vec<String> {
+        let line = |node: &Node| {
+            let path = String::from_utf8_lossy(&node.entry.path);
+            match &node.entry.kind {
+                Kind::Whiteout => format!("-{path}"),
+                Kind::Dir { opaque: true } => format!("{path}/!"),
+                Kind::Dir { .. } => format!("{path}/"),
+                Kind::File { link_group: group @ 1.., .. } => format!("{path}#{group}"),
+                _ => path.into_owned(),
+            }
+        };
+        tree.nodes().iter().map(line).collect()
+    }
+
+    /// Copies a whole tree as the kernel copies up: same metadata.
+    fn copy_up(from: &Tree, upper: &Path) {
+        let read = |_: &Node| Err(io::ErrorKind::NotFound.into());
+        write_tree(from, &read, upper, WriteOptions { ownership: NATIVE }).unwrap();
+    }
+
+    fn mark_opaque(path: &Path) {
+        rustix::fs::setxattr(path, "user.overlay.opaque", b"y", XattrFlags::empty()).unwrap();
+    }
+
+    fn whiteout(path: &Path) {
+        mknodat(CWD, path, FileType::CharacterDevice, Mode::empty(), makedev(0, 0)).unwrap();
+    }
+
+    #[test]
+    fn only_changes_remain() {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, upper) = (dir.path().join("base"), dir.path().join("upper"));
+        let tree =
+            lower(&base, &[("/", ""), ("d/", ""), ("d/a", "1"), ("d/b", "2"), ("d/c", "3"), ("e/", ""), ("e/x", "4")]);
+        copy_up(&tree, &upper);
+        assert_eq!(listing(&scan_upper(&upper, &tree, NATIVE).unwrap()), [""; 0]);
+        std::fs::write(upper.join("d/b"), "new").unwrap();
+        std::fs::write(upper.join("d/n"), "new").unwrap();
+        let changed = scan_upper(&upper, &tree, NATIVE).unwrap();
+        assert_eq!(listing(&changed), ["d/b", "d/n"]);
+        let touched = File::options().write(true).open(upper.join("d/c")).unwrap();
+        touched.set_modified(std::time::UNIX_EPOCH).unwrap();
+        rustix::fs::chmod(upper.join("e"), Mode::RWXU).unwrap();
+        std::fs::remove_file(upper.join("d/a")).unwrap();
+        whiteout(&upper.join("d/a"));
+        whiteout(&upper.join("nothing-there"));
+        std::fs::hard_link(upper.join("d/n"), upper.join("m")).unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(upper.join("socket")).unwrap();
+        let changed = scan_upper(&upper, &tree, NATIVE).unwrap();
+        assert_eq!(listing(&changed), ["-d/a", "d/b", "d/c", "d/n#1", "e/", "m#1"]);
+        assert!(matches!(
+            changed.get(b"m").unwrap().entry.kind,
+            Kind::File { digest: Some(digest), size: 3, .. } if digest == *blake3::hash(b"new").as_bytes()
+        ));
+    }
+
+    #[test]
+    fn opaque_directories() {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, upper) = (dir.path().join("base"), dir.path().join("upper"));
+        let tree = lower(&base, &[("d/", ""), ("d/s/", ""), ("d/s/a", "1"), ("e/", ""), ("f", "2")]);
+        for name in ["d/s", "e", "f", "n"] {
+            std::fs::create_dir_all(upper.join(name)).unwrap();
+        }
+        for name in ["d", "e", "f", "n"] {
+            mark_opaque(&upper.join(name));
+        }
+        std::fs::write(upper.join("d/s/a"), "1").unwrap();
+        // `d/s` shows nothing of below although it has no mark, and a whiteout in it hides nothing.
+        whiteout(&upper.join("d/s/w"));
+        let changed = scan_upper(&upper, &tree, NATIVE).unwrap();
+        assert_eq!(listing(&changed), ["d/!", "d/s/", "d/s/a", "f/", "n/"]);
+    }
+
+    #[test]
+    fn with_one_id_owners_come_from_below() {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, upper) = (dir.path().join("base"), dir.path().join("upper"));
+        let mut tree = lower(&base, &[("d/", ""), ("d/a", "1"), ("d/b", "1")]);
+        for node in tree.nodes_mut() {
+            (node.entry.uid, node.entry.gid) = (5, 6);
+        }
+        std::fs::create_dir_all(upper.join("d")).unwrap();
+        for name in ["d/a", "d/b"] {
+            std::fs::write(upper.join(name), "changed").unwrap();
+        }
+        rustix::fs::setxattr(upper.join("d/a"), "user.overlay.origin", b"", XattrFlags::empty()).unwrap();
+        let changed = scan_upper(&upper, &tree, Ownership::SingleId).unwrap();
+        assert_eq!(listing(&changed), ["d/a", "d/b"]);
+        let owner = |path: &[u8]| changed.get(path).map(|node| (node.entry.uid, node.entry.gid));
+        assert_eq!((owner(b"d/a"), owner(b"d/b")), (Some((5, 6)), Some((0, 0))));
+        assert!(changed.nodes().iter().all(|node| node.entry.xattrs.is_empty()));
+    }
+}

@@ -1,5 +1,6 @@
 //! What vertices do.
 
+pub(crate) mod changes;
 pub mod copy;
 pub mod passwd;
 pub mod run;

@@ -304,7 +304,7 @@ impl Tree {
             let mut node = node.clone();
             match &mut node.entry.kind {
                 Kind::Dir { opaque } => *opaque = false,
-                Kind::File { link_group, .. } if *link_group != 0 => *link_group += groups,
+                Kind::File { link_group, .. } if *link_group != 0 => *link_group = link_group.saturating_add(groups),
                 _ => {}
             }
             nodes.push(node);
