@@ -12,8 +12,7 @@ fn amd64() -> Platform {
 
 fn base(config: Value, layers: usize) -> BaseImage {
     let diff_ids: Vec<String> = (0..layers).map(|layer| format!("sha256:{layer:064}")).collect();
-    let history =
-        (0..layers).map(|_| History { created_by: Some("base".to_owned()), ..History::default() }).collect();
+    let history = (0..layers).map(|_| History { created_by: Some("base".to_owned()), ..History::default() }).collect();
     let config: ContainerConfig = serde_json::from_value(config).expect("a configuration");
     let config = ImageConfig {
         architecture: "amd64".to_owned(),
@@ -61,10 +60,7 @@ fn known_base(name: &str, platform: &Platform) -> Option<BaseImage> {
 }
 
 /// Lowers until no configuration is missing. The second member counts the rounds.
-fn lower_all(
-    text: &str,
-    options: &Options,
-) -> (Result<(Definition, Vec<Warning>), Vec<String>>, usize) {
+fn lower_all(text: &str, options: &Options) -> (Result<(Definition, Vec<Warning>), Vec<String>>, usize) {
     let mut bases = BaseConfigs::new();
     let name = "Dockerfile";
     let file = match parser::parse(SourceFile::new(name, text)) {
@@ -366,7 +362,11 @@ fn named_contexts() {
         top 5"#,
     );
     options.contexts.insert("context".to_owned(), NamedContext::Local);
-    check_with("FROM scratch\nCOPY a b\n", &options, "0 Local { name: \"context\" }\n1 [scratch 0] copy 1:a -> /b\ntop 1");
+    check_with(
+        "FROM scratch\nCOPY a b\n",
+        &options,
+        "0 Local { name: \"context\" }\n1 [scratch 0] copy 1:a -> /b\ntop 1",
+    );
 }
 
 #[test]
@@ -535,7 +535,8 @@ fn conformance() {
         let failure = match (case["expect"].as_str(), result) {
             (Some("ok"), Err(problems)) => Some(format!("refused: {problems:?}")),
             (Some("ok"), Ok((definition, _))) => {
-                let expected: Value = serde_json::from_str(&read("expected.json").expect("expected.json")).expect("JSON");
+                let expected: Value =
+                    serde_json::from_str(&read("expected.json").expect("expected.json")).expect("JSON");
                 compare(&expected, &definition.image)
             }
             // Mistakes that only show when steps are run are not found here.
@@ -543,9 +544,10 @@ fn conformance() {
             (_, Err(problems)) => {
                 let message = problems.join("\n").to_lowercase();
                 let words = case["error"].as_array().cloned().unwrap_or_default();
-                let lost = words.iter().filter_map(Value::as_str).find(|words| {
-                    !words.split('|').any(|word| message.contains(&word.to_lowercase()))
-                });
+                let lost = words
+                    .iter()
+                    .filter_map(Value::as_str)
+                    .find(|words| !words.split('|').any(|word| message.contains(&word.to_lowercase())));
                 lost.map(|lost| format!("does not name {lost}: {message}"))
             }
         };
@@ -562,7 +564,11 @@ fn case_options(case: &Value) -> Options {
     let mut options = Options::new(amd64());
     let strings = |name: &str| case[name].as_object().cloned().unwrap_or_default();
     let layout = |name: &str| {
-        NamedContext::Image(ImageSource::OciLayout { path: name.to_owned(), tag: Some("latest".to_owned()), digest: None })
+        NamedContext::Image(ImageSource::OciLayout {
+            path: name.to_owned(),
+            tag: Some("latest".to_owned()),
+            digest: None,
+        })
     };
     for name in ["busybox", "envbase", "onbuild-base", "layered", "multi"] {
         options.contexts.insert(name.to_owned(), layout(name));
