@@ -13,21 +13,21 @@
 //! | variables of the state | ENV and ARG in the order of the file, the last one wins | expansion and RUN |
 //! | ENV of the configuration | ENV only | the image |
 
+mod config;
 mod copy;
 mod git_url;
 pub(crate) mod mount;
 mod run;
 mod text;
+mod vertices;
 
 pub use git_url::{GitUrl, GitUrlError};
 
-use crate::check::{self, Reporter, Rule, Selection, Warning, is_secret_name};
+use crate::check::{self, Reporter, Rule, Selection, Warning};
 use crate::diagnostic::{Diagnostic, Problem, did_you_mean};
-use crate::image_config::{DEFAULT_PATH, Healthcheck, ImageConfig, split_env};
-use crate::instruction::{
-    Command as CommandLine, Dockerfile, HealthcheckInstruction, Instruction, InstructionKind, Text,
-};
-use crate::llb::{Definition, Image, ImageSource, MkdirOp, Network, Op, Platform, Source, Vertex, VertexId};
+use crate::image_config::{DEFAULT_PATH, ImageConfig, split_env};
+use crate::instruction::{Dockerfile, Instruction, InstructionKind, Text};
+use crate::llb::{Definition, Image, ImageSource, Network, Op, Platform, Source, Vertex, VertexId};
 use crate::lower_problem::LowerProblem;
 use crate::parser;
 use crate::platform;
@@ -43,6 +43,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 pub struct Options {
     /// `--target`; `None` is the last stage.
     pub target: Option<String>,
+    /// Lower every stage, not only those that the target needs: for checks.
+    pub all_stages: bool,
     /// `--build-arg`; `None` where the caller had no value, which leaves the argument unset.
     pub build_args: BTreeMap<String, Option<String>>,
     /// `--label`, in order.
@@ -84,6 +86,7 @@ impl Options {
     pub fn new(build_platform: Platform) -> Self {
         Self {
             target: None,
+            all_stages: false,
             build_args: BTreeMap::new(),
             labels: Vec::new(),
             platform: None,
@@ -225,7 +228,7 @@ pub fn lower(
         return Err(problems);
     }
     let Some(state) = states.swap_remove(plan.target) else {
-        return Err(vec![Diagnostic { problem: Problem::Lower(LowerProblem::NoStages), span: None }]);
+        return Err(vec![Diagnostic { problem: Problem::NoStage, span: None }]);
     };
     let image = finish(state, options, &plan.target_platform, shared.created.clone());
     let definition = Definition { vertices: graph.vertices, image };
@@ -242,7 +245,7 @@ fn reachable(
     let mut needed = vec![false; plan.stages.len()];
     let mut missing = BTreeSet::new();
     let mut problems = Vec::new();
-    let mut todo = vec![plan.target];
+    let mut todo = if options.all_stages { (0..plan.stages.len()).collect() } else { vec![plan.target] };
     while let Some(index) = todo.pop() {
         if std::mem::replace(&mut needed[index], true) {
             continue;
@@ -306,12 +309,6 @@ fn trigger_command<'a>(
     // A trigger is a file of its own, without directives: its escape character is the default one.
     let mut instruction =
         parser::parse_trigger(&trigger, '\\').map_err(|all| all.into_iter().map(wrap).collect::<Vec<_>>())?;
-    if let InstructionKind::From { .. } | InstructionKind::Onbuild { .. } | InstructionKind::Maintainer(_) =
-        instruction.kind
-    {
-        let keyword = instruction.keyword.value.to_uppercase();
-        return Err(vec![wrap(problem(instruction.span, LowerProblem::NotATrigger(keyword)))]);
-    }
     let sources = plan.sources(&instruction, options, lexer).map_err(|one| vec![wrap(one)])?;
     instruction.comments.clear();
     Ok(Command { instruction: Cow::Owned(instruction), sources, trigger: Some((trigger, base)) })
@@ -582,166 +579,6 @@ impl<'s, 'g> StageLowering<'s, 'g> {
         }
     }
 
-    /// The vertex of FROM's image.
-    fn image_vertex(&mut self, source: &ImageSource, platform: &Platform, name: &str) -> VertexId {
-        let source = pinned(source, platform, self.shared.bases);
-        let stage = &self.shared.plan.stages[self.index];
-        let text = match &source {
-            ImageSource::Reference(reference) => format!("FROM {reference}"),
-            ImageSource::OciLayout { .. } => format!("FROM {name}"),
-        };
-        let step_name = self.step_name(&text, false, &[]);
-        let (lines, label) = (Some(stage.from.lines), stage.label(self.index));
-        let platform = platform.clone();
-        self.graph.source(Source::Image(source), |op| Vertex {
-            op,
-            inputs: Vec::new(),
-            name: step_name,
-            stage: label,
-            text,
-            lines,
-            platform,
-            ignore_cache: false,
-        })
-    }
-
-    /// The vertex of a context: no stage owns it.
-    fn files_vertex(&mut self, source: &Source, context: &str) -> VertexId {
-        let name = match source {
-            Source::Local { .. } if context == "context" => "[internal] load build context".to_owned(),
-            Source::Local { .. } => format!("[context {context}] load from client"),
-            Source::Http { url, .. } => format!("[context {context}] {url}"),
-            Source::Git { remote, .. } => format!("[context {context}] {remote}"),
-            Source::Image(_) => format!("[context {context}]"),
-        };
-        let platform = self.shared.plan.target_platform.clone();
-        self.graph.source(source.clone(), |op| Vertex {
-            op,
-            inputs: Vec::new(),
-            text: name.clone(),
-            name,
-            stage: String::new(),
-            lines: None,
-            platform,
-            ignore_cache: false,
-        })
-    }
-
-    /// The main context, or what the caller put in its place.
-    fn main_context(&mut self) -> Result<Option<VertexId>, LowerProblem> {
-        let external = match self.shared.options.contexts.get("context") {
-            None => {
-                let source = Source::Local { name: "context".to_owned() };
-                External::Files { source, context: "context".to_owned() }
-            }
-            Some(context) => crate::stage::from_context("context", context, &self.shared.plan.target_platform)?,
-        };
-        Ok(self.external_vertex(&external))
-    }
-
-    /// An image or context that is read but not built on.
-    fn external_vertex(&mut self, external: &External) -> Option<VertexId> {
-        match external {
-            External::Scratch => None,
-            External::Files { source, context } => Some(self.files_vertex(source, context)),
-            External::Image { source, platform, name } => {
-                let pinned = pinned(source, platform, self.shared.bases);
-                let text = match &pinned {
-                    ImageSource::Reference(reference) => format!("FROM {reference}"),
-                    ImageSource::OciLayout { .. } => format!("[context {name}] OCI load from client"),
-                };
-                let platform = platform.clone();
-                Some(self.graph.source(Source::Image(pinned), |op| Vertex {
-                    op,
-                    inputs: Vec::new(),
-                    name: text.clone(),
-                    stage: String::new(),
-                    text,
-                    lines: None,
-                    platform,
-                    ignore_cache: false,
-                }))
-            }
-        }
-    }
-
-    /// File system that `--from` names. The outer `None` of the result does not exist; the inner is the empty one.
-    fn source_vertex(&mut self, source: &SourceRef, span: Span) -> Result<Option<VertexId>, Diagnostic> {
-        match source {
-            SourceRef::External(external) => Ok(self.external_vertex(external)),
-            SourceRef::Stage(index) => match &self.states[*index] {
-                Some(state) => Ok(state.top),
-                None => {
-                    let stages = &self.shared.plan.stages;
-                    let (from, stage) = (stages[*index].label(*index), stages[self.index].label(self.index));
-                    Err(problem(span, LowerProblem::NotYetDefined { from, stage }))
-                }
-            },
-        }
-    }
-
-    /// Adds a vertex on top of the stage.
-    fn add(
-        &mut self,
-        instruction: &Instruction,
-        trigger: bool,
-        op: Op,
-        inputs: Vec<Option<VertexId>>,
-        name: (String, String),
-    ) {
-        let stage = &self.shared.plan.stages[self.index];
-        let (name, text) = name;
-        let vertex = Vertex {
-            op,
-            inputs,
-            name,
-            stage: stage.label(self.index),
-            text,
-            lines: (!trigger).then_some(instruction.lines),
-            platform: self.state.platform.clone(),
-            ignore_cache: self.ignore_cache,
-        };
-        self.state.top = Some(self.graph.push(vertex));
-    }
-
-    /// `[stage 2/5] ` and the words; counts the step.
-    fn step_name(&mut self, words: &str, trigger: bool, env: &[(String, String)]) -> String {
-        self.step += 1;
-        let mut name = String::from("[");
-        if self.shared.options.multi_platform {
-            name.push_str(&self.state.platform.to_string());
-            name.push_str(&text::cross_target(&self.state.platform, env));
-            name.push(' ');
-        }
-        if !self.label.is_empty() {
-            name.push_str(&self.label);
-            name.push(' ');
-        }
-        let width = self.steps.to_string().len();
-        name.push_str(&format!("{:width$}/{}] ", self.step, self.steps));
-        if trigger {
-            name.push_str("ONBUILD ");
-        }
-        name + words
-    }
-
-    /// Step name and text of an instruction: expanded, keyword in upper case, on one line.
-    fn words(
-        &mut self,
-        instruction: &Instruction,
-        trigger: bool,
-        lexer: &Lexer,
-        env: &[(String, String)],
-        suffix: &str,
-    ) -> (String, String) {
-        let written = format!("{}{suffix}", instruction.original);
-        let expanded = lexer.word(&written, env).map_or(written, |expanded| expanded.value);
-        let (keyword, rest) = expanded.split_once(' ').unwrap_or((&expanded, ""));
-        let text = format!("{} {rest}", keyword.to_uppercase()).replace(['\n', '\r'], " ");
-        let text = text.trim_end().to_owned();
-        (self.step_name(&text, trigger, env), text)
-    }
-
     fn commit(&mut self, created_by: String, empty_layer: bool) {
         self.state.image.commit(created_by, empty_layer, self.shared.created.clone());
     }
@@ -823,9 +660,7 @@ impl<'s, 'g> StageLowering<'s, 'g> {
             InstructionKind::Volume(paths) => self.volume(&at, paths),
             InstructionKind::StopSignal(signal) => {
                 let value = self.expand(&at, signal)?;
-                if units::parse_signal(&value).is_err() {
-                    return Err(problem(signal.span, LowerProblem::BadSignal(value)));
-                }
+                units::parse_signal(&value).map_err(|error| problem(signal.span, error.into()))?;
                 self.commit(format!("STOPSIGNAL {value}"), true);
                 self.state.image.config.stop_signal = value;
                 Ok(())
@@ -856,201 +691,6 @@ impl<'s, 'g> StageLowering<'s, 'g> {
             None => &self.shared.file.source.text,
         }
     }
-
-    fn arg(&mut self, at: &At<'_>, pairs: &[(Text, Option<Text>)]) -> Result<(), Diagnostic> {
-        let mut words = vec!["ARG".to_owned()];
-        for (name, default) in pairs {
-            self.secret_name(at, "ARG", &name.value, name.span);
-            let value = match (self.shared.build_args.get(&name.value), default) {
-                (Some(value), _) => Some(value.clone()),
-                (None, Some(default)) => Some(self.expand(at, default)?),
-                (None, None) => variable(&self.shared.plan.global_args, &name.value).map(str::to_owned),
-            };
-            words.push(match &value {
-                Some(value) => format!("{}={value}", name.value),
-                None => name.value.clone(),
-            });
-            if let Some(value) = &value
-                && !matches!(name.value.as_str(), "BUILDKIT_SBOM_SCAN_CONTEXT" | "BUILDKIT_SBOM_SCAN_STAGE")
-            {
-                set_variable(&mut self.state.env, &name.value, value.clone());
-            }
-            self.state.build_args.push((name.value.clone(), value));
-        }
-        self.commit(words.join(" "), true);
-        Ok(())
-    }
-
-    /// Expands pairs with the variables from before the instruction.
-    fn expand_pairs(&mut self, at: &At<'_>, pairs: &[(Text, Text)]) -> Result<Vec<(String, String)>, Diagnostic> {
-        pairs.iter().map(|(key, value)| Ok((self.expand(at, key)?, self.expand(at, value)?))).collect()
-    }
-
-    fn env(&mut self, at: &At<'_>, pairs: &[(Text, Text)]) -> Result<(), Diagnostic> {
-        let expanded = self.expand_pairs(at, pairs)?;
-        let mut words = vec!["ENV".to_owned()];
-        for ((key, value), (written, _)) in expanded.into_iter().zip(pairs) {
-            self.secret_name(at, "ENV", &key, written.span);
-            words.push(format!("{key}={value}"));
-            self.state.image.config.set_env(&key, &value);
-            set_variable(&mut self.state.env, &key, value);
-        }
-        self.commit(words.join(" "), true);
-        Ok(())
-    }
-
-    fn label(&mut self, at: &At<'_>, pairs: &[(Text, Text)]) -> Result<(), Diagnostic> {
-        let mut words = vec!["LABEL".to_owned()];
-        for (key, value) in self.expand_pairs(at, pairs)? {
-            words.push(format!("{key}={value}"));
-            self.state.image.config.labels.insert(key, value);
-        }
-        self.commit(words.join(" "), true);
-        Ok(())
-    }
-
-    fn secret_name(&mut self, at: &At<'_>, keyword: &str, name: &str, span: Span) {
-        if is_secret_name(name) {
-            let message = format!("{keyword} `{name}` looks like a secret, and would stay readable in the image");
-            self.report(Rule::SecretsUsedInArgOrEnv, at.instruction, at.trigger, span, message);
-        }
-    }
-
-    /// Reports that an instruction replaces an earlier one of its stage.
-    fn only_once(&mut self, at: &At<'_>, keyword: &'static str) {
-        if let Some(earlier) = self.seen.insert(keyword, at.instruction.span) {
-            let message = format!("another {keyword} of this stage replaces this one");
-            self.report(Rule::MultipleInstructionsDisallowed, at.instruction, at.trigger, earlier, message);
-        }
-    }
-
-    /// Arguments of CMD and ENTRYPOINT; the shell form gets the shell.
-    fn command_line(&mut self, at: &At<'_>, keyword: &'static str, line: &CommandLine) -> Vec<String> {
-        self.only_once(at, keyword);
-        if line.exec_form {
-            return line.args.clone();
-        }
-        if self.state.image.config.shell.as_ref().is_none_or(Vec::is_empty) {
-            let message = format!("{keyword} in shell form does not pass signals on; use the JSON form, or set SHELL");
-            self.report(Rule::JSONArgsRecommended, at.instruction, at.trigger, line.span, message);
-        }
-        self.with_shell(line.args.join(" "))
-    }
-
-    fn with_shell(&self, line: String) -> Vec<String> {
-        let shell = self.state.image.config.shell.clone().filter(|shell| !shell.is_empty());
-        let mut args = shell.unwrap_or_else(|| match self.state.image.os.as_str() {
-            "windows" => ["cmd", "/S", "/C"].map(str::to_owned).to_vec(),
-            _ => ["/bin/sh", "-c"].map(str::to_owned).to_vec(),
-        });
-        args.push(line);
-        args
-    }
-
-    fn workdir(&mut self, at: &At<'_>, path: &Text) -> Result<(), Diagnostic> {
-        let written = self.expand(at, path)?;
-        if !self.state.workdir_set && !written.starts_with('/') {
-            let message = format!("WORKDIR `{written}` is relative to whatever the base image sets");
-            self.report(Rule::WorkdirRelativePath, at.instruction, at.trigger, path.span, message);
-        }
-        self.state.workdir_set = true;
-        let current = &self.state.image.config.working_dir;
-        // An absolute path goes into the image as written, a relative one is joined and cleaned.
-        let absolute = match written.as_str() {
-            "" if current.starts_with('/') => current.clone(),
-            path if path.starts_with('/') => path.to_owned(),
-            path => text::absolute(current, path),
-        };
-        self.state.image.config.working_dir.clone_from(&absolute);
-        let has_layer = absolute != "/";
-        if has_layer {
-            let env = self.state.env.clone();
-            let name = self.words(at.instruction, at.trigger, &self.shared.lexer, &env, "");
-            let op = MkdirOp { path: text::absolute("/", &absolute), user: self.state.image.config.user.clone() };
-            let inputs = vec![self.state.top];
-            self.add(at.instruction, at.trigger, Op::Mkdir(op), inputs, name);
-        }
-        self.commit(format!("WORKDIR {absolute}"), !has_layer);
-        Ok(())
-    }
-
-    fn volume(&mut self, at: &At<'_>, paths: &[Text]) -> Result<(), Diagnostic> {
-        let mut expanded = Vec::new();
-        for path in paths {
-            let value = self.expand(at, path)?;
-            if value.is_empty() {
-                return Err(problem(path.span, LowerProblem::EmptyVolume));
-            }
-            expanded.push(value);
-        }
-        self.commit(format!("VOLUME [{}]", expanded.join(" ")), true);
-        let empty = || serde_json::Value::Object(serde_json::Map::new());
-        self.state.image.config.volumes.extend(expanded.into_iter().map(|path| (path, empty())));
-        Ok(())
-    }
-
-    fn healthcheck(&mut self, at: &At<'_>, check: &HealthcheckInstruction) {
-        self.only_once(at, "HEALTHCHECK");
-        let check = match check {
-            HealthcheckInstruction::None => Healthcheck { test: vec!["NONE".to_owned()], ..Healthcheck::default() },
-            HealthcheckInstruction::Cmd { command, interval, timeout, start_period, start_interval, retries } => {
-                let kind = if command.exec_form { "CMD" } else { "CMD-SHELL" };
-                Healthcheck {
-                    test: std::iter::once(kind.to_owned()).chain(command.args.iter().cloned()).collect(),
-                    interval: *interval,
-                    timeout: *timeout,
-                    start_period: *start_period,
-                    start_interval: *start_interval,
-                    retries: *retries,
-                }
-            }
-        };
-        self.commit(
-            format!(
-                "HEALTHCHECK {{Test:[{}] Interval:{} Timeout:{} StartPeriod:{} StartInterval:{} Retries:{}}}",
-                check.test.join(" "),
-                text::go_duration(check.interval),
-                text::go_duration(check.timeout),
-                text::go_duration(check.start_period),
-                text::go_duration(check.start_interval),
-                check.retries
-            ),
-            true,
-        );
-        self.state.image.config.healthcheck = Some(check);
-    }
-
-    fn expose(&mut self, at: &At<'_>, words: &[Text]) -> Result<(), Diagnostic> {
-        // Sorted as written, before expansion; the history shows it.
-        let mut words: Vec<&Text> = words.iter().collect();
-        words.sort_by(|a, b| a.value.cmp(&b.value));
-        let mut ports = Vec::new();
-        for word in words {
-            let env = self.state.env.as_slice();
-            let expanded = self.shared.lexer.words(&word.value, env);
-            let expanded = expanded.map_err(|error| Diagnostic::at(word.span, error.into()))?;
-            let unset = self.shared.lexer.word(&word.value, env).map(|word| word.unmatched).unwrap_or_default();
-            for name in unset {
-                self.undefined(at, &name, word.span);
-            }
-            for port in expanded {
-                ports.extend(parse_port(&port).map_err(|error| problem(word.span, error))?);
-                let (address, protocol) = port.split_once('/').unwrap_or((&port, ""));
-                if protocol != protocol.to_lowercase() {
-                    let message = format!("protocol `{protocol}` should be lower case");
-                    self.report(Rule::ExposeProtoCasing, at.instruction, at.trigger, word.span, message);
-                }
-                if address.contains(':') {
-                    let message = format!("`{port}` names more than a port of the container; the rest is ignored");
-                    self.report(Rule::ExposeInvalidFormat, at.instruction, at.trigger, word.span, message);
-                }
-            }
-        }
-        self.commit(format!("EXPOSE [{}]", ports.join(" ")), true);
-        let empty = || serde_json::Value::Object(serde_json::Map::new());
-        self.state.image.config.exposed_ports.extend(ports.into_iter().map(|port| (port, empty())));
-        Ok(())
-    }
 }
 
 /// Where an instruction stands.
@@ -1060,59 +700,6 @@ struct At<'c> {
     trigger: bool,
     /// What its spans point into.
     source: &'c str,
-}
-
-/// The image by digest, where that is known.
-fn pinned(source: &ImageSource, platform: &Platform, bases: &BaseConfigs) -> ImageSource {
-    let request = BaseRequest { source: source.clone(), platform: platform.clone() };
-    let Some(digest) = bases.get(&request).and_then(|base| base.digest.clone()) else { return source.clone() };
-    match source {
-        ImageSource::Reference(reference) if !reference.contains('@') => {
-            ImageSource::Reference(format!("{reference}@{digest}"))
-        }
-        ImageSource::OciLayout { path, tag, digest: None } => {
-            ImageSource::OciLayout { path: path.clone(), tag: tag.clone(), digest: Some(digest) }
-        }
-        _ => source.clone(),
-    }
-}
-
-/// Reads a word of EXPOSE: `[[address:]host:]port[-port][/protocol]`. Only ports of the container are returned.
-fn parse_port(word: &str) -> Result<Vec<String>, LowerProblem> {
-    let mut parts = word.rsplitn(3, ':');
-    let (container, host, address) =
-        (parts.next().unwrap_or_default(), parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
-    let (container, protocol) = container.split_once('/').unwrap_or((container, ""));
-    if container.is_empty() {
-        return Err(LowerProblem::NoPort(word.to_owned()));
-    }
-    let protocol = match protocol.to_lowercase() {
-        protocol if protocol.is_empty() => "tcp".to_owned(),
-        protocol if matches!(protocol.as_str(), "tcp" | "udp" | "sctp") => protocol,
-        protocol => return Err(LowerProblem::BadPortProtocol { protocol, port: word.to_owned() }),
-    };
-    let bare = address.strip_prefix('[').and_then(|address| address.strip_suffix(']')).unwrap_or(address);
-    if !bare.is_empty() && bare.parse::<std::net::IpAddr>().is_err() {
-        return Err(LowerProblem::BadPortAddress(address.to_owned()));
-    }
-    let range = |text: &str| -> Option<(u16, u16)> {
-        let port = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse::<u16>().ok())?;
-        let (first, last) = match text.split_once('-') {
-            Some((first, last)) => (port(first)?, port(last)?),
-            None => (port(text)?, port(text)?),
-        };
-        (first <= last).then_some((first, last))
-    };
-    let bad = |text: &str| LowerProblem::BadPort(text.to_owned());
-    let (first, last) = range(container).ok_or_else(|| bad(container))?;
-    if !host.is_empty() {
-        let (host_first, host_last) = range(host).ok_or_else(|| bad(host))?;
-        if first != last && last - first != host_last - host_first {
-            let (container, host) = (container.to_owned(), host.to_owned());
-            return Err(LowerProblem::PortRanges { container, host });
-        }
-    }
-    Ok((first..=last).map(|port| format!("{port}/{protocol}")).collect())
 }
 
 #[cfg(test)]

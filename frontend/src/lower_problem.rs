@@ -1,16 +1,14 @@
 //! Mistakes found when stages are put together and lowered.
 
 use crate::diagnostic::Problem;
+use crate::mode::ModeError;
+use crate::platform::PlatformError;
+use crate::reference::ReferenceError;
+use crate::units::UnitError;
 
 /// What is wrong.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LowerProblem {
-    /// Only global ARGs.
-    #[error("the Dockerfile has no build stage")]
-    NoStages,
-    /// An instruction other than ARG stands before the first FROM.
-    #[error("no build stage for `{0}`: only ARG may stand before the first FROM")]
-    BeforeFrom(String),
     /// `--target` names no stage.
     #[error("target stage `{name}` could not be found")]
     UnknownTarget {
@@ -38,21 +36,24 @@ pub enum LowerProblem {
         similar: Option<String>,
     },
     /// A platform that does not parse.
-    #[error("platform `{platform}` is not valid: {reason}")]
-    BadPlatform {
-        /// As expanded.
-        platform: String,
-        /// Why.
-        reason: String,
-    },
+    #[error(transparent)]
+    Platform(#[from] PlatformError),
     /// An image name that does not parse.
-    #[error("`{name}` is neither a stage nor a valid image name: {reason}")]
-    BadReference {
+    #[error("`{name}` is neither a stage nor an image: {error}")]
+    Reference {
         /// As expanded.
         name: String,
         /// Why.
-        reason: String,
+        error: ReferenceError,
+        /// A stage of a similar name.
+        similar: Option<String>,
     },
+    /// `--chmod` that does not parse.
+    #[error(transparent)]
+    Mode(#[from] ModeError),
+    /// STOPSIGNAL that is no signal.
+    #[error(transparent)]
+    Signal(#[from] UnitError),
     /// A named context that this builder cannot use.
     #[error("build context `{0}` cannot be used here: the result of another target was not given")]
     UnresolvedContext(String),
@@ -78,29 +79,12 @@ pub enum LowerProblem {
         /// The stage that uses it.
         stage: String,
     },
-    /// `--mount` that does not parse.
-    #[error("invalid mount `{mount}`: {reason}")]
-    BadMount {
-        /// As expanded.
-        mount: String,
-        /// Why.
-        reason: String,
-    },
     /// A mount over the root of the file system.
     #[error("invalid mount target `{0}`: the root of the file system cannot be mounted over")]
     MountOverRoot(String),
-    /// A secret mount that names nothing.
-    #[error("a secret mount needs one of id, source, target")]
-    SecretWithoutId,
     /// `source` on an ssh mount.
     #[error("an ssh mount does not take a source (`{0}`)")]
     SshSource(String),
-    /// `--network` with an unknown value.
-    #[error("invalid network mode `{0}`")]
-    BadNetwork(String),
-    /// `--security` with an unknown value.
-    #[error("invalid security mode `{0}`")]
-    BadSecurity(String),
     /// `--security=insecure` without permission.
     #[error("security mode `insecure` is not allowed")]
     InsecureNotAllowed,
@@ -142,15 +126,7 @@ pub enum LowerProblem {
         /// The address.
         url: String,
         /// Why.
-        reason: super::lower::GitUrlError,
-    },
-    /// `--chmod` that does not parse.
-    #[error("invalid --chmod `{mode}`: {reason}")]
-    BadMode {
-        /// As expanded.
-        mode: String,
-        /// Why.
-        reason: String,
+        reason: crate::lower::GitUrlError,
     },
     /// EXPOSE of nothing.
     #[error("no port given in `{0}`")]
@@ -177,12 +153,6 @@ pub enum LowerProblem {
         /// Of the host.
         host: String,
     },
-    /// VOLUME with an empty path.
-    #[error("VOLUME path is empty")]
-    EmptyVolume,
-    /// STOPSIGNAL that is no signal.
-    #[error("invalid signal `{0}`")]
-    BadSignal(String),
     /// SOURCE_DATE_EPOCH that is no number.
     #[error("invalid SOURCE_DATE_EPOCH `{0}`")]
     BadEpoch(String),
@@ -196,9 +166,6 @@ pub enum LowerProblem {
         /// What is wrong with it.
         problem: Box<Problem>,
     },
-    /// An instruction that cannot be a trigger.
-    #[error("{0} is not allowed as an ONBUILD trigger")]
-    NotATrigger(String),
     /// A build check that the file or the caller turned into an error.
     #[error("{message} ({rule})")]
     Check {
@@ -214,7 +181,6 @@ impl LowerProblem {
     pub fn help(&self) -> Option<String> {
         let similar = |name: &Option<String>| name.as_ref().map(|name| format!("did you mean `{name}`?"));
         Some(match self {
-            Self::NoStages | Self::BeforeFrom(_) => "begin a stage with `FROM image` or `FROM scratch`".to_owned(),
             Self::UnknownTarget { similar: name, .. } => return similar(name),
             Self::BlankBase { similar: name, unset, .. } => {
                 return similar(name).or_else(|| {
@@ -228,7 +194,10 @@ impl LowerProblem {
                 return similar(name)
                     .or_else(|| Some("declare the ARG with a default before the first FROM".to_owned()));
             }
-            Self::BadPlatform { .. } => "write os/architecture or os/architecture/variant, as linux/arm64".to_owned(),
+            Self::Platform(error) => return error.help(),
+            Self::Reference { error, similar: name, .. } => return similar(name).or_else(|| error.help()),
+            Self::Mode(error) => return error.help(),
+            Self::Signal(error) => return error.help(),
             Self::VariableInFrom(_) => {
                 "define a stage with `FROM $NAME AS stage`, using an ARG from before the first FROM, and copy from that"
                     .to_owned()
@@ -240,12 +209,7 @@ impl LowerProblem {
             Self::CopyUrl(_) | Self::CopyGit(_) => "use ADD".to_owned(),
             Self::BadPort(_) => "write 80, 80/udp or 8000-8010".to_owned(),
             Self::BadPortProtocol { .. } => "protocols are tcp, udp and sctp".to_owned(),
-            Self::BadNetwork(_) => "modes are default, none and host".to_owned(),
-            Self::BadSecurity(_) => "modes are sandbox and insecure".to_owned(),
-            Self::Trigger { problem, .. } => match problem.as_ref() {
-                Problem::Lower(problem) => return problem.help(),
-                _ => return None,
-            },
+            Self::Trigger { problem, .. } => return problem.help(),
             _ => return None,
         })
     }

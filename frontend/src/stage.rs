@@ -160,17 +160,8 @@ impl<'a> Plan<'a> {
         };
         let first = file.instructions.iter().position(|one| matches!(one.kind, InstructionKind::From { .. }));
         let globals = &file.instructions[..first.unwrap_or(file.instructions.len())];
-        for instruction in globals {
-            if !matches!(instruction.kind, InstructionKind::Arg(_)) {
-                let keyword = instruction.keyword.value.to_uppercase();
-                builder.problems.push(problem(instruction.keyword.span, LowerProblem::BeforeFrom(keyword)));
-            }
-        }
         let Some(first) = first else {
-            if builder.problems.is_empty() {
-                builder.problems.push(Diagnostic { problem: Problem::Lower(LowerProblem::NoStages), span: None });
-            }
-            return Err(builder.problems);
+            return Err(vec![Diagnostic { problem: Problem::NoStage, span: None }]);
         };
 
         let mut raw: Vec<(&'a Instruction, Vec<&'a Instruction>)> = Vec::new();
@@ -265,34 +256,69 @@ impl<'a> Plan<'a> {
             Some(index) => Ok(SourceRef::Stage(*index)),
             None => external(name, &self.target_platform, options)
                 .map(SourceRef::External)
-                .map_err(|error| problem(span, error)),
+                .map_err(|error| problem(span, self.with_similar_stage(error))),
+        }
+    }
+
+    /// Adds a stage of a similar name to the complaint about a base.
+    fn with_similar_stage(&self, error: LowerProblem) -> LowerProblem {
+        match error {
+            LowerProblem::Reference { name, error, .. } => {
+                let similar = did_you_mean(&name, self.names.keys().map(String::as_str));
+                LowerProblem::Reference { name, error, similar }
+            }
+            other => other,
         }
     }
 
     /// First use of a stage that closes a circle.
     fn circular(&self) -> Option<Diagnostic> {
-        fn visit(plan: &Plan<'_>, index: usize, visited: &mut [bool], path: &mut Vec<usize>) -> Option<Diagnostic> {
-            if std::mem::replace(&mut visited[index], true) {
-                return None;
+        #[derive(Clone, Copy, PartialEq)]
+        enum Visit {
+            New,
+            OnPath,
+            Done,
+        }
+        let uses = |index: usize| -> Vec<(usize, Span)> {
+            let commands = self.stages[index].commands.iter();
+            let stages = commands.flat_map(|command| {
+                let span = command.instruction.span;
+                command.sources.iter().flatten().filter_map(move |source| match source {
+                    SourceRef::Stage(stage) => Some((*stage, span)),
+                    SourceRef::External(_) => None,
+                })
+            });
+            stages.collect()
+        };
+        let mut visits = vec![Visit::New; self.stages.len()];
+        // Not recursive: a file may have very many stages.
+        for start in 0..self.stages.len() {
+            if visits[start] != Visit::New {
+                continue;
             }
-            path.push(index);
-            for command in &plan.stages[index].commands {
-                for source in command.sources.iter().flatten() {
-                    let SourceRef::Stage(next) = *source else { continue };
-                    if path.contains(&next) {
-                        let label = plan.stages[next].label(next);
-                        return Some(problem(command.instruction.span, LowerProblem::Circular(label)));
+            visits[start] = Visit::OnPath;
+            let mut path = vec![(start, uses(start))];
+            while let Some((index, todo)) = path.last_mut() {
+                match todo.pop() {
+                    None => {
+                        visits[*index] = Visit::Done;
+                        path.pop();
                     }
-                    if let Some(found) = visit(plan, next, visited, path) {
-                        return Some(found);
-                    }
+                    Some((next, span)) => match visits[next] {
+                        Visit::Done => {}
+                        Visit::OnPath => {
+                            let label = self.stages[next].label(next);
+                            return Some(problem(span, LowerProblem::Circular(label)));
+                        }
+                        Visit::New => {
+                            visits[next] = Visit::OnPath;
+                            path.push((next, uses(next)));
+                        }
+                    },
                 }
             }
-            path.pop();
-            None
         }
-        let mut visited = vec![false; self.stages.len()];
-        (0..self.stages.len()).find_map(|index| visit(self, index, &mut visited, &mut Vec::new()))
+        None
     }
 }
 
@@ -410,7 +436,7 @@ impl Builder<'_, '_> {
             },
         };
         let base = base.unwrap_or_else(|error| {
-            self.problems.push(problem(image.span, error));
+            self.problems.push(problem(image.span, plan.with_similar_stage(error)));
             Base::External(External::Scratch)
         });
         let commands = if replaced { &[] } else { commands };
@@ -487,8 +513,7 @@ impl Builder<'_, '_> {
         let parsed = match platform::parse(&expanded.value, &self.options.build_platform) {
             Ok(parsed) => parsed,
             Err(error) => {
-                let reason = error.to_string();
-                self.problems.push(problem(text.span, LowerProblem::BadPlatform { platform: expanded.value, reason }));
+                self.problems.push(problem(text.span, error.into()));
                 return None;
             }
         };
@@ -563,8 +588,11 @@ fn external(name: &str, platform: &Platform, options: &Options) -> Result<Extern
     if name == "scratch" {
         return Ok(External::Scratch);
     }
-    let reference = Reference::parse(name)
-        .map_err(|error| LowerProblem::BadReference { name: name.to_owned(), reason: error.to_string() })?;
+    let reference = Reference::parse(name).map_err(|error| LowerProblem::Reference {
+        name: name.to_owned(),
+        error,
+        similar: None,
+    })?;
     if let Some((key, context)) = named_context(name, platform, options) {
         return from_context(key, context, platform);
     }

@@ -1,1 +1,1011 @@
-//! export.
+//! Images out of the store: OCI layout (directory or tar), docker archive, root file system as tar or directory.
+//!
+//! ```text
+//! type=oci     blobs/sha256/…  index.json  oci-layout
+//! type=docker  the same and manifest.json: what `docker save` writes, for `docker load` and `podman load`
+//! ```
+//! Archives depend on the image and its names alone: entries are sorted, owners and times are zero. Blobs are streamed out
+//! of the store, which must have them. Files are written beside their destination and renamed; what is no regular file
+//! (a pipe, `/dev/null`) is written into. [`parse_output`] reads `--output` as buildx does.
+
+use crate::image::{Assembled, Descriptor, Index, Media, media_type};
+use crate::materialize::{MaterializeError, ReadContent, WriteOptions, write_tree};
+use crate::store::refs::{IMAGE_NAME, REF_NAME, spellings};
+use crate::store::{Store, StoreError, blob};
+use crate::tree::Tree;
+use crate::tree::blob::Codec;
+use crate::tree::layer::{LayerError, Open, TarOptions, TarSink, write_tar};
+use serde::Serialize;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+/// Annotation with the date of an image.
+const CREATED: &str = "org.opencontainers.image.created";
+/// `oci-layout` of every layout.
+const LAYOUT: &[u8] = b"{\"imageLayoutVersion\":\"1.0.0\"}";
+
+/// An image with all that belongs to it.
+#[derive(Debug, Clone, Copy)]
+pub struct ExportImage<'a> {
+    /// One for each platform.
+    pub images: &'a [Assembled],
+    /// Bytes and descriptor of the index over them; needed for more than one.
+    pub index: Option<&'a (Vec<u8>, Descriptor)>,
+    /// Canonical names with tag.
+    pub names: &'a [String],
+}
+
+/// Where an export goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Dest {
+    /// A file or directory.
+    Path(PathBuf),
+    /// Standard output.
+    Stdout,
+}
+
+/// What to write.
+pub enum Output<'a> {
+    /// An OCI layout.
+    Oci {
+        /// Where to.
+        dest: &'a Dest,
+        /// As a tar; else a directory.
+        tar: bool,
+    },
+    /// A docker archive.
+    Docker {
+        /// Where to.
+        dest: &'a Dest,
+    },
+    /// The root file system as tar.
+    Tar {
+        /// Where to.
+        dest: &'a Dest,
+        /// The file system: layers applied on each other.
+        tree: &'a Tree,
+        /// Opens its files.
+        open: &'a Open<'a>,
+        /// Clamps times.
+        options: TarOptions,
+    },
+    /// The root file system as a directory.
+    Local {
+        /// Where to.
+        dest: &'a Path,
+        /// The file system: layers applied on each other.
+        tree: &'a Tree,
+        /// Opens its files.
+        read: &'a ReadContent<'a>,
+        /// Owners.
+        options: WriteOptions,
+    },
+    /// Names in the store.
+    Store,
+}
+
+/// Why an export failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ExportError {
+    /// The destination cannot be written.
+    #[error("cannot {action} {}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// Standard output, or what stands for it, cannot be written.
+    #[error("cannot write the image to standard output")]
+    Stdout {
+        /// The cause.
+        source: io::Error,
+    },
+    /// A directory cannot go to standard output.
+    #[error("a directory cannot be written to standard output")]
+    DirectoryToStdout,
+    /// Docker archives hold one platform.
+    #[error("a docker archive holds one platform, not {count}; type=oci holds all")]
+    ManyPlatforms {
+        /// How many there are.
+        count: usize,
+    },
+    /// Several platforms without an index, or none.
+    #[error("{count} images and no index")]
+    NoIndex {
+        /// How many there are.
+        count: usize,
+    },
+    /// An existing layout's index is not one.
+    #[error("{} is not the index of an OCI layout", path.display())]
+    BadLayout {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: serde_json::Error,
+    },
+    /// The root file system cannot be written as tar.
+    #[error("cannot write the root file system")]
+    Tar(#[source] LayerError),
+    /// The root file system cannot be written as a directory.
+    #[error("cannot write the root file system")]
+    Local(#[source] MaterializeError),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Writes an image. `stdout` is where [`Dest::Stdout`] goes.
+pub fn export(
+    image: &ExportImage<'_>,
+    store: &Store,
+    output: &Output<'_>,
+    stdout: &mut dyn Write,
+) -> Result<(), ExportError> {
+    match output {
+        Output::Oci { dest, tar: true } => to_dest(dest, stdout, |out| write_archive(image, store, false, out)),
+        Output::Oci { dest: Dest::Path(path), tar: false } => write_layout(image, store, path),
+        Output::Oci { dest: Dest::Stdout, tar: false } => Err(ExportError::DirectoryToStdout),
+        Output::Docker { dest } => {
+            if image.images.len() != 1 {
+                return Err(ExportError::ManyPlatforms { count: image.images.len() });
+            }
+            to_dest(dest, stdout, |out| write_archive(image, store, true, out))
+        }
+        Output::Tar { dest, tree, open, options } => to_dest(dest, stdout, |out| {
+            write_tar(tree, open, options, &mut Plain(out)).map_err(|error| match error {
+                LayerError::Write { source } => Problem::Write(source),
+                other => Problem::Other(ExportError::Tar(other)),
+            })
+        }),
+        Output::Local { dest, tree, read, options } => {
+            fs::create_dir_all(dest).map_err(io_error("create", dest))?;
+            write_tree(tree, read, dest, *options).map_err(ExportError::Local)
+        }
+        Output::Store => put_in_store(image, store),
+    }
+}
+
+/// Stores an image's documents and gives it its names.
+pub fn put_in_store(image: &ExportImage<'_>, store: &Store) -> Result<(), ExportError> {
+    let (root, documents, _) = parts(image)?;
+    for bytes in documents.values() {
+        store.put_document(bytes)?;
+    }
+    for name in image.names {
+        store.tag(name, root)?;
+    }
+    Ok(())
+}
+
+struct Plain<'a>(&'a mut dyn Write);
+
+impl TarSink for Plain<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.0.write_all(bytes)
+    }
+}
+
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ExportError {
+    move |source| ExportError::Io { action, path: path.to_owned(), source }
+}
+
+/// Tells a failing destination, which only the caller can name, from everything else.
+enum Problem {
+    Write(io::Error),
+    Other(ExportError),
+}
+
+impl From<io::Error> for Problem {
+    fn from(error: io::Error) -> Self {
+        Problem::Write(error)
+    }
+}
+
+impl From<StoreError> for Problem {
+    fn from(error: StoreError) -> Self {
+        Problem::Other(error.into())
+    }
+}
+
+impl From<ExportError> for Problem {
+    fn from(error: ExportError) -> Self {
+        Problem::Other(error)
+    }
+}
+
+/// Gives `write` the destination; a regular file appears when all of it is written.
+fn to_dest(
+    dest: &Dest,
+    stdout: &mut dyn Write,
+    write: impl FnOnce(&mut dyn Write) -> Result<(), Problem>,
+) -> Result<(), ExportError> {
+    let path = match dest {
+        Dest::Path(path) => path,
+        Dest::Stdout => {
+            return write(stdout).and_then(|()| Ok(stdout.flush()?)).map_err(|problem| match problem {
+                Problem::Write(source) => ExportError::Stdout { source },
+                Problem::Other(error) => error,
+            });
+        }
+    };
+    let named = |problem| match problem {
+        Problem::Write(source) => ExportError::Io { action: "write", path: path.clone(), source },
+        Problem::Other(error) => error,
+    };
+    // Through a symlink to where it points; a renamed file would take the link's place.
+    let target = fs::canonicalize(path).unwrap_or_else(|_| path.clone());
+    let finish = |out: BufWriter<&File>| out.into_inner().map(drop).map_err(|error| Problem::Write(error.into_error()));
+    if fs::metadata(&target).is_ok_and(|metadata| !metadata.is_file()) {
+        let file = File::options().write(true).open(&target).map_err(io_error("open", path))?;
+        let mut out = BufWriter::with_capacity(256 << 10, &file);
+        return write(&mut out).and_then(|()| finish(out)).map_err(named);
+    }
+    let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let temporary = tempfile::Builder::new()
+        .prefix(".nacre-")
+        // The umask takes away what it does.
+        .permissions(fs::Permissions::from_mode(0o666))
+        .tempfile_in(parent)
+        .map_err(io_error("create", path))?;
+    let mut out = BufWriter::with_capacity(256 << 10, temporary.as_file());
+    write(&mut out).and_then(|()| finish(out)).map_err(named)?;
+    temporary.persist(&target).map_err(|error| io_error("rename to", path)(error.error))?;
+    Ok(())
+}
+
+/// Documents by digest.
+type Documents<'a> = BTreeMap<&'a str, &'a [u8]>;
+
+/// What names point to; documents by digest; layer blobs.
+fn parts<'a>(
+    image: &ExportImage<'a>,
+) -> Result<(&'a Descriptor, Documents<'a>, BTreeMap<&'a str, &'a Descriptor>), ExportError> {
+    let mut documents = BTreeMap::new();
+    let mut layers = BTreeMap::new();
+    for one in image.images {
+        documents.insert(one.config_descriptor.digest.as_str(), one.config_bytes.as_slice());
+        documents.insert(one.manifest_descriptor.digest.as_str(), one.manifest_bytes.as_slice());
+        layers.extend(one.layers.iter().map(|layer| (layer.digest.as_str(), layer)));
+    }
+    let root = match (image.index, image.images) {
+        (Some((bytes, descriptor)), _) => {
+            documents.insert(descriptor.digest.as_str(), bytes.as_slice());
+            descriptor
+        }
+        (None, [one]) => &one.manifest_descriptor,
+        (None, images) => return Err(ExportError::NoIndex { count: images.len() }),
+    };
+    Ok((root, documents, layers))
+}
+
+/// The entries of `index.json`: one for each name.
+fn index_entries(image: &ExportImage<'_>, root: &Descriptor) -> Vec<Descriptor> {
+    let mut entry = root.clone();
+    if let [one] = image.images
+        && let Some(created) = &one.created
+    {
+        entry.annotations.insert(CREATED.to_owned(), created.clone());
+    }
+    if image.names.is_empty() {
+        return vec![entry];
+    }
+    let named = |name: &String| {
+        let mut entry = entry.clone();
+        // As BuildKit: the tag alone for layout readers, all of the name for containerd.
+        let tag = name.rsplit('/').next().and_then(|last| last.split_once(':')).map_or("latest", |(_, tag)| tag);
+        entry.annotations.insert(REF_NAME.to_owned(), tag.to_owned());
+        entry.annotations.insert(IMAGE_NAME.to_owned(), name.clone());
+        entry
+    };
+    image.names.iter().map(named).collect()
+}
+
+fn to_json(value: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(value).expect("the documents have string keys only")
+}
+
+fn layout_index(manifests: Vec<Descriptor>) -> Index {
+    Index { schema_version: 2, media_type: media_type::OCI_INDEX.to_owned(), manifests, ..Index::default() }
+}
+
+/// Writes a layout as tar, for docker with its own manifest.
+fn write_archive(image: &ExportImage<'_>, store: &Store, docker: bool, out: &mut dyn Write) -> Result<(), Problem> {
+    let (root, documents, layers) = parts(image)?;
+    directory(out, "blobs/")?;
+    directory(out, "blobs/sha256/")?;
+    let digests: BTreeSet<&str> = documents.keys().chain(layers.keys()).copied().collect();
+    for digest in digests {
+        let name = format!("blobs/sha256/{}", blob::digest_hex(digest)?);
+        if let Some(bytes) = documents.get(digest) {
+            file(out, &name, bytes)?;
+            continue;
+        }
+        let size = layers[digest].size;
+        let mut blob = open_whole(store, digest, size)?;
+        header(out, &name, tar::EntryType::Regular, 0o644, size)?;
+        let copied = blob::copy(&mut blob, out)?;
+        // The store's blobs do not change; if one does all the same, the archive would be broken without this.
+        if copied != size {
+            let path = store.blob_path(digest)?;
+            return Err(StoreError::SizeMismatch { path, expected: size, found: copied }.into());
+        }
+        pad(out, size)?;
+    }
+    file(out, "index.json", &to_json(&layout_index(index_entries(image, root))))?;
+    if docker {
+        file(out, "manifest.json", &docker_manifest(image)?)?;
+    }
+    file(out, "oci-layout", LAYOUT)?;
+    out.write_all(&[0; 1024])?;
+    Ok(())
+}
+
+/// `manifest.json` of docker archives.
+fn docker_manifest(image: &ExportImage<'_>) -> Result<Vec<u8>, StoreError> {
+    #[derive(Serialize)]
+    #[serde(rename_all = "PascalCase")]
+    struct Entry {
+        config: String,
+        repo_tags: Option<Vec<String>>,
+        layers: Vec<String>,
+    }
+    let path = |digest: &str| Ok(format!("blobs/sha256/{}", blob::digest_hex(digest)?));
+    let mut entries = Vec::new();
+    for one in image.images {
+        let tags: Vec<String> = image.names.iter().map(|name| familiar(name)).collect();
+        entries.push(Entry {
+            config: path(&one.config_descriptor.digest)?,
+            repo_tags: (!tags.is_empty()).then_some(tags),
+            layers: one.layers.iter().map(|layer| path(&layer.digest)).collect::<Result<_, StoreError>>()?,
+        });
+    }
+    Ok(to_json(&entries))
+}
+
+/// The name as docker shows it: without `docker.io/library/`, with tag.
+fn familiar(name: &str) -> String {
+    spellings(name).into_iter().find(|spelling| !spelling.starts_with("docker.io/")).unwrap_or_else(|| name.to_owned())
+}
+
+/// Opens a blob of this length and no other.
+fn open_whole(store: &Store, digest: &str, size: u64) -> Result<File, StoreError> {
+    let file = store.open_blob(digest)?;
+    let path = store.blob_path(digest)?;
+    let found = file.metadata().map_err(StoreError::io("open", &path))?.len();
+    if found == size { Ok(file) } else { Err(StoreError::SizeMismatch { path, expected: size, found }) }
+}
+
+fn header(out: &mut dyn Write, name: &str, kind: tar::EntryType, mode: u32, size: u64) -> io::Result<()> {
+    let mut header = tar::Header::new_gnu();
+    header.set_path(name)?;
+    header.set_entry_type(kind);
+    header.set_mode(mode);
+    header.set_size(size);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mtime(0);
+    header.set_cksum();
+    out.write_all(header.as_bytes())
+}
+
+fn directory(out: &mut dyn Write, name: &str) -> io::Result<()> {
+    header(out, name, tar::EntryType::Directory, 0o755, 0)
+}
+
+fn file(out: &mut dyn Write, name: &str, bytes: &[u8]) -> io::Result<()> {
+    header(out, name, tar::EntryType::Regular, 0o644, bytes.len() as u64)?;
+    out.write_all(bytes)?;
+    pad(out, bytes.len() as u64)
+}
+
+fn pad(out: &mut dyn Write, size: u64) -> io::Result<()> {
+    let rest = usize::try_from(size % 512).unwrap_or_default();
+    if rest == 0 { Ok(()) } else { out.write_all(&[0; 512][rest..]) }
+}
+
+/// Writes a layout directory, or adds the image to one. Entries of the same name are replaced; an image without name
+/// replaces the one without name.
+fn write_layout(image: &ExportImage<'_>, store: &Store, path: &Path) -> Result<(), ExportError> {
+    let (root, documents, layers) = parts(image)?;
+    let blobs = path.join("blobs/sha256");
+    fs::create_dir_all(&blobs).map_err(io_error("create", &blobs))?;
+    for (digest, layer) in layers {
+        let target = blobs.join(blob::digest_hex(digest)?);
+        if fs::metadata(&target).is_ok_and(|metadata| metadata.len() == layer.size) {
+            continue;
+        }
+        let mut source = open_whole(store, digest, layer.size)?;
+        replace(&target, |file| match rustix::fs::ioctl_ficlone(file, &source) {
+            Ok(()) => Ok(()),
+            Err(_) => blob::copy(&mut source, &mut &*file).map(drop),
+        })?;
+    }
+    for (digest, bytes) in documents {
+        replace(&blobs.join(blob::digest_hex(digest)?), |mut file| file.write_all(bytes))?;
+    }
+    replace(&path.join("oci-layout"), |mut file| file.write_all(LAYOUT))?;
+    // Two exports into one directory take turns.
+    let lock_path = path.join("index.json.lock");
+    let lock = File::options().create(true).truncate(false).write(true).open(&lock_path);
+    let lock = lock.map_err(io_error("open", &lock_path))?;
+    lock.lock().map_err(io_error("lock", &lock_path))?;
+    let index_path = path.join("index.json");
+    let mut bytes = Vec::new();
+    let mut index = match File::open(&index_path) {
+        Ok(file) => {
+            file.take(blob::DOCUMENT_LIMIT_BYTES).read_to_end(&mut bytes).map_err(io_error("read", &index_path))?;
+            serde_json::from_slice::<Index>(&bytes)
+                .map_err(|source| ExportError::BadLayout { path: index_path.clone(), source })?
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => layout_index(Vec::new()),
+        Err(error) => return Err(io_error("read", &index_path)(error)),
+    };
+    for entry in index_entries(image, root) {
+        let name =
+            |entry: &Descriptor| (entry.annotations.get(REF_NAME).cloned(), entry.annotations.get(IMAGE_NAME).cloned());
+        index.manifests.retain(|other| name(other) != name(&entry));
+        index.manifests.push(entry);
+    }
+    replace(&index_path, |mut file| file.write_all(&to_json(&index)))?;
+    let _ = fs::remove_file(&lock_path);
+    Ok(())
+}
+
+/// Puts a file in place by way of a temporary.
+fn replace(target: &Path, write: impl FnOnce(&File) -> io::Result<()>) -> Result<(), ExportError> {
+    let parent = target.parent().unwrap_or(Path::new("."));
+    let temporary = tempfile::Builder::new()
+        .prefix(".nacre-")
+        .permissions(fs::Permissions::from_mode(0o666))
+        .tempfile_in(parent)
+        .map_err(io_error("create", target))?;
+    write(temporary.as_file()).map_err(io_error("write", target))?;
+    temporary.persist(target).map_err(|error| io_error("rename to", target)(error.error))?;
+    Ok(())
+}
+
+// ---- --output ----
+
+/// Kinds of `--output`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OutputKind {
+    /// `oci`.
+    Oci,
+    /// `docker`.
+    Docker,
+    /// `tar`: the root file system.
+    Tar,
+    /// `local`: the root file system.
+    Local,
+    /// `image` and `registry`: names in the store, pushed if asked.
+    Image,
+    /// `cacheonly`: nothing.
+    CacheOnly,
+}
+
+/// Where an annotation goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AnnotationTarget {
+    /// `annotation`, `annotation-manifest`: the manifest.
+    Manifest,
+    /// `annotation-index`: the index.
+    Index,
+    /// `annotation-manifest-descriptor`: the manifest's descriptor in the index.
+    ManifestDescriptor,
+    /// `annotation-index-descriptor`: the index's descriptor in `index.json`.
+    IndexDescriptor,
+}
+
+/// `annotation….key=value`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Annotation {
+    /// Where it goes.
+    pub target: AnnotationTarget,
+    /// `[linux/amd64]`: only for this platform, as written.
+    pub platform: Option<String>,
+    /// Its key.
+    pub key: String,
+    /// Its value.
+    pub value: String,
+}
+
+/// A parsed `--output`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OutputSpec {
+    /// What to write.
+    pub kind: OutputKind,
+    /// Where to; `None` where none is given, which means standard output for archives.
+    pub dest: Option<Dest>,
+    /// `tar`: an archive, not a directory.
+    pub tar: bool,
+    /// `name`, as written.
+    pub names: Vec<String>,
+    /// `push`.
+    pub push: bool,
+    /// `push-by-digest`.
+    pub push_by_digest: bool,
+    /// `compression`.
+    pub codec: Codec,
+    /// `compression-level`.
+    pub level: Option<u32>,
+    /// `force-compression`: layers of base images too.
+    pub force_compression: bool,
+    /// `oci-mediatypes`, with its default.
+    pub media: Media,
+    /// `rewrite-timestamp`: no file is newer than SOURCE_DATE_EPOCH.
+    pub rewrite_timestamp: bool,
+    /// `annotation….key=value`, in order.
+    pub annotations: Vec<Annotation>,
+    /// Attributes that change nothing here; buildx passes them on unseen, too.
+    pub ignored: Vec<(String, String)>,
+}
+
+/// Why an `--output` is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum OutputError {
+    /// Not `key=value`.
+    #[error("invalid output field `{field}` (key=value expected)")]
+    Field {
+        /// The field.
+        field: String,
+    },
+    /// A quote where none may be, or none where one must be.
+    #[error("invalid quotes in output `{output}`")]
+    Quotes {
+        /// All of it.
+        output: String,
+    },
+    /// No `type`.
+    #[error("output `{output}` has no type")]
+    NoType {
+        /// All of it.
+        output: String,
+    },
+    /// No such type.
+    #[error("unknown output type `{kind}` (oci, docker, tar, local, image, registry and cacheonly are known)")]
+    Type {
+        /// As written.
+        kind: String,
+    },
+    /// A value that its key does not take.
+    #[error("invalid value `{value}` of output attribute `{key}`")]
+    Value {
+        /// The key.
+        key: String,
+        /// The value.
+        value: String,
+    },
+    /// A directory without `dest`.
+    #[error("output type `{kind}` needs dest")]
+    NoDest {
+        /// As written.
+        kind: String,
+    },
+    /// Two attributes that exclude each other.
+    #[error("output attribute `{key}` does not go with type `{kind}`")]
+    Conflict {
+        /// The attribute.
+        key: &'static str,
+        /// As written.
+        kind: String,
+    },
+}
+
+/// Reads an `--output`: `type=oci,dest=x,…` (comma-separated values, quotes as in CSV); a bare path is a local directory,
+/// `-` a tar on standard output.
+pub fn parse_output(output: &str) -> Result<OutputSpec, OutputError> {
+    let fields = csv_fields(output).ok_or_else(|| OutputError::Quotes { output: output.to_owned() })?;
+    let mut spec = OutputSpec {
+        kind: OutputKind::Local,
+        dest: None,
+        tar: true,
+        names: Vec::new(),
+        push: false,
+        push_by_digest: false,
+        codec: Codec::Gzip,
+        level: None,
+        force_compression: false,
+        media: Media::Oci,
+        rewrite_timestamp: false,
+        annotations: Vec::new(),
+        ignored: Vec::new(),
+    };
+    if let [field] = fields.as_slice()
+        && field == output
+        && !output.starts_with("type=")
+    {
+        spec.dest = Some(dest(output));
+        if output.is_empty() {
+            return Err(OutputError::NoType { output: output.to_owned() });
+        }
+        spec.kind = if output == "-" { OutputKind::Tar } else { OutputKind::Local };
+        return Ok(spec);
+    }
+    let (mut kind, mut media, mut level_text) = (None, None, None);
+    let mut tar = None;
+    for field in &fields {
+        let (key, value) = field.split_once('=').ok_or_else(|| OutputError::Field { field: field.clone() })?;
+        let written = key.trim();
+        let key = written.to_ascii_lowercase();
+        let invalid = || OutputError::Value { key: key.clone(), value: value.to_owned() };
+        let boolean = || parse_bool(value).ok_or_else(invalid);
+        match key.as_str() {
+            "type" => kind = Some(value.to_owned()),
+            "dest" => spec.dest = Some(dest(value)),
+            "tar" => tar = Some(boolean()?),
+            "name" => {
+                spec.names.extend(value.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()))
+            }
+            "push" => spec.push = boolean()?,
+            "push-by-digest" => spec.push_by_digest = boolean()?,
+            "compression" => {
+                spec.codec = match value {
+                    "gzip" => Codec::Gzip,
+                    "zstd" => Codec::Zstd,
+                    "uncompressed" => Codec::None,
+                    _ => return Err(invalid()),
+                }
+            }
+            "compression-level" => level_text = Some(value.to_owned()),
+            "force-compression" => spec.force_compression = boolean()?,
+            "oci-mediatypes" => media = Some(if boolean()? { Media::Oci } else { Media::Docker }),
+            "rewrite-timestamp" => spec.rewrite_timestamp = boolean()?,
+            key if key.starts_with("annotation") => {
+                // Keys of annotations keep their case.
+                let annotation = parse_annotation(written, value);
+                spec.annotations.push(annotation.ok_or_else(|| OutputError::Field { field: field.clone() })?);
+            }
+            _ => spec.ignored.push((key, value.to_owned())),
+        }
+    }
+    let kind = kind.ok_or_else(|| OutputError::NoType { output: output.to_owned() })?;
+    spec.kind = match kind.as_str() {
+        "oci" => OutputKind::Oci,
+        "docker" => OutputKind::Docker,
+        "tar" => OutputKind::Tar,
+        "local" => OutputKind::Local,
+        "image" => OutputKind::Image,
+        "registry" => {
+            spec.push = true;
+            OutputKind::Image
+        }
+        "cacheonly" => OutputKind::CacheOnly,
+        _ => return Err(OutputError::Type { kind }),
+    };
+    spec.tar = tar.unwrap_or(spec.kind != OutputKind::Local);
+    match (spec.kind, tar) {
+        (OutputKind::Docker, Some(false)) => return Err(OutputError::Conflict { key: "tar", kind }),
+        (OutputKind::Oci, Some(false)) | (OutputKind::Local, _) => match spec.dest {
+            Some(Dest::Path(_)) => {}
+            _ => return Err(OutputError::NoDest { kind }),
+        },
+        _ => {}
+    }
+    spec.level = level_text
+        .map(|text| {
+            let invalid = || OutputError::Value { key: "compression-level".to_owned(), value: text.clone() };
+            // -1 is zlib's word for its default.
+            match (spec.codec, text.as_str()) {
+                (Codec::Gzip, "-1") => Ok(None),
+                _ => {
+                    let level = text.parse::<u32>().map_err(|_| invalid())?;
+                    let known = match spec.codec {
+                        Codec::Gzip => level <= 9,
+                        Codec::Zstd => level <= 22,
+                        Codec::None => true,
+                    };
+                    if known { Ok(Some(level)) } else { Err(invalid()) }
+                }
+            }
+        })
+        .transpose()?
+        .flatten();
+    // Docker's media types know no zstd; annotations are OCI's. BuildKit switches over in both cases, too.
+    let default = match spec.kind {
+        OutputKind::Docker | OutputKind::Image if spec.annotations.is_empty() => Media::Docker,
+        _ => Media::Oci,
+    };
+    spec.media = if spec.codec == Codec::Zstd { Media::Oci } else { media.unwrap_or(default) };
+    Ok(spec)
+}
+
+fn dest(value: &str) -> Dest {
+    if value == "-" { Dest::Stdout } else { Dest::Path(PathBuf::from(value)) }
+}
+
+/// As Go's `strconv.ParseBool`.
+fn parse_bool(value: &str) -> Option<bool> {
+    match value {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Some(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Some(false),
+        _ => None,
+    }
+}
+
+/// `annotation[-TARGET][[PLATFORM]].KEY`.
+fn parse_annotation(key: &str, value: &str) -> Option<Annotation> {
+    let rest = key.get("annotation".len()..)?;
+    let end = rest.find(['.', '['])?;
+    let target = match rest[..end].to_ascii_lowercase().as_str() {
+        "" | "-manifest" => AnnotationTarget::Manifest,
+        "-index" => AnnotationTarget::Index,
+        "-manifest-descriptor" => AnnotationTarget::ManifestDescriptor,
+        "-index-descriptor" => AnnotationTarget::IndexDescriptor,
+        _ => return None,
+    };
+    let (platform, name) = match rest[end..].strip_prefix('[') {
+        Some(rest) => {
+            let (platform, name) = rest.split_once("].")?;
+            (Some(platform.to_owned()), name)
+        }
+        None => (None, &rest[end + 1..]),
+    };
+    (!name.is_empty()).then(|| Annotation { target, platform, key: name.to_owned(), value: value.to_owned() })
+}
+
+/// Splits a line of CSV (RFC 4180): a field that begins with a quote goes to the next single quote.
+fn csv_fields(line: &str) -> Option<Vec<String>> {
+    let mut fields = Vec::new();
+    let mut rest = line;
+    loop {
+        let (field, after) = match rest.strip_prefix('"') {
+            None => {
+                let (field, after) = rest.find(',').map_or((rest, None), |at| (&rest[..at], Some(&rest[at + 1..])));
+                if field.contains('"') {
+                    return None;
+                }
+                (field.to_owned(), after)
+            }
+            Some(mut quoted) => {
+                let mut field = String::new();
+                loop {
+                    let at = quoted.find('"')?;
+                    field.push_str(&quoted[..at]);
+                    quoted = &quoted[at + 1..];
+                    match quoted.strip_prefix('"') {
+                        Some(more) => {
+                            field.push('"');
+                            quoted = more;
+                        }
+                        None => break,
+                    }
+                }
+                match quoted.strip_prefix(',') {
+                    Some(after) => (field, Some(after)),
+                    None if quoted.is_empty() => (field, None),
+                    None => return None,
+                }
+            }
+        };
+        fields.push(field);
+        match after {
+            Some(after) => rest = after,
+            None => return Some(fields),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::{Annotations, assemble, assemble_index};
+    use crate::store::temporary;
+    use nacre_frontend::image_config::ImageConfig;
+
+    fn image(store: &Store, architecture: &str) -> Assembled {
+        let config = ImageConfig { architecture: architecture.into(), os: "linux".into(), ..ImageConfig::default() };
+        let layer = [&b"layer for "[..], architecture.as_bytes()].concat();
+        let (digest, size) = store.write_blob(None, &mut layer.as_slice()).unwrap();
+        let descriptor = Descriptor {
+            media_type: media_type::OCI_LAYER.into(),
+            digest: digest.clone(),
+            size,
+            ..Descriptor::default()
+        };
+        assemble(config, &[(descriptor, digest)], Some(0.into()), Media::Oci, &Annotations::default())
+    }
+
+    fn entries(bytes: &[u8]) -> BTreeMap<String, Vec<u8>> {
+        let mut archive = tar::Archive::new(bytes);
+        let mut found = BTreeMap::new();
+        for entry in archive.entries().unwrap() {
+            let mut entry = entry.unwrap();
+            let name = entry.path().unwrap().to_str().unwrap().to_owned();
+            let mut content = Vec::new();
+            entry.read_to_end(&mut content).unwrap();
+            assert_eq!(entry.header().mtime().unwrap(), 0);
+            found.insert(name, content);
+        }
+        found
+    }
+
+    fn archive(image: &ExportImage<'_>, store: &Store, docker: bool) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let dest = Dest::Stdout;
+        let output = if docker { Output::Docker { dest: &dest } } else { Output::Oci { dest: &dest, tar: true } };
+        export(image, store, &output, &mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn an_archive_holds_the_image_and_is_the_same_twice() {
+        let (_directory, store) = temporary();
+        let images = [image(&store, "amd64")];
+        let names = ["docker.io/library/app:1".to_owned(), "localhost:5000/app:latest".to_owned()];
+        let image = ExportImage { images: &images, index: None, names: &names };
+        let bytes = archive(&image, &store, true);
+        assert_eq!(bytes, archive(&image, &store, true));
+        let found = entries(&bytes);
+        let listed: Vec<&str> = found.keys().map(String::as_str).filter(|name| !name.contains("256/")).collect();
+        assert_eq!(listed, ["blobs/", "index.json", "manifest.json", "oci-layout"]);
+        for (name, content) in &found {
+            if let Some(digits) = name.strip_prefix("blobs/sha256/").filter(|rest| !rest.is_empty()) {
+                assert_eq!(blob::sha256(content), format!("sha256:{digits}"));
+            }
+        }
+        assert_eq!(found.keys().filter(|name| name.starts_with("blobs/sha256/")).count(), 4);
+        let manifest: serde_json::Value = serde_json::from_slice(&found["manifest.json"]).unwrap();
+        assert_eq!(manifest[0]["RepoTags"], serde_json::json!(["app:1", "localhost:5000/app:latest"]));
+        let index: Index = serde_json::from_slice(&found["index.json"]).unwrap();
+        let annotations: Vec<_> = index.manifests.iter().map(|entry| entry.annotations[REF_NAME].as_str()).collect();
+        assert_eq!(annotations, ["1", "latest"]);
+        assert_eq!(index.manifests[0].annotations[IMAGE_NAME], "docker.io/library/app:1");
+        assert_eq!(index.manifests[0].annotations[CREATED], "1970-01-01T00:00:00Z");
+        assert!(!entries(&archive(&image, &store, false)).contains_key("manifest.json"));
+    }
+
+    #[test]
+    fn several_platforms_need_an_index() {
+        let (_directory, store) = temporary();
+        let images = [image(&store, "amd64"), image(&store, "arm64")];
+        let index = assemble_index(&images, Media::Oci, &BTreeMap::new());
+        let both = ExportImage { images: &images, index: Some(&index), names: &[] };
+        let found = entries(&archive(&both, &store, false));
+        assert_eq!(found.keys().filter(|name| name.len() > 70).count(), 7);
+        let listed: Index = serde_json::from_slice(&found["index.json"]).unwrap();
+        assert_eq!(listed.manifests.len(), 1);
+        assert_eq!(listed.manifests[0].digest, index.1.digest);
+        let check =
+            |image: ExportImage<'_>, output: &Output<'_>| export(&image, &store, output, &mut io::sink()).unwrap_err();
+        assert!(matches!(
+            check(both, &Output::Docker { dest: &Dest::Stdout }),
+            ExportError::ManyPlatforms { count: 2 }
+        ));
+        let without = ExportImage { index: None, ..both };
+        assert!(matches!(check(without, &Output::Oci { dest: &Dest::Stdout, tar: true }), ExportError::NoIndex { .. }));
+        assert!(matches!(
+            check(both, &Output::Oci { dest: &Dest::Stdout, tar: false }),
+            ExportError::DirectoryToStdout
+        ));
+    }
+
+    #[test]
+    fn a_layout_grows_and_names_move() {
+        let (directory, store) = temporary();
+        let path = directory.path().join("out/layout");
+        let (one, two) = ([image(&store, "amd64")], [image(&store, "arm64")]);
+        let names = ["localhost/app:1".to_owned()];
+        let write = |images: &[Assembled], names: &[String]| {
+            let dest = Dest::Path(path.clone());
+            let image = ExportImage { images, index: None, names };
+            export(&image, &store, &Output::Oci { dest: &dest, tar: false }, &mut io::sink()).unwrap();
+            let index: Index = serde_json::from_slice(&fs::read(path.join("index.json")).unwrap()).unwrap();
+            index.manifests.into_iter().map(|entry| entry.digest).collect::<Vec<_>>()
+        };
+        let (first, second) = (&one[0].manifest_descriptor.digest, &two[0].manifest_descriptor.digest);
+        assert_eq!(write(&one, &names), [first.clone()]);
+        assert_eq!(write(&two, &[]), [first.clone(), second.clone()]);
+        assert_eq!(write(&two, &names), [second.clone(), second.clone()]);
+        let names: Vec<_> = fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(names.len(), 3, "{names:?}");
+        assert_eq!(fs::read_dir(path.join("blobs/sha256")).unwrap().count(), 6);
+    }
+
+    #[test]
+    fn a_file_appears_whole_or_not_at_all() {
+        let (directory, store) = temporary();
+        let images = [image(&store, "amd64")];
+        let image = ExportImage { images: &images, index: None, names: &[] };
+        let (path, link) = (directory.path().join("out.tar"), directory.path().join("link.tar"));
+        std::os::unix::fs::symlink("out.tar", &link).unwrap();
+        fs::write(&path, "before").unwrap();
+        let blob_path = store.blob_path(&images[0].layers[0].digest).unwrap();
+        let blob = fs::read(&blob_path).unwrap();
+        let write = |path: &Path| {
+            let dest = Dest::Path(path.to_owned());
+            export(&image, &store, &Output::Oci { dest: &dest, tar: true }, &mut io::sink())
+        };
+        fs::write(&blob_path, "short").unwrap();
+        assert!(matches!(write(&path), Err(ExportError::Store(StoreError::SizeMismatch { found: 5, .. }))));
+        fs::remove_file(&blob_path).unwrap();
+        assert!(matches!(write(&path), Err(ExportError::Store(StoreError::NoBlob { .. }))));
+        assert_eq!(fs::read(&path).unwrap(), b"before");
+        fs::write(&blob_path, blob).unwrap();
+        write(&link).unwrap();
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert!(fs::metadata(&path).unwrap().len() > 1024);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 3, "no temporary is left");
+        write(Path::new("/dev/null")).unwrap();
+        assert!(fs::metadata("/dev/null").is_ok_and(|metadata| !metadata.is_file()));
+        assert!(matches!(write(&directory.path().join("missing/x.tar")), Err(ExportError::Io { .. })));
+    }
+
+    #[test]
+    fn the_store_gets_names() {
+        let (_directory, store) = temporary();
+        let images = [image(&store, "amd64")];
+        let names = ["docker.io/library/app:latest".to_owned()];
+        let image = ExportImage { images: &images, index: None, names: &names };
+        export(&image, &store, &Output::Store, &mut io::sink()).unwrap();
+        let found = store.lookup_tag("docker.io/library/app:latest").unwrap().unwrap();
+        assert_eq!(found.digest, images[0].manifest_descriptor.digest);
+        assert_eq!(store.read_document(&found.digest).unwrap(), images[0].manifest_bytes);
+    }
+
+    #[test]
+    fn outputs_parse() {
+        let kind = |text: &str, kind: OutputKind, dest: Option<&str>| {
+            let spec = parse_output(text).unwrap_or_else(|error| panic!("{text}: {error}"));
+            assert_eq!(spec.kind, kind, "{text}");
+            let found = spec.dest.as_ref().map(|dest| match dest {
+                Dest::Path(path) => path.to_str().unwrap(),
+                Dest::Stdout => "-",
+            });
+            assert_eq!(found, dest, "{text}");
+            spec
+        };
+        assert!(!kind("type=oci,dest=out,tar=false", OutputKind::Oci, Some("out")).tar);
+        assert!(kind("type=oci", OutputKind::Oci, None).tar);
+        kind("out", OutputKind::Local, Some("out"));
+        kind("./a=b", OutputKind::Local, Some("./a=b"));
+        kind("-", OutputKind::Tar, Some("-"));
+        kind("type=tar,dest=-", OutputKind::Tar, Some("-"));
+        kind("type=local,dest=d", OutputKind::Local, Some("d"));
+        assert_eq!(kind("type=docker", OutputKind::Docker, None).media, Media::Docker);
+        assert!(kind("type=registry,name=a/b", OutputKind::Image, None).push);
+        assert!(!kind("type=image,name=a,push=false", OutputKind::Image, None).push);
+        assert_eq!(kind("type=image,\"name=a,b:1\"", OutputKind::Image, None).names, ["a", "b:1"]);
+        kind("type=cacheonly", OutputKind::CacheOnly, None);
+        let spec = kind(
+            "type=oci, Compression=zstd,compression-level=3,force-compression=true,oci-mediatypes=false,\
+             rewrite-timestamp=1,annotation.Key=v=w,annotation-index[linux/amd64].k=,store=true",
+            OutputKind::Oci,
+            None,
+        );
+        assert_eq!((spec.codec, spec.level, spec.media), (Codec::Zstd, Some(3), Media::Oci));
+        assert!(spec.force_compression && spec.rewrite_timestamp);
+        assert_eq!(spec.annotations[0].key, "Key");
+        assert_eq!(spec.annotations[0].value, "v=w");
+        assert_eq!(spec.annotations[1].target, AnnotationTarget::Index);
+        assert_eq!(spec.annotations[1].platform.as_deref(), Some("linux/amd64"));
+        assert_eq!(spec.ignored, [("store".to_owned(), "true".to_owned())]);
+    }
+
+    #[test]
+    fn bad_outputs_are_refused() {
+        let check = |text: &str, words: &str| {
+            let error = parse_output(text).expect_err(text).to_string();
+            assert!(error.contains(words), "{text}: {error}");
+        };
+        check("", "no type");
+        check("dest=x,tar=false", "no type");
+        check("type=oci,dest", "`dest`");
+        check("type=floppy", "floppy");
+        check("type=local", "needs dest");
+        check("type=oci,tar=false", "needs dest");
+        check("type=oci,tar=false,dest=-", "needs dest");
+        check("type=docker,tar=false", "does not go");
+        check("type=oci,tar=maybe", "maybe");
+        check("type=oci,compression=lzma", "lzma");
+        check("type=oci,compression-level=99", "99");
+        check("type=oci,\"name=a", "quotes");
+        check("type=oci,na\"me=a", "quotes");
+        check("type=oci,annotation-foo.k=v", "annotation-foo");
+    }
+}

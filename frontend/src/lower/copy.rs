@@ -41,9 +41,7 @@ impl StageLowering<'_, '_> {
         }
 
         let chmod = match (&mode, &copy.chmod) {
-            (Some(mode), Some(text)) => Some(mode::parse(mode).map_err(|error| {
-                problem(text.span, LowerProblem::BadMode { mode: mode.clone(), reason: error.to_string() })
-            })?),
+            (Some(mode), Some(text)) => Some(mode::parse(mode).map_err(|error| problem(text.span, error.into()))?),
             _ => None,
         };
         if let (Some(_), Some(flag)) = (&checksum, &copy.checksum) {

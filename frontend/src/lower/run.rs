@@ -2,7 +2,7 @@
 
 use super::mount::Mounts;
 use super::{At, StageLowering, text};
-use crate::diagnostic::Diagnostic;
+use crate::diagnostic::{Diagnostic, Problem};
 use crate::instruction::{Command as CommandLine, Heredoc, RunFlags};
 use crate::llb::{Mount, MountKind, Network, Op, RunOp, Security};
 use crate::lower_problem::LowerProblem;
@@ -73,7 +73,7 @@ impl StageLowering<'_, '_> {
             "none" => Ok(Network::None),
             "host" if self.shared.options.allow_network_host || default == Network::Host => Ok(Network::Host),
             "host" => Err(problem(network.span, LowerProblem::HostNetworkNotAllowed)),
-            other => Err(problem(network.span, LowerProblem::BadNetwork(other.to_owned()))),
+            other => Err(Diagnostic::at(network.span, Problem::NetworkMode(other.to_owned()))),
         }
     }
 
@@ -83,7 +83,7 @@ impl StageLowering<'_, '_> {
             "sandbox" => Ok(Security::Sandbox),
             "insecure" if self.shared.options.allow_insecure => Ok(Security::Insecure),
             "insecure" => Err(problem(security.span, LowerProblem::InsecureNotAllowed)),
-            other => Err(problem(security.span, LowerProblem::BadSecurity(other.to_owned()))),
+            other => Err(Diagnostic::at(security.span, Problem::SecurityMode(other.to_owned()))),
         }
     }
 

@@ -1,1 +1,865 @@
-//! registry/client.
+//! The HTTP side of a registry: requests with authentication, redirects, repetition; manifests and blobs.
+//!
+//! Every request runs through [`Client::exchange`]: it sends, follows redirects (without credentials once the origin
+//! changes), answers one challenge, and repeats what may succeed later. Bodies are read through [`Body`], which asks for
+//! the rest with a range request when the connection breaks.
+
+use super::RegistryError;
+use super::auth::{Challenge, CredentialFile, Credentials, parse_challenge};
+use crate::image::{Descriptor, media_type};
+use crate::store::blob::{DOCUMENT_LIMIT_BYTES, sha256};
+use reqwest::header::{self, HeaderMap, HeaderName, HeaderValue};
+use reqwest::{Method, StatusCode, Url};
+use std::collections::HashMap;
+use std::io::{self, Read};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
+
+/// Redirects that are followed; browsers and Go stop at 10 or 20.
+const REDIRECT_LIMIT: u32 = 10;
+/// Answers to errors are not read beyond this.
+const ERROR_BODY_LIMIT_BYTES: u64 = 64 << 10;
+/// No pause between attempts is longer, whatever the server asks for.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+/// How to talk to registries.
+#[derive(Debug, Clone)]
+pub struct ClientOptions {
+    /// `config.json` with credentials.
+    pub credentials: Option<PathBuf>,
+    /// Hosts (with port) that are spoken to by plain HTTP besides loopback ones.
+    pub plain_http: Vec<String>,
+    /// Attempts for one request.
+    pub attempts: u32,
+    /// First pause between attempts; each is twice the one before.
+    pub pause: Duration,
+    /// Time to open a connection.
+    pub connect_timeout: Duration,
+    /// Time from the request to the head of the answer.
+    pub answer_timeout: Duration,
+    /// Time between two pieces of a body.
+    pub data_timeout: Duration,
+}
+
+impl Default for ClientOptions {
+    fn default() -> Self {
+        Self {
+            credentials: None,
+            plain_http: Vec::new(),
+            attempts: 5,
+            pause: Duration::from_millis(300),
+            connect_timeout: Duration::from_secs(20),
+            answer_timeout: Duration::from_secs(60),
+            data_timeout: Duration::from_secs(60),
+        }
+    }
+}
+
+/// A client for any number of registries. Clones share everything.
+#[derive(Debug, Clone)]
+pub struct Client(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    options: ClientOptions,
+    runtime: OnceLock<tokio::runtime::Runtime>,
+    /// By [`Reach`].
+    clients: [OnceLock<reqwest::Client>; 3],
+    credentials: OnceLock<CredentialFile>,
+    /// `Authorization` by host and repository.
+    authorizations: Mutex<HashMap<(String, String), HeaderValue>>,
+}
+
+/// Kinds of connections, each with a client of its own: loopback ones take no proxy, and only HTTPS loads certificates.
+#[derive(Debug, Clone, Copy)]
+enum Reach {
+    Loopback,
+    Http,
+    Https,
+}
+
+/// An image in a registry.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct RemoteImage {
+    /// Host with port, as in the reference: `docker.io`.
+    pub host: String,
+    /// `library/debian`.
+    pub repository: String,
+    /// Tag.
+    pub tag: Option<String>,
+    /// Digest; decides when both are given.
+    pub digest: Option<String>,
+}
+
+impl RemoteImage {
+    /// Takes a canonical reference apart; `None` when it is not one.
+    pub fn parse(canonical: &str) -> Option<Self> {
+        let (name, digest) = match canonical.split_once('@') {
+            Some((name, digest)) => (name, Some(digest.to_owned())),
+            None => (canonical, None),
+        };
+        let (host, path) = name.split_once('/')?;
+        let (repository, tag) = match path.split_once(':') {
+            Some((repository, tag)) => (repository, Some(tag.to_owned())),
+            None => (path, None),
+        };
+        let whole = !host.is_empty() && !repository.is_empty() && (tag.is_some() || digest.is_some());
+        whole.then(|| Self { host: host.to_owned(), repository: repository.to_owned(), tag, digest })
+    }
+
+    /// Digest or tag, as it stands in addresses.
+    pub fn version(&self) -> &str {
+        self.digest.as_deref().or(self.tag.as_deref()).unwrap_or("latest")
+    }
+}
+
+impl std::fmt::Display for RemoteImage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.host, self.repository)?;
+        if let Some(tag) = &self.tag {
+            write!(f, ":{tag}")?;
+        }
+        if let Some(digest) = &self.digest {
+            write!(f, "@{digest}")?;
+        }
+        Ok(())
+    }
+}
+
+/// One request, as often as it takes.
+#[derive(Debug, Clone)]
+pub(super) struct Exchange {
+    pub(super) method: Method,
+    pub(super) url: Url,
+    pub(super) headers: HeaderMap,
+    /// Host as in the reference, for messages and credentials.
+    pub(super) host: String,
+    /// Repository, for messages and credentials; empty for web servers, which get no credentials.
+    pub(super) repository: String,
+    /// What is asked for, for messages: `manifest 12`.
+    pub(super) what: String,
+    /// A redirect from HTTPS may lead to HTTP.
+    pub(super) downgrade: bool,
+    /// `Authorization` that is sent without being asked for.
+    pub(super) authorization: Option<HeaderValue>,
+}
+
+impl Client {
+    /// Makes a client. Nothing is read or started before the first request.
+    pub fn new(options: ClientOptions) -> Self {
+        Self(Arc::new(Shared {
+            options,
+            runtime: OnceLock::new(),
+            clients: Default::default(),
+            credentials: OnceLock::new(),
+            authorizations: Mutex::default(),
+        }))
+    }
+
+    /// Fetches a manifest or index by the image's tag or digest and checks it.
+    pub fn manifest(&self, image: &RemoteImage) -> Result<(Vec<u8>, Descriptor), RegistryError> {
+        let mut body = self.open(self.manifest_exchange(Method::GET, image)?, None)?;
+        let content_type = body.header(header::CONTENT_TYPE);
+        let mut bytes = Vec::new();
+        body.read_limited(DOCUMENT_LIMIT_BYTES, &mut bytes)?;
+        let found = sha256(&bytes);
+        // The header is the registry's own claim; the reference's digest is the user's.
+        let claimed = body.header(HeaderName::from_static("docker-content-digest"));
+        let expected = image.digest.clone().or(claimed.filter(|claimed| claimed.starts_with("sha256:")));
+        if let Some(expected) = expected.filter(|expected| *expected != found) {
+            return Err(RegistryError::DigestMismatch {
+                host: image.host.clone(),
+                repository: image.repository.clone(),
+                expected,
+                found,
+            });
+        }
+        let media_type = content_type.map(|value| without_parameters(&value)).unwrap_or_default();
+        let size = bytes.len() as u64;
+        Ok((bytes, Descriptor { media_type, digest: found, size, ..Descriptor::default() }))
+    }
+
+    /// Asks which manifest a tag means, without fetching it. `None` when the registry does not say.
+    pub fn resolve(&self, image: &RemoteImage) -> Result<Option<Descriptor>, RegistryError> {
+        let (response, _) = self.exchange(&self.manifest_exchange(Method::HEAD, image)?)?;
+        let text = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let digest = text("docker-content-digest").filter(|digest| crate::store::blob::digest_hex(digest).is_ok());
+        Ok(digest.map(|digest| Descriptor {
+            media_type: text("content-type").map(|value| without_parameters(&value)).unwrap_or_default(),
+            digest,
+            size: text("content-length").and_then(|length| length.parse().ok()).unwrap_or_default(),
+            ..Descriptor::default()
+        }))
+    }
+
+    /// Begins to fetch a blob. The bytes are those of the descriptor in number; their digest is for the reader to check.
+    pub fn blob(&self, image: &RemoteImage, blob: &Descriptor) -> Result<Body, RegistryError> {
+        let url = self.registry_url(&image.host, &format!("{}/blobs/{}", image.repository, blob.digest))?;
+        let exchange = Exchange {
+            method: Method::GET,
+            url,
+            headers: HeaderMap::new(),
+            host: image.host.clone(),
+            repository: image.repository.clone(),
+            what: format!("blob {}", blob.digest),
+            downgrade: false,
+            authorization: None,
+        };
+        self.open(exchange, Some(blob.size))
+    }
+
+    fn manifest_exchange(&self, method: Method, image: &RemoteImage) -> Result<Exchange, RegistryError> {
+        let accepted =
+            [media_type::OCI_INDEX, media_type::DOCKER_LIST, media_type::OCI_MANIFEST, media_type::DOCKER_MANIFEST];
+        let mut headers = HeaderMap::new();
+        headers.insert(
+            header::ACCEPT,
+            HeaderValue::from_str(&accepted.join(", ")).expect("media types are header values"),
+        );
+        Ok(Exchange {
+            method,
+            url: self.registry_url(&image.host, &format!("{}/manifests/{}", image.repository, image.version()))?,
+            headers,
+            host: image.host.clone(),
+            repository: image.repository.clone(),
+            what: format!("manifest {}", image.version()),
+            downgrade: false,
+            authorization: None,
+        })
+    }
+
+    /// Address of something below `/v2/` of a registry. Docker Hub's registry has another name than its images.
+    fn registry_url(&self, host: &str, path: &str) -> Result<Url, RegistryError> {
+        let server = match host {
+            "docker.io" | "index.docker.io" => "registry-1.docker.io",
+            other => other,
+        };
+        let plain = is_loopback(host_name(server)) || self.0.options.plain_http.iter().any(|known| known == host);
+        let text = format!("{}://{server}/v2/{path}", if plain { "http" } else { "https" });
+        Url::parse(&text).map_err(|_| RegistryError::BadUrl { url: text })
+    }
+
+    /// Sends a GET and gives its body, which goes on after interruptions.
+    pub(super) fn open(&self, exchange: Exchange, expected: Option<u64>) -> Result<Body, RegistryError> {
+        let (response, _) = self.exchange(&exchange)?;
+        let announced = response.content_length();
+        if let (Some(expected), Some(announced)) = (expected, announced)
+            && expected != announced
+        {
+            return Err(RegistryError::Incomplete {
+                host: exchange.host,
+                repository: format!("{}: {}", exchange.repository, exchange.what),
+                received: announced,
+                expected,
+            });
+        }
+        Ok(Body {
+            client: self.clone(),
+            headers: response.headers().clone(),
+            status: response.status(),
+            exchange,
+            response: Some(response),
+            chunk: Default::default(),
+            received: 0,
+            skip: 0,
+            expected: expected.or(announced),
+            failures: 0,
+        })
+    }
+
+    fn runtime(&self) -> Result<&tokio::runtime::Runtime, RegistryError> {
+        if let Some(runtime) = self.0.runtime.get() {
+            return Ok(runtime);
+        }
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("nacre-net")
+            .enable_all()
+            .build()
+            .map_err(|source| RegistryError::Runtime { source })?;
+        Ok(self.0.runtime.get_or_init(|| runtime))
+    }
+
+    fn http_client(&self, reach: Reach) -> Result<&reqwest::Client, RegistryError> {
+        let cell = &self.0.clients[reach as usize];
+        if let Some(client) = cell.get() {
+            return Ok(client);
+        }
+        // Fails when it is installed already, which is as good.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let mut builder = reqwest::Client::builder()
+            .user_agent(concat!("nacre/", env!("CARGO_PKG_VERSION")))
+            .connect_timeout(self.0.options.connect_timeout)
+            .redirect(reqwest::redirect::Policy::none())
+            .referer(false)
+            .http1_max_headers(200);
+        builder = match reach {
+            Reach::Https => builder,
+            Reach::Http => builder.tls_certs_only([]),
+            Reach::Loopback => {
+                let localhost = [
+                    SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0),
+                    SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), 0),
+                ];
+                builder.tls_certs_only([]).no_proxy().resolve_to_addrs("localhost", &localhost)
+            }
+        };
+        let client = builder.build().map_err(|source| RegistryError::Setup { source })?;
+        Ok(cell.get_or_init(|| client))
+    }
+
+    fn credentials(&self, host: &str, repository: &str) -> Result<Option<&Credentials>, RegistryError> {
+        let file = match self.0.credentials.get() {
+            Some(file) => file,
+            None => {
+                let file = match &self.0.options.credentials {
+                    Some(path) => CredentialFile::read(path)?,
+                    None => CredentialFile::default(),
+                };
+                self.0.credentials.get_or_init(|| file)
+            }
+        };
+        Ok(file.find(if host == "index.docker.io" { "docker.io" } else { host }, repository))
+    }
+
+    /// Sends a request until it is answered. Returns answers that are a success (or 304), and the address they came from.
+    pub(super) fn exchange(&self, exchange: &Exchange) -> Result<(reqwest::Response, Url), RegistryError> {
+        let options = &self.0.options;
+        let key = (exchange.host.clone(), exchange.repository.clone());
+        let mut attempt = 1;
+        let mut answered_challenge = false;
+        loop {
+            let authorization = exchange.authorization.clone().or_else(|| self.authorizations().get(&key).cloned());
+            let sent_credentials = authorization.is_some();
+            let result = self.send(exchange, authorization);
+            let (error, pause) = match result {
+                Ok((response, url)) => {
+                    let status = response.status();
+                    if status.is_success() || status == StatusCode::NOT_MODIFIED {
+                        return Ok((response, url));
+                    }
+                    let ours = same_origin(&url, &exchange.url) && !exchange.repository.is_empty();
+                    if status == StatusCode::UNAUTHORIZED && ours && !answered_challenge {
+                        answered_challenge = true;
+                        self.authorizations().remove(&key);
+                        if let Some(authorization) = self.authorize(exchange, response.headers())? {
+                            self.authorizations().insert(key.clone(), authorization);
+                            continue;
+                        }
+                    }
+                    let pause = retry_after(response.headers());
+                    let again = matches!(status.as_u16(), 408 | 429 | 500 | 502 | 503 | 504);
+                    let error = self.refusal(exchange, response, sent_credentials);
+                    if !again {
+                        return Err(error);
+                    }
+                    (error, pause)
+                }
+                Err(error @ (RegistryError::Transport { .. } | RegistryError::Timeout { .. })) => (error, None),
+                Err(error) => return Err(error),
+            };
+            if attempt >= options.attempts {
+                return Err(error);
+            }
+            std::thread::sleep(pause.unwrap_or_else(|| growing_pause(options.pause, attempt)).min(LONGEST_PAUSE));
+            attempt += 1;
+        }
+    }
+
+    fn authorizations(&self) -> std::sync::MutexGuard<'_, HashMap<(String, String), HeaderValue>> {
+        self.0.authorizations.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Sends once and follows redirects.
+    fn send(
+        &self,
+        exchange: &Exchange,
+        authorization: Option<HeaderValue>,
+    ) -> Result<(reqwest::Response, Url), RegistryError> {
+        let refused = |location: &str| RegistryError::Redirect {
+            host: exchange.host.clone(),
+            repository: exchange.repository.clone(),
+            location: location.split(['?', '#']).next().unwrap_or_default().to_owned(),
+        };
+        let mut url = exchange.url.clone();
+        for _ in 0..=REDIRECT_LIMIT {
+            let mut headers = exchange.headers.clone();
+            if let Some(authorization) = authorization.clone().filter(|_| same_origin(&url, &exchange.url)) {
+                headers.insert(header::AUTHORIZATION, authorization);
+            }
+            let request = self.http_client(reach(&url))?.request(exchange.method.clone(), url.clone()).headers(headers);
+            let response = self.await_answer(exchange, request)?;
+            if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
+                return Ok((response, url));
+            }
+            let location = response.headers().get(header::LOCATION).and_then(|value| value.to_str().ok());
+            let location = location.ok_or_else(|| refused(""))?;
+            let next = url.join(location).map_err(|_| refused(location))?;
+            let downgrade = url.scheme() == "https" && next.scheme() != "https" && !exchange.downgrade;
+            if !matches!(next.scheme(), "http" | "https") || downgrade {
+                return Err(refused(location));
+            }
+            url = next;
+        }
+        Err(refused(url.as_str()))
+    }
+
+    fn await_answer(
+        &self,
+        exchange: &Exchange,
+        request: reqwest::RequestBuilder,
+    ) -> Result<reqwest::Response, RegistryError> {
+        let after = self.0.options.answer_timeout;
+        let answer = self.runtime()?.block_on(async { tokio::time::timeout(after, request.send()).await });
+        match answer {
+            Ok(answer) => answer.map_err(|source| RegistryError::Transport {
+                host: exchange.host.clone(),
+                repository: exchange.repository.clone(),
+                source: source.without_url(),
+            }),
+            Err(_) => Err(RegistryError::Timeout {
+                host: exchange.host.clone(),
+                repository: exchange.repository.clone(),
+                phase: "answer",
+                after,
+            }),
+        }
+    }
+
+    /// Answers a challenge: the header to send from now on, or nothing when there is nothing to try.
+    fn authorize(&self, exchange: &Exchange, headers: &HeaderMap) -> Result<Option<HeaderValue>, RegistryError> {
+        let values = headers.get_all(header::WWW_AUTHENTICATE).iter().filter_map(|value| value.to_str().ok());
+        let credentials = self.credentials(&exchange.host, &exchange.repository)?;
+        let confused = |challenge: String| RegistryError::Challenge {
+            host: exchange.host.clone(),
+            repository: exchange.repository.clone(),
+            challenge,
+        };
+        let sensitive = |text: String| {
+            let mut value =
+                HeaderValue::from_str(&text).map_err(|_| confused("a token that is no header".to_owned()))?;
+            value.set_sensitive(true);
+            Ok(value)
+        };
+        if let Some(token) = credentials.map(|known| &known.registry_token).filter(|token| !token.is_empty()) {
+            return sensitive(format!("Bearer {token}")).map(Some);
+        }
+        match parse_challenge(values) {
+            None => Ok(None),
+            Some(Challenge::Basic) => match credentials.filter(|known| !known.password.is_empty()) {
+                Some(known) => sensitive(basic(known)).map(Some),
+                None => Ok(None),
+            },
+            Some(Challenge::Bearer { realm, service, scope }) => {
+                let realm = Url::parse(&realm).map_err(|_| confused(format!("realm `{realm}`")))?;
+                // A registry reached safely must not send passwords elsewhere in the clear.
+                if realm.scheme() != "https" && exchange.url.scheme() == "https" || realm.host().is_none() {
+                    return Err(confused(format!("realm `{realm}`")));
+                }
+                let scope = scope.unwrap_or_else(|| format!("repository:{}:pull", exchange.repository));
+                let token = self.token(exchange, realm, service.as_deref(), &scope, credentials)?;
+                sensitive(format!("Bearer {token}")).map(Some)
+            }
+        }
+    }
+
+    /// Fetches a token (distribution specification, token authentication; OAuth2 for identity tokens).
+    fn token(
+        &self,
+        exchange: &Exchange,
+        mut realm: Url,
+        service: Option<&str>,
+        scope: &str,
+        credentials: Option<&Credentials>,
+    ) -> Result<String, RegistryError> {
+        #[derive(serde::Deserialize, Default)]
+        #[serde(default)]
+        struct Token {
+            token: Option<String>,
+            access_token: Option<String>,
+        }
+        let identity = credentials.map(|known| known.identity_token.as_str()).filter(|token| !token.is_empty());
+        let mut form = Url::parse("http://form/").expect("a constant address");
+        {
+            let target = if identity.is_some() { &mut form } else { &mut realm };
+            let mut pairs = target.query_pairs_mut();
+            pairs.extend_pairs(service.map(|service| ("service", service)));
+            pairs.append_pair("scope", scope);
+            if let Some(token) = identity {
+                pairs.append_pair("grant_type", "refresh_token").append_pair("client_id", "nacre");
+                pairs.append_pair("refresh_token", token);
+            }
+        }
+        let options = &self.0.options;
+        let mut attempt = 1;
+        let response = loop {
+            let client = self.http_client(reach(&realm))?;
+            let request = match (identity, credentials) {
+                (Some(_), _) => client
+                    .post(realm.clone())
+                    .header(header::CONTENT_TYPE, "application/x-www-form-urlencoded")
+                    .body(form.query().unwrap_or_default().to_owned()),
+                (None, Some(known)) if !known.password.is_empty() => {
+                    client.get(realm.clone()).header(header::AUTHORIZATION, basic(known))
+                }
+                _ => client.get(realm.clone()),
+            };
+            let (error, pause) = match self.await_answer(exchange, request) {
+                Ok(response) if response.status().is_success() => break response,
+                Ok(response) => {
+                    let pause = retry_after(response.headers());
+                    let again = matches!(response.status().as_u16(), 408 | 429 | 500 | 502 | 503 | 504);
+                    let error = self.refusal(exchange, response, credentials.is_some());
+                    if !again {
+                        return Err(error);
+                    }
+                    (error, pause)
+                }
+                Err(error) => (error, None),
+            };
+            if attempt >= options.attempts {
+                return Err(error);
+            }
+            std::thread::sleep(pause.unwrap_or_else(|| growing_pause(options.pause, attempt)).min(LONGEST_PAUSE));
+            attempt += 1;
+        };
+        let bytes = self.small_body(response).unwrap_or_default();
+        let token: Token = serde_json::from_slice(&bytes).unwrap_or_default();
+        token
+            .token
+            .filter(|token| !token.is_empty())
+            .or(token.access_token)
+            .filter(|token| !token.is_empty())
+            .ok_or_else(|| RegistryError::Challenge {
+                host: exchange.host.clone(),
+                repository: exchange.repository.clone(),
+                challenge: format!("no token from {}", realm.host_str().unwrap_or_default()),
+            })
+    }
+
+    /// Reads what there is of a short body.
+    fn small_body(&self, mut response: reqwest::Response) -> Option<Vec<u8>> {
+        let mut bytes = Vec::new();
+        let timeout = self.0.options.data_timeout;
+        self.runtime().ok()?.block_on(async {
+            while let Ok(Ok(Some(chunk))) = tokio::time::timeout(timeout, response.chunk()).await {
+                bytes.extend_from_slice(&chunk);
+                if bytes.len() as u64 > ERROR_BODY_LIMIT_BYTES {
+                    break;
+                }
+            }
+        });
+        Some(bytes)
+    }
+
+    /// The error that an answer means.
+    fn refusal(&self, exchange: &Exchange, response: reqwest::Response, credentials: bool) -> RegistryError {
+        #[derive(serde::Deserialize, Default)]
+        #[serde(default)]
+        struct Errors {
+            errors: Vec<OneError>,
+            details: Option<String>,
+        }
+        #[derive(serde::Deserialize, Default)]
+        #[serde(default)]
+        struct OneError {
+            code: Option<String>,
+            message: Option<String>,
+        }
+        let status = response.status();
+        let body = self.small_body(response).unwrap_or_default();
+        let mut errors: Errors = serde_json::from_slice(&body).unwrap_or_default();
+        let first = if errors.errors.is_empty() { OneError::default() } else { errors.errors.swap_remove(0) };
+        let code = first.code.unwrap_or_default();
+        // Foreign text: one line of it, no control characters.
+        let message = first.message.or(errors.details).unwrap_or_default();
+        let message: String = message.chars().map(|c| if c.is_control() { ' ' } else { c }).take(300).collect();
+        let (host, repository) = (exchange.host.clone(), exchange.repository.clone());
+        match status {
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if !repository.is_empty() => {
+                RegistryError::Denied { host, repository, credentials, code, message }
+            }
+            StatusCode::NOT_FOUND if !repository.is_empty() => {
+                RegistryError::NotFound { host, repository, what: exchange.what.clone(), code, message }
+            }
+            status => RegistryError::Status { host, repository, status: status.as_u16(), code, message },
+        }
+    }
+}
+
+/// The body of an answer. Reading goes on with a range request when the connection breaks; the reader must check the
+/// digest at the end.
+#[derive(Debug)]
+pub struct Body {
+    client: Client,
+    headers: HeaderMap,
+    status: StatusCode,
+    exchange: Exchange,
+    response: Option<reqwest::Response>,
+    chunk: Chunk,
+    /// Bytes given to the reader or in `chunk`.
+    received: u64,
+    /// Bytes of a repeated answer that the reader already has.
+    skip: u64,
+    expected: Option<u64>,
+    /// Interruptions since the last byte.
+    failures: u32,
+}
+
+/// A received piece and how much of it was read.
+#[derive(Debug, Default)]
+struct Chunk {
+    bytes: Vec<u8>,
+    read: usize,
+}
+
+impl Body {
+    /// A header of the first answer.
+    pub(super) fn header(&self, name: HeaderName) -> Option<String> {
+        self.headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned)
+    }
+
+    /// Status of the first answer.
+    pub(super) fn status(&self) -> StatusCode {
+        self.status
+    }
+
+    /// Bytes in all, where the server or the descriptor says.
+    pub fn expected(&self) -> Option<u64> {
+        self.expected
+    }
+
+    /// Reads all of a document.
+    pub fn read_limited(&mut self, limit: u64, bytes: &mut Vec<u8>) -> Result<(), RegistryError> {
+        let (host, repository) = (self.exchange.host.clone(), self.exchange.repository.clone());
+        self.by_ref()
+            .take(limit + 1)
+            .read_to_end(bytes)
+            .map_err(|error| into_registry_error(error, &host, &repository))?;
+        if bytes.len() as u64 > limit {
+            return Err(RegistryError::TooLong { host, repository, expected: limit });
+        }
+        Ok(())
+    }
+
+    /// Waits for the next piece; `false` at the end.
+    fn fill(&mut self) -> Result<bool, RegistryError> {
+        loop {
+            let (host, repository) = (self.exchange.host.clone(), self.exchange.repository.clone());
+            let after = self.client.0.options.data_timeout;
+            let piece = match self.response.as_mut() {
+                Some(response) => {
+                    self.client.runtime()?.block_on(async { tokio::time::timeout(after, response.chunk()).await })
+                }
+                None => Ok(Ok(None)),
+            };
+            let error = match piece {
+                Ok(Ok(Some(bytes))) => {
+                    self.failures = 0;
+                    let skipped = self.skip.min(bytes.len() as u64);
+                    self.skip -= skipped;
+                    let bytes = &bytes[usize::try_from(skipped).unwrap_or(bytes.len())..];
+                    self.received += bytes.len() as u64;
+                    if let Some(expected) = self.expected.filter(|expected| self.received > *expected) {
+                        return Err(RegistryError::TooLong { host, repository, expected });
+                    }
+                    if bytes.is_empty() {
+                        continue;
+                    }
+                    self.chunk = Chunk { bytes: bytes.to_vec(), read: 0 };
+                    return Ok(true);
+                }
+                Ok(Ok(None)) => match self.expected.filter(|expected| self.received < *expected) {
+                    None => return Ok(false),
+                    Some(expected) => RegistryError::Incomplete { host, repository, received: self.received, expected },
+                },
+                Ok(Err(source)) => RegistryError::Transport { host, repository, source: source.without_url() },
+                Err(_) => RegistryError::Timeout { host, repository, phase: "data", after },
+            };
+            self.failures += 1;
+            self.response = None;
+            // Without a length nobody knows whether the rest is the rest of the same.
+            if self.failures >= self.client.0.options.attempts || self.expected.is_none() {
+                return Err(error);
+            }
+            std::thread::sleep(growing_pause(self.client.0.options.pause, self.failures));
+            self.resume()?;
+        }
+    }
+
+    fn resume(&mut self) -> Result<(), RegistryError> {
+        let mut exchange = self.exchange.clone();
+        if self.received > 0
+            && let Ok(range) = HeaderValue::from_str(&format!("bytes={}-", self.received))
+        {
+            exchange.headers.insert(header::RANGE, range);
+        }
+        let (response, _) = self.client.exchange(&exchange)?;
+        let from_start = |start: u64| {
+            let range = response.headers().get(header::CONTENT_RANGE).and_then(|value| value.to_str().ok());
+            range.is_some_and(|range| range.starts_with(&format!("bytes {start}-")))
+        };
+        // A server that cannot do ranges begins again.
+        self.skip = match response.status() {
+            StatusCode::PARTIAL_CONTENT if from_start(self.received) => 0,
+            StatusCode::PARTIAL_CONTENT => {
+                return Err(RegistryError::Incomplete {
+                    host: self.exchange.host.clone(),
+                    repository: self.exchange.repository.clone(),
+                    received: self.received,
+                    expected: self.expected.unwrap_or_default(),
+                });
+            }
+            _ => self.received,
+        };
+        self.response = Some(response);
+        Ok(())
+    }
+}
+
+impl Read for Body {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.chunk.read == self.chunk.bytes.len() && !self.fill().map_err(io::Error::other)? {
+            return Ok(0);
+        }
+        let rest = &self.chunk.bytes[self.chunk.read..];
+        let count = rest.len().min(buffer.len());
+        buffer[..count].copy_from_slice(&rest[..count]);
+        self.chunk.read += count;
+        Ok(count)
+    }
+}
+
+/// An error that went through [`Read`] as what it was.
+pub(crate) fn into_registry_error(error: io::Error, host: &str, repository: &str) -> RegistryError {
+    match error.downcast::<RegistryError>() {
+        Ok(error) => error,
+        Err(source) => RegistryError::Io { host: host.to_owned(), repository: repository.to_owned(), source },
+    }
+}
+
+pub(super) fn basic(credentials: &Credentials) -> String {
+    let text = format!("{}:{}", credentials.user, credentials.password);
+    format!("Basic {}", encode_base64(text.as_bytes()))
+}
+
+fn encode_base64(bytes: &[u8]) -> String {
+    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
+    for group in bytes.chunks(3) {
+        let value = group.iter().fold(0u32, |value, &byte| value << 8 | u32::from(byte)) << (8 * (3 - group.len()));
+        for place in 0..4 {
+            let digit = ALPHABET[(value >> (18 - 6 * place) & 63) as usize];
+            text.push(if place <= group.len() { char::from(digit) } else { '=' });
+        }
+    }
+    text
+}
+
+fn without_parameters(content_type: &str) -> String {
+    content_type.split(';').next().unwrap_or_default().trim().to_owned()
+}
+
+/// Host without port; IPv6 without brackets.
+fn host_name(host: &str) -> &str {
+    if let Some(rest) = host.strip_prefix('[') {
+        return rest.split(']').next().unwrap_or_default();
+    }
+    host.rsplit_once(':').map_or(host, |(name, _)| name)
+}
+
+fn is_loopback(name: &str) -> bool {
+    name == "localhost" || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+fn reach(url: &Url) -> Reach {
+    let name = url.host_str().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
+    match url.scheme() {
+        "https" => Reach::Https,
+        _ if is_loopback(name) => Reach::Loopback,
+        _ => Reach::Http,
+    }
+}
+
+fn same_origin(a: &Url, b: &Url) -> bool {
+    a.scheme() == b.scheme() && a.host() == b.host() && a.port_or_known_default() == b.port_or_known_default()
+}
+
+/// `Retry-After` in seconds or as a date.
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let text = headers.get(header::RETRY_AFTER)?.to_str().ok()?;
+    if let Ok(seconds) = text.trim().parse() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let wait = super::http::parse_date(text)? - jiff::Timestamp::now().as_second();
+    Some(Duration::from_secs(u64::try_from(wait).unwrap_or(0)))
+}
+
+/// Twice as long each time, and a random part, so that many clients do not come back at once.
+fn growing_pause(first: Duration, attempt: u32) -> Duration {
+    let pause = first.saturating_mul(1 << (attempt - 1).min(10));
+    let mut random = [0; 1];
+    let _ = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::NONBLOCK);
+    (pause + pause.saturating_mul(u32::from(random[0])) / 512).min(LONGEST_PAUSE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn references_come_apart() {
+        let check = |text: &str, expected: Option<(&str, &str, &str)>| {
+            let image = RemoteImage::parse(text);
+            let found = image.as_ref().map(|image| (image.host.as_str(), image.repository.as_str(), image.version()));
+            assert_eq!(found, expected, "{text}");
+            if let Some(image) = image {
+                assert_eq!(image.to_string(), text);
+            }
+        };
+        check("docker.io/library/debian:12", Some(("docker.io", "library/debian", "12")));
+        check("localhost:5000/x:latest", Some(("localhost:5000", "x", "latest")));
+        check("[::1]:5000/a/b:t", Some(("[::1]:5000", "a/b", "t")));
+        check("h.io/a:t@sha256:00", Some(("h.io", "a", "sha256:00")));
+        check("h.io/a@sha256:00", Some(("h.io", "a", "sha256:00")));
+        check("debian", None);
+        check("h.io/a", None);
+        check("", None);
+    }
+
+    #[test]
+    fn plain_http_is_for_loopback_and_named_hosts() {
+        let client = Client::new(ClientOptions { plain_http: vec!["lan:5000".into()], ..ClientOptions::default() });
+        let check = |host: &str, expected: &str| {
+            assert_eq!(client.registry_url(host, "a/blobs/x").unwrap().as_str(), format!("{expected}/v2/a/blobs/x"));
+        };
+        check("docker.io", "https://registry-1.docker.io");
+        check("ghcr.io", "https://ghcr.io");
+        check("localhost:5000", "http://localhost:5000");
+        check("127.0.0.1:5000", "http://127.0.0.1:5000");
+        check("[::1]:5000", "http://[::1]:5000");
+        check("lan:5000", "http://lan:5000");
+        check("localhost.evil.com", "https://localhost.evil.com");
+        check("127.evil.com", "https://127.evil.com");
+        assert!(client.registry_url("a b", "x").is_err());
+    }
+
+    #[test]
+    fn base64_encodes() {
+        let check = |text: &str, expected: &str| assert_eq!(encode_base64(text.as_bytes()), expected);
+        check("", "");
+        check("u", "dQ==");
+        check("us", "dXM=");
+        check("u:p", "dTpw");
+        check("user:pass", "dXNlcjpwYXNz");
+    }
+
+    #[test]
+    fn pauses_grow_and_end() {
+        let first = Duration::from_millis(100);
+        assert!(growing_pause(first, 1) < growing_pause(first, 3));
+        assert!(growing_pause(Duration::from_secs(50), 40) <= LONGEST_PAUSE);
+    }
+}

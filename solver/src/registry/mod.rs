@@ -1,4 +1,205 @@
-//! Registry client.
+//! Reads from registries (OCI distribution specification) and web servers.
+//!
+//! Everything here blocks; the asynchronous runtime belongs to the [`Client`] and is started with its first request, so that
+//! a build that needs no network pays nothing for it. What the callers can rely on:
+//! - bytes are checked against the digest they were asked for, or the error says so;
+//! - requests that may succeed later are repeated with growing pauses, and a broken download goes on where it broke;
+//! - credentials go to the host they are for and to the token server that it names, never along a redirect elsewhere;
+//! - plain HTTP is spoken to loopback addresses and to hosts named by the caller only.
 
 pub mod auth;
 pub mod client;
+pub mod http;
+
+pub use client::{Body, Client, ClientOptions, RemoteImage};
+pub use http::{HttpFile, http_get};
+
+use crate::store::StoreError;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Why something could not be fetched.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {
+    /// The server's answer was no.
+    #[error("{host}: {} answered {status}{}", subject(.repository), described(.code, .message))]
+    Status {
+        /// Host with port.
+        host: String,
+        /// Repository and what was asked of it; empty for web servers.
+        repository: String,
+        /// HTTP status.
+        status: u16,
+        /// The registry's error code (`MANIFEST_UNKNOWN`), or empty.
+        code: String,
+        /// The registry's words, or empty.
+        message: String,
+    },
+    /// Not found.
+    #[error("{host}: no {what} in {repository}{}", described(.code, .message))]
+    NotFound {
+        /// Host with port.
+        host: String,
+        /// Repository.
+        repository: String,
+        /// Manifest `tag`, blob `digest`.
+        what: String,
+        /// The registry's error code, or empty.
+        code: String,
+        /// The registry's words, or empty.
+        message: String,
+    },
+    /// Credentials are missing or wrong.
+    #[error("{host}: access to {repository} denied{}{}", if *.credentials { "" } else { " (no credentials known)" }, described(.code, .message))]
+    Denied {
+        /// Host with port.
+        host: String,
+        /// Repository.
+        repository: String,
+        /// Credentials were sent.
+        credentials: bool,
+        /// The registry's error code, or empty.
+        code: String,
+        /// The registry's words, or empty.
+        message: String,
+    },
+    /// No answer: name, connection, TLS, or broken on the way.
+    #[error("{host}: {} failed", subject(.repository))]
+    Transport {
+        /// Host with port.
+        host: String,
+        /// Repository; empty for web servers.
+        repository: String,
+        /// The cause.
+        source: reqwest::Error,
+    },
+    /// Nothing came for too long.
+    #[error("{host}: {} got no {phase} for {} seconds", subject(.repository), .after.as_secs())]
+    Timeout {
+        /// Host with port.
+        host: String,
+        /// Repository; empty for web servers.
+        repository: String,
+        /// `answer` or `data`.
+        phase: &'static str,
+        /// How long was waited.
+        after: Duration,
+    },
+    /// The connection ended before all bytes came, again and again.
+    #[error("{host}: {} ended after {received} of {expected} bytes", subject(.repository))]
+    Incomplete {
+        /// Host with port.
+        host: String,
+        /// Repository.
+        repository: String,
+        /// What came.
+        received: u64,
+        /// What was announced.
+        expected: u64,
+    },
+    /// More bytes than announced.
+    #[error("{host}: {} sent more than {expected} bytes", subject(.repository))]
+    TooLong {
+        /// Host with port.
+        host: String,
+        /// Repository.
+        repository: String,
+        /// What was announced or allowed.
+        expected: u64,
+    },
+    /// The bytes are not what was asked for.
+    #[error("{host}: {} expected digest {expected}, found {found}", subject(.repository))]
+    DigestMismatch {
+        /// Host with port.
+        host: String,
+        /// Repository or address.
+        repository: String,
+        /// Asked for.
+        expected: String,
+        /// Of the bytes.
+        found: String,
+    },
+    /// Too many redirects, or one to nowhere.
+    #[error("{host}: {} was redirected to `{location}`, which is not followed", subject(.repository))]
+    Redirect {
+        /// Host with port.
+        host: String,
+        /// Repository.
+        repository: String,
+        /// Where to, without secrets.
+        location: String,
+    },
+    /// The token server's answer has no token, or the challenge makes no sense.
+    #[error("{host}: {} asks for authentication that is not understood: {challenge}", subject(.repository))]
+    Challenge {
+        /// Host with port.
+        host: String,
+        /// Repository.
+        repository: String,
+        /// What is wrong with it.
+        challenge: String,
+    },
+    /// Not an address that can be fetched.
+    #[error("invalid address `{url}`")]
+    BadUrl {
+        /// As given, without secrets.
+        url: String,
+    },
+    /// Not a checksum.
+    #[error("invalid checksum `{checksum}` (sha256, sha384 and sha512 with hex digits are known)")]
+    BadChecksum {
+        /// As given.
+        checksum: String,
+    },
+    /// Needed, but this build must not use the network.
+    #[error("`{what}` is not in the store, and the network may not be used")]
+    Offline {
+        /// Image or address.
+        what: String,
+    },
+    /// The HTTP client could not be made: no root certificates on this system, mostly.
+    #[error("cannot prepare HTTPS (root certificates are looked up as OpenSSL does, SSL_CERT_FILE names others)")]
+    Setup {
+        /// The cause.
+        source: reqwest::Error,
+    },
+    /// The runtime could not be started.
+    #[error("cannot start threads for the network")]
+    Runtime {
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// The file with credentials cannot be read.
+    #[error("cannot read credentials in {}: {reason}", path.display())]
+    Credentials {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// What was fetched cannot be stored.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Reading or writing on the way failed.
+    #[error("{host}: {} could not be stored", subject(.repository))]
+    Io {
+        /// Host with port.
+        host: String,
+        /// Repository.
+        repository: String,
+        /// The cause.
+        source: std::io::Error,
+    },
+}
+
+fn subject(repository: &str) -> &str {
+    if repository.is_empty() { "the request" } else { repository }
+}
+
+fn described(code: &str, message: &str) -> String {
+    match (code, message) {
+        ("", "") => String::new(),
+        ("", text) | (text, "") => format!(" ({text})"),
+        (code, message) => format!(" ({code}: {message})"),
+    }
+}
