@@ -308,12 +308,12 @@ impl BuildArgs {
 /// `builder prune`, `image ls`.
 pub(crate) fn without_docker_groups(mut args: Vec<OsString>) -> Vec<OsString> {
     let word = |at: usize| args.get(at).and_then(|arg| arg.to_str()).unwrap_or_default();
-    let grouped = match (word(1), word(2)) {
-        ("buildx", "build" | "b" | "version" | "prune") => true,
-        ("builder", "build" | "prune") => true,
-        ("image", "build" | "ls" | "list") => true,
-        _ => false,
-    };
+    let grouped = matches!(
+        (word(1), word(2)),
+        ("buildx", "build" | "b" | "version" | "prune")
+            | ("builder", "build" | "prune")
+            | ("image", "build" | "ls" | "list")
+    );
     if grouped {
         args.remove(1);
         if args[1] == "list" {

@@ -90,7 +90,10 @@ fn listen_to_signals(cancel: &Arc<AtomicBool>) -> std::io::Result<()> {
 /// A panic is a mistake in nacre; say so in the form of every other error.
 fn report_panics() {
     std::panic::set_hook(Box::new(|info| {
-        let text = info.payload_as_str().unwrap_or("no message");
+        let payload = info.payload();
+        let text =
+            payload.downcast_ref::<&str>().copied().or_else(|| payload.downcast_ref::<String>().map(String::as_str));
+        let text = text.unwrap_or("no message");
         let place = info.location().map(|place| format!(" at {}:{}", place.file(), place.line())).unwrap_or_default();
         print_error(&format!(
             "error: internal error{place}: {text}\nhelp: this is a mistake in nacre, not in your Dockerfile; please report it\n"

@@ -14,6 +14,7 @@ use crate::request::ProgressMode;
 use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use nacre_solver::solve::{Event, Stream, VertexInfo};
 use serde_json::{Value, json};
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -317,8 +318,8 @@ impl<W: Write + Send> Plain<W> {
 
     /// Prints a step's name once.
     fn head(&mut self, at: Duration, id: usize) {
-        if !self.shown.contains_key(&id) {
-            self.shown.insert(id, at);
+        if let Entry::Vacant(entry) = self.shown.entry(id) {
+            entry.insert(at);
             let text = format!("#{} {}", id + 1, sanitised(self.totals.name(id).as_bytes(), false));
             self.line(&text);
         }

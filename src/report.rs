@@ -15,7 +15,7 @@
 
 use annotate_snippets::renderer::DecorStyle;
 use annotate_snippets::{AnnotationKind, Group, Level, Renderer, Snippet};
-use nacre_frontend::diagnostic::{Diagnostic, Problem};
+use nacre_frontend::diagnostic::Diagnostic;
 use nacre_frontend::source::{SourceFile, Span};
 use std::error::Error;
 use std::path::PathBuf;
@@ -253,7 +253,7 @@ impl Style {
             .iter()
             .map(|diagnostic| {
                 let message = diagnostic.problem.to_string();
-                let help = help_of(&diagnostic.problem);
+                let help = diagnostic.problem.help();
                 self.block(Severity::Error, &message, Some((source, diagnostic.span)), &[], help.as_deref())
             })
             .collect();
@@ -326,14 +326,6 @@ fn signal_name(number: i32) -> String {
         _ => return format!("signal {number}"),
     };
     name.to_owned()
-}
-
-/// A mistake's way out.
-fn help_of(problem: &Problem) -> Option<String> {
-    match problem {
-        Problem::Lower(problem) => problem.help(),
-        _ => None,
-    }
 }
 
 impl Place {
@@ -431,7 +423,7 @@ fn printable(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nacre_frontend::lower_problem::LowerProblem;
+    use nacre_frontend::diagnostic::Problem;
 
     const PLAIN: Style = Style { color: false };
 
@@ -440,7 +432,7 @@ mod tests {
     }
 
     fn mistake(start: usize, end: usize, name: &str) -> Diagnostic {
-        Diagnostic::at(Span::new(start, end), Problem::Lower(LowerProblem::UnknownTarget(name.to_owned())))
+        Diagnostic::at(Span::new(start, end), Problem::UnknownInstruction(name.to_owned()))
     }
 
     #[test]
@@ -470,19 +462,19 @@ help: did you mean `RUN`?
         let diagnostics = vec![mistake(7, 10, "second"), mistake(5, 6, "first")];
         let text = PLAIN.error(&CommandError::Dockerfile { source, diagnostics });
         let expected = "\
-error: target stage `first` could not be found
+error: unknown instruction `first`
  --> Dockerfile:1:6
   |
 1 | FROM a
   |      ^
 
-error: target stage `second` could not be found
+error: unknown instruction `second`
  --> Dockerfile:2:1
   |
 2 | RUN b
   | ^^^
 
-2 mistakes in Dockerfile; the first: target stage `first` could not be found (line 1)
+2 mistakes in Dockerfile; the first: unknown instruction `first` (line 1)
 ";
         assert_eq!(text, expected);
         let one = CommandError::Dockerfile { source: file("FROM a\n"), diagnostics: vec![mistake(5, 6, "x")] };
@@ -494,7 +486,10 @@ error: target stage `second` could not be found
     fn a_mistake_without_place_names_the_file() {
         let diagnostics = vec![Diagnostic { problem: Problem::Empty, span: None }];
         let text = PLAIN.error(&CommandError::Dockerfile { source: file(""), diagnostics });
-        assert_eq!(text, "error: file with no instructions\n --> Dockerfile\n");
+        assert_eq!(
+            text,
+            "error: file with no instructions\n --> Dockerfile\nhelp: start with `FROM image` or `FROM scratch`\n"
+        );
     }
 
     #[test]

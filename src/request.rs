@@ -6,6 +6,8 @@
 
 use crate::cli::{self, BuildArgs};
 use nacre_frontend::llb::Network;
+use nacre_frontend::lower::{GitUrl, GitUrlError};
+use nacre_frontend::units;
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -113,8 +115,8 @@ pub(crate) enum ContextSource {
     Stdin,
     /// An address that gives a tar archive or a Dockerfile.
     Http(String),
-    /// A git repository, with its fragment (`#ref:subdir`) or query, as typed.
-    Git(String),
+    /// A git repository.
+    Git(GitUrl),
 }
 
 /// Where the Dockerfile comes from.
@@ -148,8 +150,8 @@ pub(crate) enum NamedSource {
         /// `sha256:…`.
         digest: Option<String>,
     },
-    /// A git repository, as typed.
-    Git(String),
+    /// A git repository.
+    Git(GitUrl),
     /// An address that gives a tar archive.
     Http(String),
     /// `target:STAGE`: a stage of the same Dockerfile.
@@ -398,6 +400,7 @@ pub(crate) struct Environment {
 
 impl Environment {
     /// Takes in the process's own.
+    #[expect(clippy::disallowed_methods, reason = "the one place where the environment is read")]
     pub(crate) fn of_process() -> Self {
         let stderr = std::io::stderr();
         Self {
@@ -475,6 +478,14 @@ pub(crate) enum RequestError {
         path: PathBuf,
         /// Why.
         source: std::io::Error,
+    },
+    /// A repository's address whose query makes no sense.
+    #[error("invalid git address `{url}`")]
+    BadGitUrl {
+        /// As typed.
+        url: String,
+        /// Why.
+        source: GitUrlError,
     },
     /// `-f - -`.
     #[error("both the build context and the Dockerfile are to come from standard input")]
@@ -777,26 +788,15 @@ fn is_http(text: &str) -> bool {
     text.starts_with("http://") || text.starts_with("https://")
 }
 
-/// Whether an address names a git repository rather than a file to fetch, by the rules of BuildKit's front end.
-fn is_git(text: &str) -> bool {
-    if text.starts_with("./") || text.starts_with("../") {
-        return false;
-    }
-    let before_fragment = text.split(['#', '?']).next().unwrap_or_default();
-    if is_http(text) {
-        return before_fragment.ends_with(".git");
-    }
-    if ["git://", "ssh://", "github.com/"].iter().any(|prefix| text.starts_with(prefix)) {
-        return true;
-    }
-    // The short form of ssh addresses: user@host:path.
-    let word = |part: &str, extra: &str| {
-        !part.is_empty() && part.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || extra.contains(c))
-    };
-    before_fragment
-        .split_once('@')
-        .and_then(|(user, rest)| Some((user, rest.split_once(':')?)))
-        .is_some_and(|(user, (host, _))| word(user, "_") && word(host, "."))
+/// Reads an address of a git repository; `None` when it names a file to fetch.
+fn git(text: &str) -> Option<Result<GitUrl, RequestError>> {
+    // Docker's short form; GitHub serves a repository with and without the ending.
+    let short = text.starts_with("github.com/").then(|| {
+        let (path, rest) = text.split_at(text.find(['#', '?']).unwrap_or(text.len()));
+        format!("https://{}.git{rest}", path.trim_end_matches('/').trim_end_matches(".git"))
+    });
+    let url = GitUrl::parse(short.as_deref().unwrap_or(text))?;
+    Some(url.map_err(|source| RequestError::BadGitUrl { url: text.to_owned(), source }))
 }
 
 fn context_source(context: &OsStr, env: &Environment) -> Result<ContextSource, RequestError> {
@@ -809,9 +809,9 @@ fn context_source(context: &OsStr, env: &Environment) -> Result<ContextSource, R
         Ok(metadata) if metadata.is_dir() && !context.is_empty() => Ok(ContextSource::Directory(path.to_owned())),
         Ok(_) if !context.is_empty() => Err(RequestError::ContextNotDirectory(path.to_owned())),
         Ok(_) => Err(RequestError::NoContext(path.to_owned())),
-        Err(error) => match context.to_str() {
-            Some(text) if is_git(text) => Ok(ContextSource::Git(text.to_owned())),
-            Some(text) if is_http(text) => Ok(ContextSource::Http(text.to_owned())),
+        Err(error) => match context.to_str().map(|text| (text, git(text))) {
+            Some((_, Some(url))) => Ok(ContextSource::Git(url?)),
+            Some((text, None)) if is_http(text) => Ok(ContextSource::Http(text.to_owned())),
             _ if error.kind() == std::io::ErrorKind::NotFound => Err(RequestError::NoContext(path.to_owned())),
             _ => Err(RequestError::ContextUnreadable { path: path.to_owned(), source: error }),
         },
@@ -871,8 +871,8 @@ fn named_source(text: &str, env: &Environment) -> Result<(String, NamedSource), 
         NamedSource::Target(target.to_owned())
     } else if env.current_dir.join(source).is_dir() {
         NamedSource::Directory(PathBuf::from(source))
-    } else if is_git(source) {
-        NamedSource::Git(source.to_owned())
+    } else if let Some(url) = git(source) {
+        NamedSource::Git(url?)
     } else if is_http(source) {
         NamedSource::Http(source.to_owned())
     } else {
@@ -1276,38 +1276,12 @@ fn ulimit(text: &str) -> Result<(String, i64, i64), RequestError> {
     Ok((name.to_owned(), soft, hard))
 }
 
-/// Reads `64m`, `1.5g`, `100`: powers of 1024, the unit's `b` or `ib` optional.
 fn size_bytes(text: &str) -> Result<u64, RequestError> {
-    let bad = || RequestError::BadValue {
+    units::parse_size(text).ok().and_then(|size| u64::try_from(size).ok()).ok_or_else(|| RequestError::BadValue {
         flag: "--shm-size",
         value: text.to_owned(),
         expected: "expected a size such as 64m or 1g",
-    };
-    let lower = text.trim().to_lowercase();
-    let digits = lower.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(lower.len());
-    let (number, unit) = lower.split_at(digits);
-    let number: f64 = number.parse().map_err(|_| bad())?;
-    let unit = unit.trim();
-    let power = match unit.strip_suffix("ib").or_else(|| unit.strip_suffix('b')).unwrap_or(unit) {
-        "" => 0,
-        "k" => 1,
-        "m" => 2,
-        "g" => 3,
-        "t" => 4,
-        "p" => 5,
-        _ => return Err(bad()),
-    };
-    let bytes = number * 1024f64.powi(power);
-    // Beyond 2^63 the kernel takes it for a negative size.
-    if !(bytes.is_finite() && bytes < 9.2e18) {
-        return Err(bad());
-    }
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "positive and below 2^63 by the check above"
-    )]
-    Ok(bytes as u64)
+    })
 }
 
 fn progress_mode(args: &BuildArgs, env: &Environment) -> Result<ProgressMode, RequestError> {
@@ -1409,19 +1383,23 @@ mod tests {
 
     #[test]
     fn contexts() {
-        let git = |text: &str| ContextSource::Git(text.to_owned());
+        let git = |remote: &str, reference: &str, subdir: &str| {
+            let (remote, reference, subdir) = (remote.to_owned(), reference.to_owned(), subdir.to_owned());
+            ContextSource::Git(GitUrl { remote, reference, subdir, ..GitUrl::default() })
+        };
         let http = |text: &str| ContextSource::Http(text.to_owned());
         let cases = [
             ("app", ContextSource::Directory("app".into())),
             (".", ContextSource::Directory(".".into())),
             ("-", ContextSource::Stdin),
-            ("https://h/x.git", git("https://h/x.git")),
-            ("https://h/x.git#main:sub", git("https://h/x.git#main:sub")),
-            ("https://h/x.git?ref=main", git("https://h/x.git?ref=main")),
-            ("git://h/x", git("git://h/x")),
-            ("ssh://git@h/x", git("ssh://git@h/x")),
-            ("git@h.org:a/b.git", git("git@h.org:a/b.git")),
-            ("github.com/a/b", git("github.com/a/b")),
+            ("https://h/x.git", git("https://h/x.git", "", "")),
+            ("https://h/x.git#main:sub", git("https://h/x.git", "main", "sub")),
+            ("https://h/x.git?ref=main", git("https://h/x.git", "main", "")),
+            ("git://h/x", git("git://h/x", "", "")),
+            ("ssh://git@h/x", git("ssh://git@h/x", "", "")),
+            ("git@h.org:a/b.git", git("git@h.org:a/b.git", "", "")),
+            ("github.com/a/b", git("https://github.com/a/b.git", "", "")),
+            ("github.com/a/b.git#v1", git("https://github.com/a/b.git", "v1", "")),
             ("https://h/x.tar.gz", http("https://h/x.tar.gz")),
             ("http://h/x", http("http://h/x")),
         ];
@@ -1432,6 +1410,7 @@ mod tests {
         refused(&["file"], "nacre build -f file .");
         refused(&["app/Dockerfile"], "nacre build -f app/Dockerfile app");
         refused(&["a@b"], "not found");
+        refused(&["https://h/x.git?colour=red"], "invalid git address");
     }
 
     #[test]
@@ -1554,7 +1533,7 @@ mod tests {
             ("a=oci-layout://app:latest", layout(Some("latest"), None)),
             ("a=oci-layout://app@sha256:00", layout(None, Some("sha256:00"))),
             ("a=oci-layout://app:t@sha256:00", layout(Some("t"), Some("sha256:00"))),
-            ("a=https://h/x.git", NamedSource::Git("https://h/x.git".into())),
+            ("a=https://h/x.git", NamedSource::Git(GitUrl { remote: "https://h/x.git".into(), ..GitUrl::default() })),
             ("a=https://h/x.tar", NamedSource::Http("https://h/x.tar".into())),
             ("a=target:base", NamedSource::Target("base".into())),
         ];

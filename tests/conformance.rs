@@ -12,6 +12,7 @@
 //! known failures), NACRE_TEST_ROOT (where `testdata` is, when not where this was compiled).
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a test program's results")]
+#![expect(clippy::disallowed_methods, reason = "variables steer the tests")]
 
 #[path = "support/bases.rs"]
 #[allow(dead_code, reason = "shared with the other test program")]
@@ -168,7 +169,8 @@ fn run_all(filter: &str) -> Result<bool, String> {
         println!("conformance: no case matches `{filter}`");
         return Ok(true);
     }
-    let work = tempfile::Builder::new().prefix("conformance-").tempdir().map_err(|error| error.to_string())?.keep();
+    let work = std::env::temp_dir().join(format!("nacre-{}", letters(std::process::id() as usize)));
+    fs::create_dir_all(&work).map_err(|error| format!("{}: {error}", work.display()))?;
     fs::set_permissions(&work, fs::Permissions::from_mode(0o755)).map_err(|error| error.to_string())?;
     let bases_dir = work.join("bases");
     bases::make_bases(&bases_dir, &busybox).map_err(|error| format!("cannot make base images: {error}"))?;
@@ -193,6 +195,17 @@ fn run_all(filter: &str) -> Result<bool, String> {
     }
     let list = testdata.join("known-failures.txt");
     judge(&names, &outcomes, &left, &list, harness.root)
+}
+
+/// A number without digits and without letters that words are made of: a path in an error message must never be what
+/// names a case's words.
+fn letters(mut number: usize) -> String {
+    let mut text = String::new();
+    while text.is_empty() || number > 0 {
+        text.push(['q', 'x', 'j', 'z'][number % 4]);
+        number /= 4;
+    }
+    text
 }
 
 fn case_names(cases: &Path, filter: &str) -> Result<Vec<String>, String> {
@@ -220,7 +233,7 @@ fn run_cases(harness: &Harness, names: &[String]) -> Vec<Outcome> {
                 loop {
                     let number = next.fetch_add(1, Ordering::Relaxed);
                     let Some(name) = names.get(number) else { break };
-                    let outcome = run_case(harness, name);
+                    let outcome = run_case(harness, name, &letters(number));
                     outcomes.lock().expect("no case panics with the lock")[number] = Some(outcome);
                 }
             });
@@ -356,13 +369,13 @@ struct Job {
     tmp: PathBuf,
     case: Case,
     /// Kept open while the build runs.
-    agents: Vec<(String, PathBuf, UnixListener)>,
+    agents: Vec<UnixListener>,
 }
 
-fn run_case(harness: &Harness, name: &str) -> Outcome {
+fn run_case(harness: &Harness, name: &str, scratch: &str) -> Outcome {
     let mut outcome =
         Outcome { verdict: Verdict::Fail, area: "harness".into(), about: String::new(), diffs: Vec::new() };
-    let tmp = harness.work.join(name);
+    let tmp = harness.work.join(format!("w{scratch}"));
     let result = fs::create_dir(&tmp).map_err(|error| error.to_string()).and_then(|()| {
         let dir = harness.cases.join(name);
         let case = read_case(&dir)?;
@@ -485,12 +498,11 @@ impl Job {
             command.arg("--secret").arg(format!("id={id},src={}", path.display()));
         }
         for (number, id) in self.case.ssh.iter().enumerate() {
-            // The length of a socket's path is limited; scratch directories may be deep.
-            let path = std::env::temp_dir().join(format!("nacre-test-{}-{}-{number}", std::process::id(), self.name));
-            let _ = fs::remove_file(&path);
+            // In the scratch directory, but a socket's path has a limit of 108 bytes.
+            let path = self.tmp.join(letters(number));
             let listener = UnixListener::bind(&path).map_err(failed)?;
             command.arg("--ssh").arg(format!("{id}={}", path.display()));
-            self.agents.push((id.clone(), path, listener));
+            self.agents.push(listener);
         }
         for base in BASES {
             let layout = harness.bases_dir.join(base);
@@ -512,14 +524,6 @@ impl Job {
     /// Copies a fixture, runs `make.sh` in it, and gives what that left untouched fixed modes and times.
     fn stage(&self, sub: &str) -> std::io::Result<PathBuf> {
         stage(&self.dir, &self.name, sub, &self.tmp)
-    }
-}
-
-impl Drop for Job {
-    fn drop(&mut self) {
-        for (_, path, _) in &self.agents {
-            let _ = fs::remove_file(path);
-        }
     }
 }
 

@@ -55,7 +55,8 @@ fn a_named_context() {
 
 #[test]
 fn a_stage_in_place_of_an_image() {
-    let build = Build::new().dockerfile("FROM busybox AS made\nRUN echo x > /x\nFROM nowhere.invalid/base\nRUN cat /x\n");
+    let build =
+        Build::new().dockerfile("FROM busybox AS made\nRUN echo x > /x\nFROM nowhere.invalid/base\nRUN cat /x\n");
     assert_eq!(build.flag("--build-context=nowhere.invalid/base=target:made").image().file("/x"), "x\n");
 }
 

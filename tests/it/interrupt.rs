@@ -22,8 +22,13 @@ fn command_lines() -> Vec<String> {
 fn interrupted_by(signal: Signal, sleep: &str) -> (Option<i32>, String) {
     let build = Build::new()
         .dockerfile(&format!("FROM busybox\nRUN echo kept > /kept\nRUN echo begun && sleep {sleep} & sleep {sleep}\n"));
-    let mut child =
-        build.command().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("nacre starts");
+    let mut child = build
+        .command()
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("nacre starts");
     let mut stderr = BufReader::new(child.stderr.take().expect("a pipe"));
     let mut seen = String::new();
     while !seen.contains("begun\n") || !seen.lines().any(|line| line.ends_with(" begun")) {

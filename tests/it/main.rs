@@ -3,6 +3,8 @@
 //! A test tells a story: [`story::Build`] lays a context out, builds it, and hands out what came of it. Each has a store
 //! of its own. Steps run on busybox, which has to be in PATH.
 
+#![expect(clippy::disallowed_methods, reason = "variables steer the tests")]
+
 #[path = "../support/bases.rs"]
 #[allow(dead_code, reason = "shared with the other test program")]
 mod bases;

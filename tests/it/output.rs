@@ -127,8 +127,11 @@ impl Build {
 #[test]
 fn progress_as_json_lines() {
     let ended = simple().flag("--progress=rawjson").runs();
-    let events: Vec<Value> =
-        ended.stderr.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{line}: {error}"))).collect();
+    let events: Vec<Value> = ended
+        .stderr
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{line}: {error}")))
+        .collect();
     assert_eq!(events[0]["event"], "planned", "{}", ended.stderr);
     assert!(events.iter().any(|event| event["event"] == "finished"));
 }
