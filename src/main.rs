@@ -3,7 +3,9 @@
 //! Only this crate prints, reads the environment or exits. Standard output carries results, standard error the rest.
 
 mod build_command;
+mod call_command;
 mod cli;
+mod export_command;
 mod images_command;
 mod progress;
 mod report;

@@ -165,8 +165,8 @@ fn json(at: Duration, event: &Event) -> Value {
         Event::Cached { id } => json!({"event": "cached", "id": id}),
         Event::Log { id, stream, data } => {
             let stream = match stream {
-                Stream::Out => "stdout",
-                Stream::Err => "stderr",
+                Stream::Stdout => "stdout",
+                Stream::Stderr => "stderr",
             };
             json!({"event": "log", "id": id, "stream": stream, "text": String::from_utf8_lossy(data)})
         }
@@ -256,7 +256,7 @@ struct Lines {
 impl Lines {
     /// Returns the lines that `data` completes, without their ends.
     fn push(&mut self, id: usize, stream: Stream, data: &[u8]) -> Vec<Vec<u8>> {
-        let partial = self.partial.entry((id, stream == Stream::Err)).or_default();
+        let partial = self.partial.entry((id, stream == Stream::Stderr)).or_default();
         let mut lines = Vec::new();
         for piece in data.split_inclusive(|byte| *byte == b'\n') {
             partial.extend_from_slice(piece);
@@ -272,7 +272,7 @@ impl Lines {
 
     /// What stands in the line that is not complete yet.
     fn unfinished(&self, id: usize, stream: Stream) -> Option<Vec<u8>> {
-        let line = self.partial.get(&(id, stream == Stream::Err)).filter(|line| !line.is_empty())?;
+        let line = self.partial.get(&(id, stream == Stream::Stderr)).filter(|line| !line.is_empty())?;
         Some(overwritten(line.clone()))
     }
 
@@ -676,9 +676,9 @@ mod tests {
             Event::Cached { id: 0 },
             Event::Started { id: 1 },
             Event::Explained { id: 1, reason: "package.json changed".to_owned() },
-            log(1, Stream::Out, "one\ntw"),
-            log(1, Stream::Err, "err\r\n"),
-            log(1, Stream::Out, "o\n10%\r20%\rdone"),
+            log(1, Stream::Stdout, "one\ntw"),
+            log(1, Stream::Stderr, "err\r\n"),
+            log(1, Stream::Stdout, "o\n10%\r20%\rdone"),
             Event::Transfer { id: Some(2), what: "fetching x".to_owned(), done_bytes: 0, total_bytes: Some(2048) },
             Event::Transfer { id: Some(2), what: "fetching x".to_owned(), done_bytes: 1024, total_bytes: Some(2048) },
             Event::Transfer { id: Some(2), what: "fetching x".to_owned(), done_bytes: 2048, total_bytes: Some(2048) },
@@ -733,7 +733,7 @@ warning: mind the gap
 
     #[test]
     fn a_file_gets_the_bytes_and_a_terminal_does_not() {
-        let events = [planned(), log(1, Stream::Out, "\u{1b}[31mred\u{1b}[2J\n")];
+        let events = [planned(), log(1, Stream::Stdout, "\u{1b}[31mred\u{1b}[2J\n")];
         let file = plain(&events, OPTIONS);
         assert!(file.contains("\u{1b}[31mred\u{1b}[2J\n"), "{file:?}");
         let terminal = plain(&events, ScreenOptions { terminal: true, color: true, ..OPTIONS });
@@ -820,8 +820,8 @@ warning: mind the gap
     fn lines_without_end_are_cut() {
         let mut lines = Lines::default();
         let piece = vec![b'x'; LINE_LIMIT_BYTES / 2];
-        assert!(lines.push(0, Stream::Out, &piece).is_empty());
-        assert_eq!(lines.push(0, Stream::Out, &piece).len(), 1);
+        assert!(lines.push(0, Stream::Stdout, &piece).is_empty());
+        assert_eq!(lines.push(0, Stream::Stdout, &piece).len(), 1);
         assert!(lines.end(0).is_empty());
     }
 

@@ -99,6 +99,8 @@ pub(crate) struct StepFailure {
     pub(crate) name: String,
     /// Stage as the user named it, or its number.
     pub(crate) stage: String,
+    /// The program that it starts: the shell, in shell form.
+    pub(crate) program: String,
     /// How it ended.
     pub(crate) outcome: StepOutcome,
     /// Where it stands; `None` for triggers of a base image.
@@ -116,22 +118,12 @@ pub(crate) enum StepOutcome {
     Exit(i32),
     /// By a signal.
     Signal(i32),
-    /// It could not be started.
-    NotStarted(String),
 }
 
 impl CommandError {
     /// An error with all of its causes.
     pub(crate) fn new(exit: Exit, error: &dyn Error, help: Option<String>) -> Self {
         Self::Failure(Box::new(Failure { exit, message: with_causes(error), place: None, help }))
-    }
-
-    /// Adds where the step stands, unless that is known already.
-    pub(crate) fn at(mut self, place: Option<Place>) -> Self {
-        if let Self::Failure(failure) = &mut self {
-            failure.place = failure.place.take().or(place);
-        }
-        self
     }
 
     /// Returns what the process ends with.
@@ -279,17 +271,20 @@ impl Style {
         let outcome = match &step.outcome {
             StepOutcome::Exit(code) => format!("{} failed with exit code {code}{}", step.name, exit_meaning(*code)),
             StepOutcome::Signal(signal) => format!("{} was killed by {}", step.name, signal_name(*signal)),
-            StepOutcome::NotStarted(why) => format!("{} could not be started: {why}", step.name),
         };
         let message = format!("{outcome} (stage {})", step.stage);
         let mut notes = Vec::new();
+        if matches!(step.outcome, StepOutcome::Exit(126 | 127)) {
+            notes
+                .push(format!("`{}`, or a command that it was given, is not in the image or no program", step.program));
+        }
         if let Some(log) = &step.log {
             notes.push(format!("all of its output is in {}", log.display()));
         }
         let place = step.place.as_ref().map(|place| (&place.source, place.span()));
         let help = match step.outcome {
             StepOutcome::Signal(9) => Some("the kernel kills with SIGKILL when memory runs out"),
-            StepOutcome::Exit(_) | StepOutcome::Signal(_) | StepOutcome::NotStarted(_) => None,
+            StepOutcome::Exit(_) | StepOutcome::Signal(_) => None,
         };
         text.push_str(&self.block(Severity::Error, &message, place, &notes, help));
         text
@@ -498,6 +493,7 @@ error: unknown instruction `second`
         let step = StepFailure {
             name: "[builder 2/2] RUN make all".to_owned(),
             stage: "builder".to_owned(),
+            program: "/bin/sh".to_owned(),
             outcome: StepOutcome::Exit(127),
             place: Some(Place { source, lines: (2, 3) }),
             tail: (0..30).map(|n| format!("error: line {n}\u{1b}[2J")).collect(),
@@ -529,8 +525,15 @@ note: all of its output is in /store/logs/1
             (StepOutcome::Exit(1), "exit code 1 (stage 0)"),
             (StepOutcome::NotStarted("no /bin/sh".to_owned()), "could not be started: no /bin/sh"),
         ] {
-            let step =
-                StepFailure { name: "RUN x".into(), stage: "0".into(), outcome, place: None, tail: vec![], log: None };
+            let step = StepFailure {
+                name: "RUN x".into(),
+                stage: "0".into(),
+                program: "x".into(),
+                outcome,
+                place: None,
+                tail: vec![],
+                log: None,
+            };
             let text = PLAIN.error(&CommandError::Step(Box::new(step)));
             assert!(text.starts_with("error: RUN x ") && text.contains(words), "{text}");
         }

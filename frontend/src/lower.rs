@@ -22,6 +22,7 @@ mod text;
 mod vertices;
 
 pub use git_url::{GitUrl, GitUrlError};
+pub use vertices::with_digest;
 
 use crate::check::{self, Reporter, Rule, Selection, Warning};
 use crate::diagnostic::{Diagnostic, Problem, did_you_mean};

@@ -9,6 +9,7 @@ pub mod plan;
 pub mod registry;
 pub mod sandbox;
 pub mod scan;
+pub mod snapshot;
 pub mod solve;
 pub mod store;
 pub mod sys;

@@ -1,106 +1,625 @@
-//! What a build tells its caller while it runs.
+//! The driver: carries out what the schedule asks for and feeds back what happened.
+//!
+//! Each vertex runs on a thread of its own: look the key up, else do the work, then keep a record. One thread (the
+//! caller's) owns the schedule. A vertex depends on the *content* of its inputs, so one that ran again and gave the same
+//! content leaves everything after it cached.
 
-use std::time::Duration;
+use crate::context::ContextError;
+use crate::op::file::{FileOp, LocalContext, Recipe, Value, digest_uncached};
+use crate::op::run::{self, Host, RunError};
+use crate::op::source::{ResolvedImage, SourceError, resolve_image};
+use crate::plan::cache_key::{Key, Parts};
+use crate::plan::explain::{self, Reason};
+use crate::plan::schedule::{self, Command, Schedule};
+use crate::registry::http::http_get;
+use crate::sandbox::Cancel;
+pub use crate::sandbox::Stream;
+use crate::snapshot::{Layer, Made, Snapshot, SnapshotError, Workspace};
+use crate::store::StoreError;
+use crate::store::record::{Part, Record};
+use crate::tree::{LayerId, Tree, index};
+use nacre_frontend::llb::{Definition, ImageSource, Op, Platform, Source, Vertex, VertexId};
+use std::collections::{BTreeMap, VecDeque};
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock, mpsc};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// Where a step wrote to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stream {
-    /// Standard output.
-    Out,
-    /// Standard error.
-    Err,
-}
+/// Lines of a failed step's output that its error repeats.
+const TAIL_LINES: usize = 20;
+/// A line longer than this is cut in the error; the log keeps it whole.
+const TAIL_LINE_BYTES: usize = 2000;
 
-/// A vertex as displays know it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct VertexInfo {
-    /// Its position in the graph; names it in the other events.
-    pub id: usize,
-    /// Words for it: `[builder 2/5] RUN make`.
-    pub name: String,
-    /// Stage it belongs to.
-    pub stage: String,
-}
-
-/// Something happened.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Something that a display may show. Vertices are numbered as in the definition.
+#[derive(Debug, Clone)]
 pub enum Event {
-    /// The graph is known. Comes first, once for each graph (platform).
+    /// The graph is known.
     Planned {
-        /// All vertices that the target needs.
+        /// All its vertices.
         vertices: Vec<VertexInfo>,
     },
-    /// A vertex begins to run.
+    /// A vertex begins to run: its result was not in the cache.
     Started {
         /// Which.
         id: usize,
     },
-    /// A vertex's result was found; it does not run.
+    /// A vertex has its result from the cache.
     Cached {
         /// Which.
         id: usize,
     },
-    /// A step wrote something. Not cut at line ends.
+    /// Output of a step.
     Log {
-        /// Which vertex.
+        /// Which.
         id: usize,
-        /// Where to.
+        /// Standard output or standard error.
         stream: Stream,
-        /// What, as it was.
+        /// Bytes as they came; may end in the middle of a line.
         data: Vec<u8>,
     },
-    /// Bytes move: a base image, a fetched file, the context.
+    /// Bytes that come or go over a network.
     Transfer {
-        /// For which vertex; `None` when it is for the build as a whole.
+        /// For which vertex.
         id: Option<usize>,
-        /// Words for it; names the transfer in later events.
+        /// Name to show.
         what: String,
         /// So far.
         done_bytes: u64,
-        /// In the end, when that is known.
+        /// In all, if known.
         total_bytes: Option<u64>,
     },
     /// Why a vertex ran.
     Explained {
         /// Which.
         id: usize,
-        /// `package.json changed`, `first build`.
+        /// In words: `package.json changed`.
         reason: String,
     },
-    /// A vertex is done.
+    /// A vertex has its result.
     Finished {
         /// Which.
         id: usize,
-        /// How long it ran.
+        /// From its start.
         duration: Duration,
     },
     /// A vertex failed.
     Failed {
         /// Which.
         id: usize,
-        /// Why, in a few words.
+        /// Why, on one line.
         message: String,
     },
-    /// A vertex was stopped because another failed, or by the user.
+    /// A vertex will not run.
     Canceled {
         /// Which.
         id: usize,
     },
-    /// An output is being written.
+    /// An output begins to be written.
     Exporting {
-        /// Words for it.
+        /// Which.
         what: String,
     },
-    /// An output is there.
+    /// An output is written.
     Exported {
-        /// Words for it, as in `Exporting`.
+        /// Which.
         what: String,
-        /// How long that took.
+        /// How long it took.
         duration: Duration,
     },
-    /// Something to know that ends nothing.
+    /// Something the user should know.
     Warning {
-        /// What.
+        /// In words.
         message: String,
     },
 }
+
+/// A vertex as a display names it.
+#[derive(Debug, Clone)]
+pub struct VertexInfo {
+    /// Number in the definition.
+    pub id: usize,
+    /// `[builder 2/5] RUN make`.
+    pub name: String,
+    /// Its stage.
+    pub stage: String,
+}
+
+/// A step of the graph failed; the build ends.
+#[derive(Debug, thiserror::Error)]
+pub enum SolveError {
+    /// A vertex failed.
+    #[error("{text}: {source}")]
+    Vertex {
+        /// Its number.
+        id: usize,
+        /// Name to show: `[builder 2/5] RUN make`.
+        name: String,
+        /// Its stage.
+        stage: String,
+        /// The instruction.
+        text: String,
+        /// Lines in the Dockerfile.
+        lines: Option<(u32, u32)>,
+        /// Last lines of its output.
+        tail: Vec<String>,
+        /// Where all of its output is.
+        log: Option<PathBuf>,
+        /// Why.
+        source: Box<VertexError>,
+    },
+    /// The files of a context could not be made an image.
+    #[error(transparent)]
+    Result {
+        /// Why.
+        source: Box<VertexError>,
+    },
+    /// Told to stop.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+/// Why a vertex failed.
+#[derive(Debug, thiserror::Error)]
+pub enum VertexError {
+    /// RUN.
+    #[error(transparent)]
+    Run(#[from] RunError),
+    /// A source.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// A copy, or a layer that could not be had.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// A context.
+    #[error(transparent)]
+    Context(#[from] ContextError),
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A context that the request did not bring.
+    #[error("no build context named `{0}`")]
+    NoContext(String),
+    /// Not possible yet.
+    #[error("git repositories cannot be used yet ({0})")]
+    NoGit(String),
+    /// A fault of ours.
+    #[error("internal error: {0}")]
+    Panic(String),
+}
+
+/// What a build is given besides its graph.
+pub struct Request {
+    /// Directories by name; `context` is the build context.
+    pub contexts: BTreeMap<String, Arc<LocalContext>>,
+    /// Images resolved for the graph's sources.
+    pub images: BTreeMap<(ImageSource, Platform), Arc<ResolvedImage>>,
+    /// What steps are given.
+    pub host: Host,
+    /// Tells one project's steps from another's when a miss is explained: paths of context and Dockerfile.
+    pub project: String,
+}
+
+struct Build<'a> {
+    definition: &'a Definition,
+    workspace: &'a Workspace,
+    request: &'a Request,
+    cancel: &'a Cancel,
+    events: &'a (dyn Fn(Event) + Sync),
+    values: Vec<OnceLock<Value>>,
+    now: (i64, u32),
+}
+
+/// Carries out a graph; returns the snapshot of its image. `events` is told what happens, from several threads.
+pub fn solve(
+    definition: &Definition,
+    workspace: &Workspace,
+    request: &Request,
+    cancel: &Cancel,
+    events: &(dyn Fn(Event) + Sync),
+) -> Result<Snapshot, SolveError> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let build = Build {
+        definition,
+        workspace,
+        request,
+        cancel,
+        events,
+        values: definition.vertices.iter().map(|_| OnceLock::new()).collect(),
+        now: (i64::try_from(now.as_secs()).unwrap_or(i64::MAX), now.subsec_nanos()),
+    };
+    let info =
+        |(id, vertex): (usize, &Vertex)| VertexInfo { id, name: vertex.name.clone(), stage: vertex.stage.clone() };
+    build.tell(Event::Planned { vertices: definition.vertices.iter().enumerate().map(info).collect() });
+    build.drive()?;
+    build.result().map_err(|source| SolveError::Result { source: Box::new(source) })
+}
+
+impl Build<'_> {
+    fn tell(&self, event: Event) {
+        (self.events)(event);
+    }
+
+    /// The image's snapshot; `FROM` a context makes one of its files.
+    fn result(&self) -> Result<Snapshot, VertexError> {
+        self.rootfs(&[self.definition.image.top.and_then(|top| self.values[top.0].get()).cloned()])
+    }
+
+    fn drive(&self) -> Result<(), SolveError> {
+        let mut schedule = Schedule::new(self.definition);
+        let (reports, inbox) = mpsc::channel::<(VertexId, Result<Value, SolveError>)>();
+        let mut failure = None;
+        std::thread::scope(|scope| {
+            let mut commands: VecDeque<Command> = schedule.step(schedule::Event::Begin).into();
+            let mut interrupted = false;
+            loop {
+                while let Some(command) = commands.pop_front() {
+                    match command {
+                        Command::Start(vertex) => {
+                            let reports = reports.clone();
+                            scope.spawn(move || {
+                                let _ = reports.send((vertex, self.carry_out(vertex)));
+                            });
+                        }
+                        Command::Stop => self.cancel.cancel(),
+                        Command::Cancelled(vertex) => self.tell(Event::Canceled { id: vertex.0 }),
+                        Command::Finish => return,
+                    }
+                }
+                let event = match inbox.recv_timeout(Duration::from_millis(50)) {
+                    Ok((vertex, Ok(value))) => {
+                        let _ = self.values[vertex.0].set(value);
+                        schedule::Event::Done(vertex)
+                    }
+                    Ok((vertex, Err(error))) => {
+                        failure.get_or_insert(error);
+                        schedule::Event::Failed(vertex)
+                    }
+                    Err(_) if self.cancel.is_cancelled() && !interrupted => {
+                        interrupted = true;
+                        schedule::Event::Interrupt
+                    }
+                    Err(_) => continue,
+                };
+                commands.extend(schedule.step(event));
+            }
+        });
+        match failure {
+            Some(error) => Err(error),
+            None if self.cancel.is_cancelled() => Err(SolveError::Interrupted),
+            None => Ok(()),
+        }
+    }
+
+    /// One vertex from look-up to record. A panic in it is a failed step, not a lost build.
+    fn carry_out(&self, id: VertexId) -> Result<Value, SolveError> {
+        let vertex = &self.definition.vertices[id.0];
+        let mut log = StepLog::default();
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.value(id, vertex, &mut log)))
+            .unwrap_or_else(|panic| {
+                let text = panic.downcast_ref::<String>().cloned();
+                let text = text.or_else(|| panic.downcast_ref::<&str>().map(|&text| text.to_owned()));
+                Err(VertexError::Panic(text.unwrap_or_default()))
+            });
+        result.map_err(|source| {
+            if matches!(source, VertexError::Run(RunError::Interrupted)) {
+                self.tell(Event::Canceled { id: id.0 });
+                return SolveError::Interrupted;
+            }
+            self.tell(Event::Failed { id: id.0, message: source.to_string() });
+            SolveError::Vertex {
+                id: id.0,
+                name: vertex.name.clone(),
+                stage: vertex.stage.clone(),
+                text: vertex.text.clone(),
+                lines: vertex.lines,
+                tail: log.tail(),
+                log: log.path.take(),
+                source: Box::new(source),
+            }
+        })
+    }
+
+    fn value(&self, id: VertexId, vertex: &Vertex, log: &mut StepLog) -> Result<Value, VertexError> {
+        let inputs: Vec<Option<Value>> =
+            vertex.inputs.iter().map(|input| input.and_then(|input| self.values[input.0].get().cloned())).collect();
+        match &vertex.op {
+            Op::Source(source) => self.source(id, vertex, source),
+            Op::Run(op) => self.run(id, vertex, op, &inputs, log).map(Value::Snapshot),
+            Op::Copy(op) => self.file(id, vertex, FileOp::Copy(op.clone()), inputs).map(Value::Snapshot),
+            Op::Mkdir(op) => self.file(id, vertex, FileOp::Mkdir(op.clone()), inputs).map(Value::Snapshot),
+        }
+    }
+
+    fn source(&self, id: VertexId, vertex: &Vertex, source: &Source) -> Result<Value, VertexError> {
+        let started = Instant::now();
+        let value = match source {
+            Source::Image(source) => {
+                let image = self.request.images.get(&(source.clone(), vertex.platform.clone()));
+                // Images that are only copied from are not asked for before the graph is known.
+                let image = match image {
+                    Some(found) => found.clone(),
+                    None => Arc::new(resolve_image(source, &vertex.platform, &self.workspace.sources)?),
+                };
+                self.tell(Event::Cached { id: id.0 });
+                return Ok(Value::Snapshot(self.workspace.image(&image)));
+            }
+            Source::Local { name } => {
+                let local = self.request.contexts.get(name).ok_or_else(|| VertexError::NoContext(name.clone()))?;
+                self.tell(Event::Started { id: id.0 });
+                local.tree()?;
+                Value::Context(local.clone())
+            }
+            Source::Http { url, checksum } => {
+                self.tell(Event::Started { id: id.0 });
+                let sources = &self.workspace.sources;
+                let fetched =
+                    http_get(&self.workspace.store, &sources.client, url, checksum.as_deref(), sources.offline)
+                        .map_err(SourceError::from)?;
+                Value::File(Arc::new(fetched))
+            }
+            Source::Git { .. } => {
+                return Err(VertexError::NoGit(vertex.text.clone()));
+            }
+        };
+        self.tell(Event::Finished { id: id.0, duration: started.elapsed() });
+        Ok(value)
+    }
+
+    fn parent(inputs: &[Option<Value>]) -> Option<&Value> {
+        inputs.first().and_then(Option::as_ref)
+    }
+
+    /// The snapshot a step changes; a context may stand where an image is expected.
+    fn rootfs(&self, inputs: &[Option<Value>]) -> Result<Snapshot, VertexError> {
+        let tree = match Self::parent(inputs) {
+            None => return Ok(Snapshot::scratch()),
+            Some(Value::Snapshot(snapshot)) => return Ok(snapshot.clone()),
+            Some(Value::File(_)) => return Ok(Snapshot::scratch()),
+            Some(Value::Context(local)) => {
+                let mut tree = Tree::clone(&*local.tree()?);
+                local.digest(tree.nodes_mut())?;
+                tree
+            }
+            Some(Value::Checkout(tree)) => {
+                let mut tree = Tree::clone(tree);
+                digest_uncached(tree.nodes_mut())?;
+                tree
+            }
+        };
+        let content = index::content_key(&tree);
+        let id = self.workspace.store.put_layer(&tree)?;
+        let layer = self.workspace.layer(id, Made::Step(None), Some(Arc::new(tree)));
+        Ok(Snapshot::scratch().with(layer, &content, Some(self.now.0)))
+    }
+
+    fn add_parent(&self, parts: &mut Parts, vertex: &Vertex, parent: &Snapshot) {
+        let before = vertex.inputs.first().copied().flatten().map(|input| &self.definition.vertices[input.0]);
+        // The name must not depend on anything that changes, or a change would read as "gone" and "new".
+        let name = match before {
+            None => "content of scratch".to_owned(),
+            Some(Vertex { op: Op::Source(Source::Image(_)), text, .. }) => {
+                format!("content of image {}", text.trim_start_matches("FROM "))
+            }
+            Some(before) => format!("content of {}", before.text),
+        };
+        parts.add(name, parent.content().hex());
+    }
+
+    fn steps(&self, id: VertexId, vertex: &Vertex) -> [String; 2] {
+        let same_stage =
+            self.definition.vertices[..id.0].iter().filter(|other| other.stage == vertex.stage).count().to_string();
+        let step = |kind: &str, what: &str| {
+            let mut parts = Parts::default();
+            parts.add("project", &self.request.project);
+            parts.add("platform", vertex.platform.to_string());
+            parts.add("stage", &vertex.stage);
+            parts.add(kind, what);
+            parts.key().hex()
+        };
+        [step("text", &vertex.text), step("position", &same_stage)]
+    }
+
+    /// The snapshot a record stands for, if its layer can still be had.
+    fn look_up(&self, key: &Key, parent: &Snapshot, recipe: Option<&Recipe>) -> Result<Snapshot, Reason> {
+        let record = self.workspace.store.get_record(&key.hex()).ok().flatten().ok_or(Reason::FirstBuild)?;
+        let content = Key::from_hex(&record.content_key);
+        let (Some(id), Some(content)) = (record.layer, content) else { return Err(Reason::FirstBuild) };
+        if !self.workspace.is_whole(&id, recipe.is_some()) {
+            return Err(Reason::ResultGone);
+        }
+        let layer = self.workspace.layer(id, Made::Step(recipe.cloned()), None);
+        Ok(parent.with(layer, &content.0, Some(record.created)))
+    }
+
+    fn explain(&self, id: VertexId, reason: Reason, steps: &[String; 2], parts: &Parts, selection: Option<&Tree>) {
+        let store = &self.workspace.store;
+        let last = || steps.iter().find_map(|step| store.last_record_of_step(step).ok().flatten());
+        let reason = match reason {
+            Reason::FirstBuild => match last() {
+                None => Reason::FirstBuild,
+                Some(record) => {
+                    let old: Vec<(String, String)> =
+                        record.parts.iter().map(|part| (part.name.clone(), part.value.clone())).collect();
+                    let mut differences = parts.differences(&old);
+                    differences.retain(|difference| difference.part != "arguments" || differences_only(&old, parts));
+                    let files = differences.iter().any(|difference| difference.part == "files");
+                    differences.retain(|difference| difference.part != "files");
+                    let layer = record.layer.as_ref().and_then(|layer| store.layer(layer).ok());
+                    match (files, selection, layer) {
+                        (true, Some(new), Some(old)) => {
+                            let mut names = explain::changed_files(&old, new);
+                            if names.is_empty() {
+                                names.push("selected files changed".to_owned());
+                            }
+                            Reason::Files(names)
+                        }
+                        _ => Reason::Changed(differences),
+                    }
+                }
+            },
+            other => other,
+        };
+        self.tell(Event::Explained { id: id.0, reason: reason.to_string() });
+    }
+
+    fn keep(
+        &self,
+        key: &Key,
+        steps: &[String; 2],
+        parts: Parts,
+        layer: &LayerId,
+        content: &[u8; 32],
+        started: Instant,
+    ) -> Result<(), StoreError> {
+        let record = Record {
+            version: crate::store::record::RECORD_VERSION,
+            key: key.hex(),
+            steps: steps.to_vec(),
+            parts: parts.0.into_iter().map(|(name, value)| Part { name, value }).collect(),
+            layer: Some(layer.clone()),
+            content_key: Key(*content).hex(),
+            created: self.now.0,
+            duration_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            extra: BTreeMap::new(),
+        };
+        self.workspace.store.put_record(&record)
+    }
+
+    fn file(
+        &self,
+        id: VertexId,
+        vertex: &Vertex,
+        op: FileOp,
+        inputs: Vec<Option<Value>>,
+    ) -> Result<Snapshot, VertexError> {
+        let started = Instant::now();
+        let parent = self.rootfs(&inputs)?;
+        let recipe = Recipe { op, parent: parent.clone(), inputs, now: self.now };
+        let (mut parts, selection) = recipe.parts(self.workspace)?;
+        parts.add("platform", vertex.platform.to_string());
+        self.add_parent(&mut parts, vertex, &parent);
+        let (key, steps) = (parts.key(), self.steps(id, vertex));
+        let reason = match vertex.ignore_cache {
+            true => Reason::CacheOff,
+            false => match self.look_up(&key, &parent, Some(&recipe)) {
+                Ok(snapshot) => {
+                    self.tell(Event::Cached { id: id.0 });
+                    return Ok(snapshot);
+                }
+                Err(reason) => reason,
+            },
+        };
+        self.tell(Event::Started { id: id.0 });
+        self.explain(id, reason, &steps, &parts, selection.as_ref());
+        let tree = recipe.carry_out(self.workspace)?;
+        let content = index::content_key(&tree);
+        let layer_id = self.workspace.store.put_layer(&tree)?;
+        let layer = self.workspace.layer(layer_id, Made::Step(Some(recipe)), Some(Arc::new(tree)));
+        self.keep(&key, &steps, parts, layer.id(), &content, started)?;
+        self.tell(Event::Finished { id: id.0, duration: started.elapsed() });
+        Ok(parent.with(layer, &content, Some(self.now.0)))
+    }
+
+    fn run(
+        &self,
+        id: VertexId,
+        vertex: &Vertex,
+        op: &nacre_frontend::llb::RunOp,
+        inputs: &[Option<Value>],
+        log: &mut StepLog,
+    ) -> Result<Snapshot, VertexError> {
+        let started = Instant::now();
+        let parent = self.rootfs(inputs)?;
+        let mut inputs = inputs.to_vec();
+        if let Some(first) = inputs.first_mut() {
+            *first = Some(Value::Snapshot(parent.clone()));
+        }
+        let mut parts = run::parts(self.workspace, vertex, op, &inputs)?;
+        self.add_parent(&mut parts, vertex, &parent);
+        let (key, steps) = (parts.key(), self.steps(id, vertex));
+        let reason = match vertex.ignore_cache {
+            true => Reason::CacheOff,
+            false => match self.look_up(&key, &parent, None) {
+                Ok(snapshot) => {
+                    self.tell(Event::Cached { id: id.0 });
+                    return Ok(snapshot);
+                }
+                Err(reason) => reason,
+            },
+        };
+        if self.cancel.is_cancelled() {
+            return Err(RunError::Interrupted.into());
+        }
+        self.tell(Event::Started { id: id.0 });
+        self.explain(id, reason, &steps, &parts, None);
+        log.path = Some(self.workspace.store.part("logs").join(key.hex()));
+        let mut output = |stream: Stream, data: &[u8]| {
+            log.write(data);
+            self.tell(Event::Log { id: id.0, stream, data: data.to_vec() });
+        };
+        let ran = run::execute(self.workspace, op, &inputs, &self.request.host, self.cancel, &mut output)?;
+        let content = index::content_key(&ran.changes);
+        let snapshot_key = parent.content().stacked(&content);
+        // The same content as an earlier run on the same content: that layer stays, so that the image's bytes do too.
+        let earlier = self.workspace.store.layer_by_content(&snapshot_key.0);
+        let layer = match earlier.filter(|id| self.workspace.is_whole(id, false)) {
+            Some(id) => self.workspace.layer(id, Made::Step(None), None),
+            None => {
+                let id = self.workspace.store.put_layer(&ran.changes)?;
+                self.workspace.store.adopt_upper(&ran.upper, &id)?;
+                self.workspace.store.set_layer_by_content(&snapshot_key.0, &id)?;
+                self.workspace.layer(id, Made::Step(None), None)
+            }
+        };
+        self.keep(&key, &steps, parts, layer.id(), &content, started)?;
+        self.tell(Event::Finished { id: id.0, duration: started.elapsed() });
+        Ok(parent.with(layer, &content, Some(self.now.0)))
+    }
+}
+
+/// `arguments` repeats `command` word by word: it is told only when it is all that differs.
+fn differences_only(old: &[(String, String)], parts: &Parts) -> bool {
+    let command = |parts: &[(String, String)]| parts.iter().find(|(name, _)| name == "command").cloned();
+    command(old) == command(&parts.0)
+}
+
+/// Output of a step: all of it to a file, the last lines in memory.
+#[derive(Default)]
+struct StepLog {
+    path: Option<PathBuf>,
+    file: Option<std::fs::File>,
+    lines: VecDeque<Vec<u8>>,
+    open_line: Vec<u8>,
+}
+
+impl StepLog {
+    fn write(&mut self, data: &[u8]) {
+        if self.file.is_none() {
+            self.file = self.path.as_ref().and_then(|path| std::fs::File::create(path).ok());
+        }
+        if let Some(file) = &mut self.file {
+            // A log that cannot be written must not end the step; its tail is still in memory.
+            let _ = file.write_all(data);
+        }
+        for &byte in data {
+            if byte == b'\n' {
+                self.lines.push_back(std::mem::take(&mut self.open_line));
+                if self.lines.len() > TAIL_LINES {
+                    self.lines.pop_front();
+                }
+            } else if self.open_line.len() < TAIL_LINE_BYTES {
+                self.open_line.push(byte);
+            }
+        }
+    }
+
+    fn tail(&mut self) -> Vec<String> {
+        if !self.open_line.is_empty() {
+            self.lines.push_back(std::mem::take(&mut self.open_line));
+        }
+        self.lines.iter().map(|line| String::from_utf8_lossy(line).into_owned()).collect()
+    }
+}
+
+/// A layer of a snapshot, for exports.
+pub type SnapshotLayer = Layer;

@@ -22,7 +22,8 @@ impl StageLowering<'_, '_> {
         let owner = self.expand_flag(at, copy.chown.as_ref())?;
         let mode = self.expand_flag(at, copy.chmod.as_ref())?;
         let checksum = self.expand_flag(at, copy.checksum.as_ref())?;
-        let excludes = copy.excludes.iter().map(|text| self.expand(at, text)).collect::<Result<Vec<_>, _>>()?;
+        // The one flag in which BuildKit expands nothing.
+        let excludes = copy.excludes.iter().map(|text| text.value.clone()).collect();
         let paths = copy
             .sources
             .iter()

@@ -174,7 +174,13 @@ impl StageLowering<'_, '_> {
 /// The image by digest, where that is known.
 fn pinned(source: &ImageSource, platform: &Platform, bases: &BaseConfigs) -> ImageSource {
     let request = BaseRequest { source: source.clone(), platform: platform.clone() };
-    let Some(digest) = bases.get(&request).and_then(|base| base.digest.clone()) else { return source.clone() };
+    let digest = bases.get(&request).and_then(|base| base.digest.clone());
+    digest.map_or_else(|| source.clone(), |digest| with_digest(source, digest))
+}
+
+/// An image source that means exactly this digest; one that has a digest already stays as it is. Graphs name base images
+/// so once their digest is known.
+pub fn with_digest(source: &ImageSource, digest: String) -> ImageSource {
     match source {
         ImageSource::Reference(reference) if !reference.contains('@') => {
             ImageSource::Reference(format!("{reference}@{digest}"))

@@ -2,6 +2,8 @@
 
 pub(crate) mod changes;
 pub mod copy;
+pub mod file;
 pub mod passwd;
 pub mod run;
 pub mod source;
+pub mod user;

@@ -1,1 +1,481 @@
-//! op/run.
+//! RUN as a vertex: its key, its mounts, its sandbox, and the layer that it leaves.
+
+use crate::materialize::{self, MaterializeError, Ownership};
+use crate::op::file::Value;
+use crate::op::user::{self, UserError};
+use crate::plan::cache_key::{Key, Parts};
+use crate::sandbox::{self, Cancel, Net, Outcome, Rootfs, RunSpec, SandboxError, SetupMount, Status, Stream};
+use crate::snapshot::{Layer, Made, Snapshot, SnapshotError, Workspace};
+use crate::store::StoreError;
+use crate::tree::{Entry, Node, Resolved, Tree, index};
+use crate::upper::{self, UpperError};
+use nacre_frontend::llb::{Mount, MountKind, Network, RunOp, Security, Sharing, Vertex};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// What the caller of a build gives to its steps.
+#[derive(Debug, Clone, Default)]
+pub struct Host {
+    /// Values of secrets by name.
+    pub secrets: BTreeMap<String, Vec<u8>>,
+    /// Sockets of ssh agents by name.
+    pub ssh: BTreeMap<String, PathBuf>,
+    /// Content of /etc/resolv.conf for steps.
+    pub resolv_conf: String,
+    /// Network of steps that ask for none in particular.
+    pub default_network_none: bool,
+}
+
+/// A RUN failed.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// A snapshot could not be had.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The sandbox could not be set up.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    /// What the step wrote could not be read.
+    #[error("cannot read what the step wrote")]
+    Upper(#[from] UpperError),
+    /// USER cannot be looked up.
+    #[error(transparent)]
+    User(#[from] UserError),
+    /// A mount's source is not there.
+    #[error("mount of `{target}`: no `{path}` in {source_name}")]
+    NoSource {
+        /// Where it should be mounted.
+        target: String,
+        /// What is missing.
+        path: String,
+        /// Which snapshot or context.
+        source_name: String,
+    },
+    /// A required secret was not given.
+    #[error("secret `{0}` is required and was not given")]
+    NoSecret(String),
+    /// A secret for an environment variable is not text.
+    #[error("secret `{0}` is not valid UTF-8 and cannot be an environment variable")]
+    SecretNotText(String),
+    /// A required ssh agent was not given.
+    #[error("ssh agent `{0}` is required and was not given")]
+    NoSsh(String),
+    /// The program ended with an exit code other than 0.
+    #[error("exit code: {code}")]
+    Exit {
+        /// The code.
+        code: i32,
+        /// The program as the step names it.
+        program: String,
+    },
+    /// A signal ended the program.
+    #[error("killed by signal {signal}")]
+    Signal {
+        /// Its number.
+        signal: i32,
+    },
+    /// Told to stop.
+    #[error("interrupted")]
+    Interrupted,
+    /// A file of the store cannot be handled.
+    #[error("cannot use `{path}`")]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A cache mount could not be filled.
+    #[error("cannot prepare a cache mount")]
+    CacheMount(#[source] MaterializeError),
+}
+
+/// The parts of the key, without those of the root file system.
+pub fn parts(
+    workspace: &Workspace,
+    vertex: &Vertex,
+    op: &RunOp,
+    inputs: &[Option<Value>],
+) -> Result<Parts, SnapshotError> {
+    let mut parts = Parts::default();
+    parts.add("op", "run");
+    parts.add("command", shell_text(&op.args));
+    parts.add("arguments", serde_json::to_string(&op.args).unwrap_or_default());
+    for (name, value) in &op.env {
+        parts.add(format!("env {name}"), value);
+    }
+    parts.add("workdir", &op.cwd);
+    parts.add("user", &op.user);
+    parts.add("network", format!("{:?}", op.network));
+    parts.add("security", format!("{:?}", op.security));
+    for (name, address) in &op.extra_hosts {
+        parts.add(format!("host {name}"), address);
+    }
+    for (name, soft, hard) in &op.ulimits {
+        parts.add(format!("ulimit {name}"), format!("{soft}:{hard}"));
+    }
+    parts.add("shm size", op.shm_size_bytes.map(|bytes| bytes.to_string()).unwrap_or_default());
+    parts.add("hostname", op.hostname.as_deref().unwrap_or_default());
+    for (at, mount) in op.mounts.iter().enumerate() {
+        // Which cache and whose secret are part of it, what they hold is not.
+        parts.add(format!("mount {}", at + 1), serde_json::to_string(mount).unwrap_or_default());
+        let (input, source) = match &mount.kind {
+            MountKind::Bind { input: Some(input), source } => (*input, source),
+            MountKind::Cache { from: Some((input, source)), .. } => (*input, source),
+            _ => continue,
+        };
+        if input == 0 {
+            continue;
+        }
+        let name = format!("content of mount {} ({source})", mount.target);
+        let tree = mounted_tree(workspace, &inputs[input], source)?;
+        parts.add(name, tree.map_or_else(String::new, |(tree, _)| Key(index::content_key(&tree)).hex()));
+    }
+    parts.add("platform", vertex.platform.to_string());
+    Ok(parts)
+}
+
+/// Words of an argument list for people: a shell's command line alone, else all words.
+fn shell_text(args: &[String]) -> String {
+    match args {
+        [_, flag, line] if flag == "-c" => line.clone(),
+        _ => args.join(" "),
+    }
+}
+
+/// The part of an input that a mount shows, paths as in the input, and the resolved path; `None` if it is not there.
+fn mounted_tree(
+    workspace: &Workspace,
+    input: &Option<Value>,
+    source: &str,
+) -> Result<Option<(Tree, Vec<u8>)>, SnapshotError> {
+    let tree = match input {
+        None => Arc::default(),
+        Some(Value::Snapshot(snapshot)) => workspace.flatten(snapshot)?,
+        Some(Value::Context(local)) => local.tree()?,
+        Some(Value::Checkout(tree)) => tree.clone(),
+        Some(Value::File(_)) => return Ok(None),
+    };
+    let path = match tree.resolve(source.as_bytes(), true) {
+        Resolved::Found(path) => path,
+        _ => return Ok(None),
+    };
+    let mut part = Tree::from_nodes(tree.subtree(&path).to_vec());
+    match input {
+        Some(Value::Context(local)) => local.digest(part.nodes_mut())?,
+        Some(Value::Checkout(_)) => crate::op::file::digest_uncached(part.nodes_mut())?,
+        _ => {}
+    }
+    Ok(Some((part, path)))
+}
+
+/// What a RUN left.
+pub struct Ran {
+    /// The layer: changed entries and their parents.
+    pub changes: Tree,
+    /// The upper directory, to become the layer's tree.
+    pub upper: PathBuf,
+}
+
+/// Runs the step.
+pub fn execute(
+    workspace: &Workspace,
+    op: &RunOp,
+    inputs: &[Option<Value>],
+    host: &Host,
+    cancel: &Cancel,
+    log: &mut dyn FnMut(Stream, &[u8]),
+) -> Result<Ran, RunError> {
+    let parent = match inputs.first() {
+        Some(Some(Value::Snapshot(snapshot))) => snapshot.clone(),
+        _ => Snapshot::scratch(),
+    };
+    let scratch = workspace.store.begin_tree()?;
+    let directory = |name: &str| -> Result<PathBuf, RunError> {
+        let path = scratch.join(name);
+        std::fs::create_dir(&path).map_err(|source| RunError::Io { path: path.clone(), source })?;
+        Ok(path)
+    };
+    let flat = workspace.flatten(&parent)?;
+    let (upper, work) = (directory("upper")?, directory("work")?);
+    set_mode(&upper, 0o755)?;
+    let rootfs = Rootfs::Overlay { lowers: lowers(workspace, &parent)?, upper: upper.clone(), work };
+
+    let read = |node: &Node| workspace.read_small(node);
+    let user = user::look_up(&flat, &op.user, &read)?;
+    let mut env: Vec<(String, String)> = op.env.clone();
+    for (name, value) in &op.env_outside_key {
+        if !env.iter().any(|(other, _)| other == name) {
+            env.push((name.clone(), value.clone()));
+        }
+    }
+    let mut mounts = Vec::new();
+    let mut locks = Vec::new();
+    let mut setup = MountSetup { workspace, inputs, host, scratch: &scratch, env: &mut env, locks: &mut locks };
+    for (at, mount) in op.mounts.iter().enumerate() {
+        mounts.extend(setup.mount(at, mount)?);
+    }
+    let spec = RunSpec {
+        rootfs,
+        mounts,
+        args: op.args.clone(),
+        env,
+        cwd: op.cwd.clone(),
+        uid: user.uid,
+        gid: user.gid,
+        groups: user.groups,
+        hostname: op.hostname.clone().unwrap_or_else(|| "buildkitsandbox".to_owned()),
+        hosts: hosts_file(&op.extra_hosts),
+        resolv_conf: host.resolv_conf.clone(),
+        network: match op.network {
+            Network::None => Net::None,
+            Network::Default if host.default_network_none => Net::None,
+            Network::Default | Network::Host => Net::Host,
+        },
+        insecure: op.security == Security::Insecure,
+        shm_size_bytes: op.shm_size_bytes.unwrap_or(64 << 20),
+        ulimits: op.ulimits.clone(),
+        umask: 0o022,
+        scratch_dir: directory("files")?,
+        fake_ownership: workspace.ownership == Ownership::SingleId,
+    };
+    let result = sandbox::run(&spec, cancel, log);
+    drop(locks);
+    let outcome: Outcome = result?;
+    if cancel.is_cancelled() {
+        return Err(RunError::Interrupted);
+    }
+    match outcome.status {
+        Status::Exit(0) => {}
+        Status::Exit(code) => {
+            return Err(RunError::Exit { code, program: op.args.first().cloned().unwrap_or_default() });
+        }
+        Status::Signal(signal) => return Err(RunError::Signal { signal }),
+    }
+    let changes = upper::scan_upper(&upper, &flat, workspace.ownership)?;
+    let changes = crate::op::copy::with_parents(&changes, &flat);
+    Ok(Ran { changes, upper })
+}
+
+/// Trees of a snapshot's layers, top first, made in parallel where they are missing.
+fn lowers(workspace: &Workspace, snapshot: &Snapshot) -> Result<Vec<PathBuf>, SnapshotError> {
+    let layers = snapshot.layers();
+    let missing: Vec<&Layer> = layers.iter().filter(|layer| workspace.store.tree_dir(layer.id()).is_none()).collect();
+    if missing.len() > 1 {
+        let workers = workspace.threads.clamp(1, missing.len());
+        let next = std::sync::atomic::AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..workers {
+                scope.spawn(|| {
+                    while let Some(layer) = missing.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed)) {
+                        // A failure comes up again below, where it can be told.
+                        let _ = workspace.tree_dir(layer);
+                    }
+                });
+            }
+        });
+    }
+    layers.iter().rev().map(|layer| workspace.tree_dir(layer)).collect()
+}
+
+fn hosts_file(extra: &[(String, String)]) -> String {
+    let mut text = "127.0.0.1\tlocalhost buildkitsandbox\n::1\tlocalhost ip6-localhost ip6-loopback\n".to_owned();
+    for (name, address) in extra {
+        text.push_str(&format!("{address}\t{name}\n"));
+    }
+    text
+}
+
+fn set_mode(path: &Path, mode: u32) -> Result<(), RunError> {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
+        .map_err(|source| RunError::Io { path: path.to_owned(), source })
+}
+
+struct MountSetup<'a> {
+    workspace: &'a Workspace,
+    inputs: &'a [Option<Value>],
+    host: &'a Host,
+    scratch: &'a Path,
+    env: &'a mut Vec<(String, String)>,
+    /// Held until the step has ended.
+    locks: &'a mut Vec<File>,
+}
+
+impl MountSetup<'_> {
+    fn mount(&mut self, at: usize, mount: &Mount) -> Result<Option<SetupMount>, RunError> {
+        let target = mount.target.clone();
+        Ok(match &mount.kind {
+            MountKind::Tmpfs { size_bytes } => {
+                Some(SetupMount::Tmpfs { target, size_bytes: *size_bytes, read_only: mount.read_only })
+            }
+            MountKind::Inline { content, mode } => {
+                Some(SetupMount::Inline { content: content.clone().into_bytes(), target, mode: *mode, uid: 0, gid: 0 })
+            }
+            MountKind::Secret { id, required, mode, uid, gid, env, file } => {
+                let Some(value) = self.host.secrets.get(id) else {
+                    if *required {
+                        return Err(RunError::NoSecret(id.clone()));
+                    }
+                    // The variable is there all the same, as with BuildKit.
+                    env.iter().for_each(|name| self.set_env(name, String::new()));
+                    return Ok(None);
+                };
+                if let Some(name) = env {
+                    let text = String::from_utf8(value.clone()).map_err(|_| RunError::SecretNotText(id.clone()))?;
+                    self.set_env(name, text);
+                }
+                file.then(|| SetupMount::Secret { content: value.clone(), target, mode: *mode, uid: *uid, gid: *gid })
+            }
+            MountKind::Ssh { id, required, mode, uid, gid } => {
+                if !self.env.iter().any(|(name, _)| name == "SSH_AUTH_SOCK") {
+                    self.set_env("SSH_AUTH_SOCK", target.clone());
+                }
+                match self.host.ssh.get(id) {
+                    Some(socket) => {
+                        Some(SetupMount::Socket { source: socket.clone(), target, mode: *mode, uid: *uid, gid: *gid })
+                    }
+                    None if *required => return Err(RunError::NoSsh(id.clone())),
+                    None => None,
+                }
+            }
+            MountKind::Bind { input, source } => Some(self.bind(at, mount, *input, source)?),
+            MountKind::Cache { id, sharing, from, mode, uid, gid } => {
+                let directory = self.cache(id, *sharing, from.as_ref(), *mode, (*uid, *gid), &mount.target)?;
+                Some(SetupMount::Bind { source: directory, target, read_only: mount.read_only })
+            }
+        })
+    }
+
+    fn set_env(&mut self, name: &str, value: String) {
+        self.env.retain(|(other, _)| other != name);
+        self.env.push((name.to_owned(), value));
+    }
+
+    /// Part of another snapshot or context, read through an overlay of its own so that writes go nowhere.
+    fn bind(&mut self, at: usize, mount: &Mount, input: Option<usize>, source: &str) -> Result<SetupMount, RunError> {
+        let missing = || RunError::NoSource {
+            target: mount.target.clone(),
+            path: source.to_owned(),
+            source_name: "the mount's source".to_owned(),
+        };
+        let directory = |name: &str| -> Result<PathBuf, RunError> {
+            let path = self.scratch.join(format!("mount{at}-{name}"));
+            std::fs::create_dir(&path).map_err(|source| RunError::Io { path: path.clone(), source })?;
+            Ok(path)
+        };
+        let value = input.map_or(&None, |input| &self.inputs[input]);
+        let (lowers, subpath) = match value {
+            None if source == "/" || source.is_empty() => (Vec::new(), Vec::new()),
+            None => return Err(missing()),
+            Some(Value::Snapshot(snapshot)) => {
+                let flat = self.workspace.flatten(snapshot)?;
+                match flat.resolve(source.as_bytes(), true) {
+                    Resolved::Found(path) => (lowers(self.workspace, snapshot)?, path),
+                    _ => return Err(missing()),
+                }
+            }
+            Some(_) => {
+                let Some((tree, path)) = mounted_tree(self.workspace, value, source)? else { return Err(missing()) };
+                (vec![self.stored(tree)?], path)
+            }
+        };
+        let subpath = format!("/{}", String::from_utf8_lossy(&subpath));
+        let (upper, work) = (directory("upper")?, directory("work")?);
+        set_mode(&upper, 0o755)?;
+        let (target, read_only) = (mount.target.clone(), mount.read_only);
+        Ok(SetupMount::OverlayBind { lowers, upper, work, subpath, target, read_only })
+    }
+
+    /// A context's files as a layer of the store: copied once for as long as they stay the same.
+    fn stored(&self, tree: Tree) -> Result<PathBuf, RunError> {
+        let id = self.workspace.store.put_layer(&tree)?;
+        let layer = self.workspace.layer(id, Made::Step(None), Some(Arc::new(tree)));
+        Ok(self.workspace.tree_dir(&layer)?)
+    }
+
+    /// The directory of a cache mount, filled when it is new, locked as its sharing asks.
+    fn cache(
+        &mut self,
+        id: &str,
+        sharing: Sharing,
+        from: Option<&(usize, String)>,
+        mode: u32,
+        owner: (u32, u32),
+        target: &str,
+    ) -> Result<PathBuf, RunError> {
+        let name = blake3::hash(id.as_bytes()).to_hex().to_string();
+        for number in 0_u32.. {
+            let base = self.workspace.store.part("mounts").join(&name[..32]).join(number.to_string());
+            let io = |source| RunError::Io { path: base.clone(), source };
+            std::fs::create_dir_all(&base).map_err(io)?;
+            let lock = File::create(base.join("lock")).map_err(io)?;
+            match sharing {
+                Sharing::Shared => lock.lock_shared().map_err(io)?,
+                Sharing::Locked => lock.lock().map_err(io)?,
+                Sharing::Private => match lock.try_lock() {
+                    Ok(()) => {}
+                    Err(std::fs::TryLockError::WouldBlock) => continue,
+                    Err(std::fs::TryLockError::Error(source)) => return Err(io(source)),
+                },
+            }
+            self.locks.push(lock);
+            let data = base.join("data");
+            if !data.is_dir() {
+                self.fill_cache(&data, from, mode, owner, target)?;
+            }
+            return Ok(data);
+        }
+        unreachable!("a free private cache is found before numbers run out")
+    }
+
+    /// Writes a new cache's first content beside it and renames it: another step may be doing the same.
+    fn fill_cache(
+        &self,
+        data: &Path,
+        from: Option<&(usize, String)>,
+        mode: u32,
+        owner: (u32, u32),
+        target: &str,
+    ) -> Result<(), RunError> {
+        let staging = self.workspace.store.begin_tree()?;
+        let fresh = staging.join("data");
+        let mut top = Entry { uid: owner.0, gid: owner.1, ..Entry::dir("", mode) };
+        let mut nodes = Vec::new();
+        if let Some((input, source)) = from {
+            let missing = || RunError::NoSource {
+                target: target.to_owned(),
+                path: source.clone(),
+                source_name: "the cache mount's source".to_owned(),
+            };
+            let (tree, path) = mounted_tree(self.workspace, &self.inputs[*input], source)?.ok_or_else(missing)?;
+            for mut node in tree.into_nodes() {
+                let inside = node.entry.path[path.len()..]
+                    .strip_prefix(b"/")
+                    .map_or_else(|| node.entry.path[path.len()..].to_vec(), <[u8]>::to_vec);
+                if inside.is_empty() {
+                    top = Entry { path: Vec::new(), ..node.entry };
+                    continue;
+                }
+                node.entry.path = inside;
+                nodes.push(node);
+            }
+        }
+        nodes.push(Node { entry: top, origin: crate::tree::Origin::None });
+        std::fs::create_dir(&fresh).map_err(|source| RunError::Io { path: fresh.clone(), source })?;
+        let read = |node: &Node| self.workspace.open(node).map(|reader| reader as Box<dyn io::Read>);
+        materialize::write_tree(&Tree::from_nodes(nodes), &read, &fresh, self.workspace.sources.write)
+            .map_err(RunError::CacheMount)?;
+        match std::fs::rename(&fresh, data) {
+            Ok(()) => Ok(()),
+            Err(_) if data.is_dir() => Ok(()),
+            Err(source) => Err(RunError::Io { path: data.to_owned(), source }),
+        }
+    }
+}

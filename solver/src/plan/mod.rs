@@ -1,4 +1,5 @@
 //! Computes what to do; touches nothing.
 
 pub mod cache_key;
+pub mod explain;
 pub mod schedule;

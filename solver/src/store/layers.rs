@@ -113,11 +113,11 @@ impl Store {
     /// making its files are read and compared with the index; if the power took some, the directory is removed.
     pub fn tree_dir(&self, id: &LayerId) -> Option<PathBuf> {
         let directory = self.layer_dir(id).ok()?;
-        let tree = directory.join("tree");
+        let tree = directory.join(self.tree_name);
         if !tree.is_dir() {
             return None;
         }
-        let mark = directory.join("tree.boot");
+        let mark = directory.join(format!("{}.boot", self.tree_name));
         match fs::read(&mark) {
             Ok(boot) if boot == boot_id() => Some(tree),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Some(tree),
@@ -147,11 +147,11 @@ impl Store {
     pub fn commit_tree(&self, staging: &Path, id: &LayerId) -> Result<PathBuf, StoreError> {
         let index = self.layer(id)?;
         let directory = self.layer_dir(id)?;
-        let tree = directory.join("tree");
+        let tree = directory.join(self.tree_name);
         // The mark comes first: between the two renames a tree without mark would count as checked. It may stand there
         // without a tree.
         if self.tree_dir(id).is_none() {
-            self.replace_file(&directory.join("tree.boot"), &boot_id())?;
+            self.replace_file(&directory.join(format!("{}.boot", self.tree_name)), &boot_id())?;
         }
         match fs::rename(staging, &tree) {
             Ok(()) => {}

@@ -7,7 +7,7 @@
 //!   oci-layout           )
 //!   index.json           ) an OCI image layout: `skopeo copy oci:STORE:NAME …` works as it is
 //!   blobs/sha256/HEX     )
-//!   layers/ID/           index, tree/, tree.boot, blob-*.json (store/layers.rs)
+//!   layers/ID/           index, tree/ (tree.single/ without owners), tree.boot, blob-*.json (store/layers.rs)
 //!   diff-ids/HEX         diff ID of a layer -> its id
 //!   content/HEX          content key -> id of the layer that first had this content
 //!   records/KEY          cache records (store/record.rs)
@@ -42,6 +42,11 @@ use std::sync::{Arc, Mutex};
 /// What the version file of this format holds.
 const VERSION: &str = "nacre store 1\n";
 
+/// A short file name for something that has a long one.
+pub fn name_for(what: &[u8]) -> String {
+    blake3::hash(what).to_hex()[..32].to_owned()
+}
+
 /// Directories of a store.
 const DIRECTORIES: &[&str] = &[
     "blobs",
@@ -71,6 +76,8 @@ pub struct Store {
     _lock: File,
     names: AtomicU64,
     layers: Mutex<HashMap<LayerId, Arc<Tree>>>,
+    /// Name of the trees that this process can use.
+    tree_name: &'static str,
 }
 
 /// Why the store cannot be used.
@@ -227,10 +234,18 @@ impl Store {
             _lock: lock,
             names: AtomicU64::new(0),
             layers: Mutex::new(HashMap::new()),
+            tree_name: "tree",
         };
         store.write_new("oci-layout", b"{\"imageLayoutVersion\":\"1.0.0\"}").map_err(refused)?;
         store.write_new("index.json", refs::EMPTY_INDEX).map_err(refused)?;
         Ok(store)
+    }
+
+    /// This store for a process that has only one user id: its trees have no owners, so they must not be taken for
+    /// those of a process that has more, and the reverse.
+    pub fn with_single_id(mut self) -> Self {
+        self.tree_name = "tree.single";
+        self
     }
 
     /// The store's directory, absolute and free of symlinks.

@@ -28,8 +28,8 @@ pub struct Record {
     pub version: u32,
     /// Cache key in hex.
     pub key: String,
-    /// Identity of the step over builds, in hex.
-    pub step: String,
+    /// Identities of the step: the same step in another build, by its text and by its place.
+    pub steps: Vec<String>,
     /// What the key was made of, in order.
     pub parts: Vec<Part>,
     /// The layer; `None` when the step made none.
@@ -59,13 +59,14 @@ impl Store {
         }
     }
 
-    /// Stores a record and makes it the newest of its step.
+    /// Stores a record and makes it the newest of its steps.
     pub fn put_record(&self, record: &Record) -> Result<(), StoreError> {
         let path = self.root.join("records").join(check_name(&record.key)?);
-        let step = self.root.join("steps").join(check_name(&record.step)?);
         let bytes = serde_json::to_vec(record).expect("a record has string keys only");
         self.replace_file(&path, &bytes)?;
-        self.replace_file(&step, record.key.as_bytes())
+        record.steps.iter().try_for_each(|step| {
+            self.replace_file(&self.root.join("steps").join(check_name(step)?), record.key.as_bytes())
+        })
     }
 
     /// Removes a record whose layer turned out to be unusable.
@@ -82,7 +83,7 @@ impl Store {
         let path = self.root.join("steps").join(check_name(step)?);
         let Some(bytes) = self.read_optional(&path)? else { return Ok(None) };
         match std::str::from_utf8(&bytes).ok().filter(|key| check_name(key).is_ok()) {
-            Some(key) => Ok(self.get_record(key)?.filter(|record| record.step == step)),
+            Some(key) => Ok(self.get_record(key)?.filter(|record| record.steps.iter().any(|other| other == step))),
             None => {
                 let _ = fs::remove_file(&path);
                 Ok(None)
@@ -100,7 +101,7 @@ mod tests {
         Record {
             version: RECORD_VERSION,
             key: key.to_owned(),
-            step: step.to_owned(),
+            steps: vec![step.to_owned()],
             parts: vec![Part { name: "command".into(), value: "make".into() }],
             layer: Some(LayerId("00ff".into())),
             content_key: "aa".into(),

@@ -1,0 +1,148 @@
+//! USER of a RUN step: the ids a process starts with.
+//!
+//! The rules are those of runc and BuildKit, and stricter than those of `--chown` ([`super::passwd`]): a name that is not
+//! in `/etc/passwd` or `/etc/group` is an error.
+//!
+//! | USER | user | group | more groups |
+//! |---|---|---|---|
+//! | `5:6` | 5 | 6 | none, no file is looked at |
+//! | `5` | 5 | of the passwd entry with this number, else 0 | those that list the entry's name |
+//! | `app` | of the passwd entry | of the passwd entry | those that list the name |
+//! | `app:staff`, `app:50` | of the passwd entry | of the group entry, or the number | none |
+//! | nothing | 0 | as `0`; no entry is no error | as `0` |
+
+use crate::tree::{Node, Resolved, Tree};
+use std::io;
+
+/// Why USER means nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum UserError {
+    /// No such user.
+    #[error("unable to find user {name}: no matching entries in passwd file")]
+    NoUser {
+        /// As written.
+        name: String,
+    },
+    /// No such group.
+    #[error("unable to find group {name}: no matching entries in group file")]
+    NoGroup {
+        /// As written.
+        name: String,
+    },
+    /// A file cannot be read.
+    #[error("cannot read /{path}")]
+    Read {
+        /// Which.
+        path: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Ids of a process.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct User {
+    /// User.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Supplementary groups.
+    pub groups: Vec<u32>,
+}
+
+/// Looks USER up in a root file system.
+pub fn look_up(rootfs: &Tree, spec: &str, read: &dyn Fn(&Node) -> io::Result<Vec<u8>>) -> Result<User, UserError> {
+    if let Some((uid, gid)) = spec.split_once(':').and_then(|(uid, gid)| Some((uid.parse().ok()?, gid.parse().ok()?))) {
+        return Ok(User { uid, gid, groups: Vec::new() });
+    }
+    let file = |path: &'static str| match rootfs.resolve(path.as_bytes(), true) {
+        Resolved::Found(found) => match rootfs.get(&found).filter(|node| node.entry.is_file()) {
+            Some(node) => read(node).map_err(|source| UserError::Read { path, source }),
+            None => Ok(Vec::new()),
+        },
+        _ => Ok(Vec::new()),
+    };
+    let (passwd, group) = (file("etc/passwd")?, file("etc/group")?);
+    find(&String::from_utf8_lossy(&passwd), &String::from_utf8_lossy(&group), spec)
+}
+
+fn find(passwd: &str, group: &str, spec: &str) -> Result<User, UserError> {
+    let (user, wanted_group) = match spec.split_once(':') {
+        Some((user, group)) => (user, Some(group).filter(|group| !group.is_empty())),
+        None => (spec, None),
+    };
+    let user = if user.is_empty() { "0" } else { user };
+    let number = |text: Option<&str>| text.and_then(|text| text.parse::<u32>().ok());
+    let fields = |line: &'_ str| line.trim().split(':').map(str::to_owned).collect::<Vec<_>>();
+    let wanted_uid = number(Some(user));
+    let entry = passwd.lines().map(fields).find(|fields| {
+        let uid = number(fields.get(2).map(String::as_str));
+        !fields[0].is_empty() && (fields[0] == user || wanted_uid.is_some() && uid == wanted_uid)
+    });
+    let (name, mut found) = match entry {
+        Some(fields) => {
+            let field = |at: usize| number(fields.get(at).map(String::as_str)).unwrap_or(0);
+            (fields[0].clone(), User { uid: field(2), gid: field(3), groups: Vec::new() })
+        }
+        None => {
+            let uid = wanted_uid.ok_or_else(|| UserError::NoUser { name: user.to_owned() })?;
+            (String::new(), User { uid, ..User::default() })
+        }
+    };
+    let groups = || group.lines().map(fields).filter(|fields| !fields[0].is_empty());
+    match wanted_group {
+        Some(wanted) => {
+            let gid = number(Some(wanted));
+            let entry = groups().find(|fields| {
+                fields[0] == wanted || gid.is_some() && number(fields.get(2).map(String::as_str)) == gid
+            });
+            let entry = entry.and_then(|fields| number(fields.get(2).map(String::as_str)));
+            found.gid = entry.or(gid).ok_or_else(|| UserError::NoGroup { name: wanted.to_owned() })?;
+        }
+        None if !name.is_empty() => {
+            let lists = |fields: &Vec<String>| {
+                fields.get(3).is_some_and(|members| members.split(',').any(|member| member == name))
+            };
+            found.groups =
+                groups().filter(lists).filter_map(|fields| number(fields.get(2).map(String::as_str))).collect();
+        }
+        None => {}
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\n\napp:x:1000:1001::/:\n";
+    const GROUP: &str = "root:x:0:\nstaff:x:50:other,app\nwheel:x:10:app,root\n";
+
+    #[test]
+    fn users_become_ids() {
+        let check = |spec: &str, uid, gid, groups: &[u32]| {
+            assert_eq!(find(PASSWD, GROUP, spec).unwrap(), User { uid, gid, groups: groups.to_vec() }, "{spec}");
+        };
+        check("", 0, 0, &[10]);
+        check("app", 1000, 1001, &[50, 10]);
+        check("1000", 1000, 1001, &[50, 10]);
+        check("app:", 1000, 1001, &[50, 10]);
+        check("app:staff", 1000, 50, &[]);
+        check("app:7", 1000, 7, &[]);
+        check("77", 77, 0, &[]);
+        check("77:staff", 77, 50, &[]);
+    }
+
+    #[test]
+    fn unknown_names_are_errors() {
+        assert!(matches!(find(PASSWD, GROUP, "ghost"), Err(UserError::NoUser { name }) if name == "ghost"));
+        assert!(matches!(find(PASSWD, GROUP, "app:ghosts"), Err(UserError::NoGroup { name }) if name == "ghosts"));
+        assert_eq!(find("", "", "").unwrap(), User::default());
+    }
+
+    #[test]
+    fn two_numbers_need_no_file() {
+        let read = |_: &Node| Err(io::Error::other("not read"));
+        assert_eq!(look_up(&Tree::default(), "5:6", &read).unwrap(), User { uid: 5, gid: 6, groups: Vec::new() });
+    }
+}

@@ -1,0 +1,466 @@
+//! Snapshots: stacks of layers, and the three forms of each layer made when somebody asks.
+//!
+//! A [`Layer`] is known by its index. Its tree (a directory that overlayfs stacks) and its blob (the compressed tar) are
+//! made on demand, once, whoever asks first; others wait for that one. Where the bytes come from depends on how the
+//! layer came to be:
+//!
+//! | layer | bytes come from |
+//! |---|---|
+//! | of a base image | its blob: in the store, a layout directory or a registry |
+//! | RUN | its tree, which is the upper directory of the step |
+//! | COPY, ADD, WORKDIR, run now | the files it copies, read in place |
+//! | COPY, ADD, WORKDIR, from the cache | tree or blob if there is one, else the copy is worked out again from its recipe |
+
+use crate::context::ContextError;
+use crate::image::Descriptor;
+use crate::materialize::{self, Ownership};
+use crate::op::copy::CopyError;
+use crate::op::file::Recipe;
+use crate::op::source::{self, Form, ImageLayer, ResolvedImage, SourceContext, SourceError};
+use crate::plan::cache_key::Key;
+use crate::store::layers::pulled_layer_id;
+use crate::store::{Store, StoreError};
+use crate::tree::blob::{BlobInfo, BlobOptions, Codec, write_blob};
+use crate::tree::layer::{LayerError, TarOptions};
+use crate::tree::{LayerId, Node, Origin, Tree};
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+/// A layer cannot be had in the form asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A base image failed.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// Reading or writing a layer's tar failed.
+    #[error("cannot write layer {layer}")]
+    Layer {
+        /// Which.
+        layer: String,
+        /// Why.
+        source: LayerError,
+    },
+    /// Writing a layer's tree failed.
+    #[error("cannot write the files of layer {layer}")]
+    Materialize {
+        /// Which.
+        layer: String,
+        /// Why.
+        source: materialize::MaterializeError,
+    },
+    /// A copy could not be worked out again.
+    #[error(transparent)]
+    Copy(#[from] CopyError),
+    /// The context could not be read again.
+    #[error(transparent)]
+    Context(#[from] ContextError),
+    /// The context is not what it was when the step's key was made.
+    #[error("`{path}` changed while the image was built")]
+    Changed {
+        /// Path in the image.
+        path: String,
+    },
+    /// Neither tree nor blob nor recipe is there.
+    #[error("the content of layer {0} is no longer in the store")]
+    Gone(String),
+    /// A file cannot be read.
+    #[error("cannot read `{path}`")]
+    Read {
+        /// Which.
+        path: String,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// One layer of a snapshot.
+#[derive(Clone)]
+pub struct Layer(Arc<LayerInner>);
+
+struct LayerInner {
+    id: LayerId,
+    made: Made,
+    /// With origins; set when somebody asked.
+    tree: OnceLock<Arc<Tree>>,
+    directory: OnceLock<PathBuf>,
+    /// Held while a form is made.
+    making: Mutex<()>,
+}
+
+/// How a layer came to be.
+pub(crate) enum Made {
+    /// Part of a base image: number `.1` of it.
+    Image(Arc<ResolvedImage>, usize),
+    /// By a step of this graph, now or earlier.
+    Step(Option<Recipe>),
+}
+
+/// A stack of layers. Cheap to clone.
+#[derive(Clone)]
+pub struct Snapshot(Arc<SnapshotInner>);
+
+struct SnapshotInner {
+    parent: Option<Snapshot>,
+    layer: Option<Layer>,
+    content: Key,
+    /// When the layer was made, in seconds since the epoch; `None` for those of base images.
+    created: Option<i64>,
+    flat: OnceLock<Arc<Tree>>,
+}
+
+impl Drop for SnapshotInner {
+    /// Long chains would otherwise be dropped by recursion.
+    fn drop(&mut self) {
+        let mut next = self.parent.take();
+        while let Some(Snapshot(inner)) = next {
+            next = Arc::into_inner(inner).and_then(|mut inner| inner.parent.take());
+        }
+    }
+}
+
+impl Snapshot {
+    /// The empty file system.
+    pub fn scratch() -> Self {
+        Self(Arc::new(SnapshotInner {
+            parent: None,
+            layer: None,
+            content: Key::SCRATCH,
+            created: None,
+            flat: OnceLock::new(),
+        }))
+    }
+
+    /// This snapshot with a layer on top whose content key is `content`.
+    pub(crate) fn with(&self, layer: Layer, content: &[u8; 32], created: Option<i64>) -> Self {
+        Self(Arc::new(SnapshotInner {
+            content: self.0.content.stacked(content),
+            parent: Some(self.clone()),
+            layer: Some(layer),
+            created,
+            flat: OnceLock::new(),
+        }))
+    }
+
+    /// Digest of what is in it, times left out.
+    pub fn content(&self) -> Key {
+        self.0.content
+    }
+
+    /// Its layers, lowest first.
+    pub fn layers(&self) -> Vec<Layer> {
+        let mut layers: Vec<Layer> = self.chain().filter_map(|inner| inner.layer.clone()).collect();
+        layers.reverse();
+        layers
+    }
+
+    /// When each of its layers was made, lowest first; `None` for those of base images. Seconds since the epoch.
+    pub fn created(&self) -> Vec<Option<i64>> {
+        let layers = self.chain().filter(|inner| inner.layer.is_some());
+        let mut created: Vec<Option<i64>> = layers.map(|inner| inner.created).collect();
+        created.reverse();
+        created
+    }
+
+    /// From the top down.
+    fn chain(&self) -> impl Iterator<Item = &SnapshotInner> {
+        std::iter::successors(Some(&*self.0), |inner| inner.parent.as_ref().map(|parent| &*parent.0))
+    }
+}
+
+impl Layer {
+    /// Name in the store.
+    pub fn id(&self) -> &LayerId {
+        &self.0.id
+    }
+
+    /// The base image it belongs to, and its number there.
+    pub fn image(&self) -> Option<(&Arc<ResolvedImage>, usize)> {
+        match &self.0.made {
+            Made::Image(image, at) => Some((image, *at)),
+            Made::Step(_) => None,
+        }
+    }
+}
+
+/// A layer's blob and what it holds.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerBlob {
+    /// As the manifest names it.
+    pub descriptor: Descriptor,
+    /// Digest of the uncompressed tar.
+    pub diff_id: String,
+}
+
+/// How blobs are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Compression {
+    /// Format.
+    pub codec: Codec,
+    /// Level; `None` is the codec's usual one.
+    pub level: Option<u32>,
+    /// No file time is later than this (seconds since the epoch).
+    pub clamp_mtime: Option<i64>,
+    /// Layers of base images, too, are written anew when their codec is another one.
+    pub force: bool,
+}
+
+/// The store and the layers this build has met.
+pub struct Workspace {
+    /// Where everything is kept.
+    pub store: Arc<Store>,
+    /// Where base images come from.
+    pub sources: SourceContext,
+    /// Who owns files on disk.
+    pub ownership: Ownership,
+    /// Threads for compression.
+    pub threads: usize,
+    layers: Mutex<HashMap<LayerId, Layer>>,
+}
+
+impl Workspace {
+    /// A workspace on a store.
+    pub fn new(sources: SourceContext) -> Self {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let (store, ownership) = (sources.store.clone(), sources.write.ownership);
+        Self { store, sources, ownership, threads, layers: Mutex::default() }
+    }
+
+    /// The snapshot of a base image. Nothing is fetched yet.
+    pub fn image(&self, image: &Arc<ResolvedImage>) -> Snapshot {
+        let mut snapshot = Snapshot::scratch();
+        for (at, layer) in image.layers.iter().enumerate() {
+            let id = self.store.layer_by_diff_id(&layer.diff_id);
+            let id = id.unwrap_or_else(|| pulled_layer_id(&layer.diff_id));
+            let content = blake3::hash(layer.diff_id.as_bytes());
+            snapshot = snapshot.with(self.layer(id, Made::Image(image.clone(), at), None), content.as_bytes(), None);
+        }
+        snapshot
+    }
+
+    /// The layer of this name, one object a process, so that its forms are made once.
+    pub(crate) fn layer(&self, id: LayerId, made: Made, tree: Option<Arc<Tree>>) -> Layer {
+        let mut layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
+        let layer = layers.entry(id.clone()).or_insert_with(|| {
+            Layer(Arc::new(LayerInner {
+                id,
+                made,
+                tree: OnceLock::new(),
+                directory: OnceLock::new(),
+                making: Mutex::new(()),
+            }))
+        });
+        if let Some(tree) = tree {
+            let _ = layer.0.tree.set(tree);
+        }
+        layer.clone()
+    }
+
+    /// The layer's entries, each with where its bytes are.
+    pub fn tree(&self, layer: &Layer) -> Result<Arc<Tree>, SnapshotError> {
+        if let Some(tree) = layer.0.tree.get() {
+            return Ok(tree.clone());
+        }
+        let id = match &layer.0.made {
+            Made::Image(image, at) => source::ensure_layers(image, Form::Index, &self.sources)?.swap_remove(*at),
+            Made::Step(_) => layer.0.id.clone(),
+        };
+        let index = self.store.layer(&id)?;
+        let mut tree = Tree::clone(&index);
+        for node in tree.nodes_mut().iter_mut().filter(|node| node.entry.is_file()) {
+            node.origin = Origin::Layer(layer.0.id.clone(), node.entry.path.as_slice().into());
+        }
+        Ok(layer.0.tree.get_or_init(|| Arc::new(tree)).clone())
+    }
+
+    /// All layers of a snapshot as one tree.
+    pub fn flatten(&self, snapshot: &Snapshot) -> Result<Arc<Tree>, SnapshotError> {
+        let mut pending = Vec::new();
+        let mut at = Some(snapshot);
+        let mut flat: Option<Arc<Tree>> = None;
+        while let Some(snapshot) = at {
+            flat = snapshot.0.flat.get().cloned();
+            if flat.is_some() {
+                break;
+            }
+            pending.extend(snapshot.0.layer.as_ref());
+            at = snapshot.0.parent.as_ref();
+        }
+        let mut flat = flat.unwrap_or_default();
+        for layer in pending.into_iter().rev() {
+            flat = Arc::new(flat.apply(&*self.tree(layer)?));
+        }
+        Ok(snapshot.0.flat.get_or_init(|| flat).clone())
+    }
+
+    /// Opens a file's bytes.
+    pub fn open(&self, node: &Node) -> io::Result<Box<dyn Read + Send>> {
+        match &node.origin {
+            Origin::None => Ok(Box::new(io::empty())),
+            Origin::Inline(bytes) => Ok(Box::new(io::Cursor::new(bytes.clone()))),
+            Origin::File(path) => open_regular(path),
+            Origin::Layer(id, path) => {
+                let layer = self.layers.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned();
+                let layer = layer.ok_or_else(|| io::Error::other(SnapshotError::Gone(id.0.clone())))?;
+                let directory = self.tree_dir(&layer).map_err(io::Error::other)?;
+                open_regular(&directory.join(OsStr::from_bytes(path)))
+            }
+        }
+    }
+
+    /// Reads a small file (passwd, group) whole; at most 16 MiB.
+    pub fn read_small(&self, node: &Node) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        self.open(node)?.take(16 << 20).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Reads a file whole: an archive to unpack, or users and groups.
+    pub fn read_whole(&self, node: &Node) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        self.open(node)?.read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// The layer as a directory; makes it when there is none.
+    pub fn tree_dir(&self, layer: &Layer) -> Result<PathBuf, SnapshotError> {
+        if let Some(directory) = layer.0.directory.get() {
+            return Ok(directory.clone());
+        }
+        let _making = layer.0.making.lock().unwrap_or_else(PoisonError::into_inner);
+        let directory = match self.store.tree_dir(&layer.0.id) {
+            Some(directory) => directory,
+            None => match &layer.0.made {
+                Made::Image(image, at) => {
+                    let id = source::ensure_layers(image, Form::Tree, &self.sources)?.swap_remove(*at);
+                    self.store.tree_dir(&id).ok_or_else(|| SnapshotError::Gone(id.0.clone()))?
+                }
+                Made::Step(recipe) => self.make_tree(layer, recipe.as_ref())?,
+            },
+        };
+        Ok(layer.0.directory.get_or_init(|| directory).clone())
+    }
+
+    fn make_tree(&self, layer: &Layer, recipe: Option<&Recipe>) -> Result<PathBuf, SnapshotError> {
+        let tree = self.readable(layer, recipe)?;
+        let name = &layer.0.id.0;
+        let staging = self.store.begin_tree()?;
+        let read = |node: &Node| self.open(node).map(|reader| reader as Box<dyn Read>);
+        materialize::write_tree(&tree, &read, &staging, self.sources.write)
+            .map_err(|source| SnapshotError::Materialize { layer: name.clone(), source })?;
+        Ok(self.store.commit_tree(&staging, &layer.0.id)?)
+    }
+
+    /// The layer's entries with origins that can be read although it has no tree.
+    fn readable(&self, layer: &Layer, recipe: Option<&Recipe>) -> Result<Arc<Tree>, SnapshotError> {
+        let name = &layer.0.id.0;
+        let tree = self.tree(layer)?;
+        let dangling = |node: &Node| matches!(&node.origin, Origin::Layer(id, _) if *id == layer.0.id);
+        if !tree.nodes().iter().any(dangling) {
+            return Ok(tree);
+        }
+        let again = match recipe {
+            Some(recipe) => recipe.carry_out(self)?,
+            None => return Err(SnapshotError::Gone(name.clone())),
+        };
+        let mut tree = Tree::clone(&tree);
+        for node in tree.nodes_mut().iter_mut().filter(|node| dangling(node)) {
+            let found = again.get(&node.entry.path).filter(|other| other.entry.kind == node.entry.kind);
+            let path = || String::from_utf8_lossy(&node.entry.path).into_owned();
+            node.origin = found.ok_or_else(|| SnapshotError::Changed { path: path() })?.origin.clone();
+        }
+        Ok(Arc::new(tree))
+    }
+
+    /// Can the layer's bytes be had? A record whose layer has lost them is no hit.
+    pub(crate) fn is_whole(&self, id: &LayerId, recipe: bool) -> bool {
+        self.store.has_layer(id) && (recipe || self.store.tree_dir(id).is_some())
+    }
+
+    /// The layer as a blob in the store; makes it when there is none.
+    pub fn blob(&self, layer: &Layer, compression: Compression) -> Result<LayerBlob, SnapshotError> {
+        let recipe = match &layer.0.made {
+            Made::Image(image, at) if !compression.force || is_codec(&image.layers[*at], compression.codec) => {
+                source::ensure_blob(image, *at, &self.sources)?;
+                let layer = &image.layers[*at];
+                return Ok(LayerBlob { descriptor: layer.descriptor.clone(), diff_id: layer.diff_id.clone() });
+            }
+            Made::Image(..) => {
+                self.tree_dir(layer)?;
+                None
+            }
+            Made::Step(recipe) => recipe.as_ref(),
+        };
+        let Compression { codec, level, clamp_mtime, .. } = compression;
+        let name = &layer.0.id.0;
+        let known = || {
+            let memo = self.store.blob_memo(&layer.0.id, codec, level, clamp_mtime)?;
+            self.store.has_blob(&memo.digest, Some(memo.size_bytes)).then(|| layer_blob(memo))
+        };
+        if let Some(blob) = known() {
+            return Ok(blob);
+        }
+        // The directory first: it takes the same lock.
+        let tree = match self.store.tree_dir(&layer.0.id) {
+            None => self.readable(layer, recipe)?,
+            Some(_) => self.tree(layer)?,
+        };
+        let _making = layer.0.making.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(blob) = known() {
+            return Ok(blob);
+        }
+        let directory = self.store.tree_dir(&layer.0.id);
+        let open = |node: &Node| match (&node.origin, &directory) {
+            (Origin::Layer(id, path), Some(directory)) if *id == layer.0.id => {
+                open_regular(&directory.join(OsStr::from_bytes(path)))
+            }
+            _ => self.open(node),
+        };
+        let mut writer = self.store.blob_writer()?;
+        let options = BlobOptions { tar: TarOptions { clamp_mtime }, codec, level, threads: self.threads };
+        let info = write_blob(&tree, &open, &options, None, &mut writer)
+            .map_err(|source| SnapshotError::Layer { layer: name.clone(), source })?;
+        writer.commit(Some(&info.digest))?;
+        self.store.set_blob_memo(&layer.0.id, codec, level, clamp_mtime, &info)?;
+        Ok(layer_blob(info))
+    }
+}
+
+fn layer_blob(info: BlobInfo) -> LayerBlob {
+    let descriptor = Descriptor {
+        media_type: info.media_type.to_owned(),
+        digest: info.digest,
+        size: info.size_bytes,
+        ..Descriptor::default()
+    };
+    LayerBlob { descriptor, diff_id: info.diff_id }
+}
+
+/// Is the layer's blob in this codec already?
+fn is_codec(layer: &ImageLayer, codec: Codec) -> bool {
+    let media_type = layer.descriptor.media_type.as_str();
+    let found = match media_type {
+        text if text.ends_with("gzip") => Codec::Gzip,
+        text if text.ends_with("zstd") => Codec::Zstd,
+        _ => Codec::None,
+    };
+    found == codec
+}
+
+/// Opens a file for reading; never waits on a pipe that took its place.
+fn open_regular(path: &Path) -> io::Result<Box<dyn Read + Send>> {
+    use rustix::fs::{Mode, OFlags};
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "no longer a regular file"));
+    }
+    Ok(Box::new(file))
+}

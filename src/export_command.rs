@@ -1,0 +1,301 @@
+//! The end of `nacre build`: layers become blobs, blobs an image, the image an output.
+
+use crate::build_command::failure;
+use crate::report::{CommandError, Exit};
+use crate::request::{AnnotationPlace, BuildRequest, Compression, Destination, Output, OutputKind};
+use nacre_frontend::llb::Image;
+use nacre_frontend::reference::Reference;
+use nacre_solver::export::{self, Dest, ExportError, ExportImage};
+use nacre_solver::image::{Annotations, Assembled, Descriptor, Media, Timestamp, assemble, assemble_index};
+use nacre_solver::snapshot::{self, LayerBlob, Snapshot, SnapshotError, Workspace};
+use nacre_solver::solve::Event;
+use nacre_solver::tree::Node;
+use nacre_solver::tree::blob::Codec;
+use nacre_solver::tree::layer::TarOptions;
+use std::collections::BTreeMap;
+use std::io::{self, Read, Write};
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+/// One platform's result.
+pub(crate) struct Built {
+    image: Image,
+    snapshot: Snapshot,
+    /// What the first output that makes an image made of it.
+    assembled: Option<Assembled>,
+    /// What stands for all platforms: the index if there are several, else the manifest.
+    root: Option<Descriptor>,
+}
+
+impl Built {
+    /// A result that no output has been made of.
+    pub(crate) fn new(image: Image, snapshot: Snapshot) -> Self {
+        Self { image, snapshot, assembled: None, root: None }
+    }
+}
+
+/// The exit code for a layer that could not be had.
+pub(crate) fn snapshot_exit(error: &SnapshotError) -> Exit {
+    match error {
+        SnapshotError::Copy(_) | SnapshotError::Context(_) | SnapshotError::Changed { .. } => Exit::Dockerfile,
+        SnapshotError::Source(_) => Exit::Source,
+        _ => Exit::Store,
+    }
+}
+
+fn snapshot_error(error: SnapshotError) -> CommandError {
+    CommandError::new(snapshot_exit(&error), &error, None)
+}
+
+fn export_error(error: ExportError) -> CommandError {
+    CommandError::new(Exit::Store, &error, None)
+}
+
+/// Writes all outputs.
+pub(crate) fn export(
+    request: &BuildRequest,
+    workspace: &Workspace,
+    built: &mut [Built],
+    events: &(dyn Fn(Event) + Sync),
+) -> Result<(), CommandError> {
+    for output in &request.outputs {
+        let what = describe(output);
+        let started = Instant::now();
+        events(Event::Exporting { what: what.clone() });
+        write(request, workspace, built, output)?;
+        events(Event::Exported { what, duration: started.elapsed() });
+    }
+    Ok(())
+}
+
+fn describe(output: &Output) -> String {
+    let dest = match output.dest() {
+        Some(Destination::Path(path)) => path.display().to_string(),
+        Some(Destination::Stdout) => "standard output".to_owned(),
+        None => "the store".to_owned(),
+    };
+    match &output.kind {
+        OutputKind::Store if output.names.is_empty() => "to the store, without a name".to_owned(),
+        OutputKind::Store => format!("to the store as {}", output.names.join(", ")),
+        OutputKind::Oci { .. } => format!("OCI image to {dest}"),
+        OutputKind::Docker { .. } => format!("docker archive to {dest}"),
+        OutputKind::Local { dest, .. } => format!("files to {}", dest.display()),
+        OutputKind::Tar { .. } => format!("tar to {dest}"),
+        OutputKind::CacheOnly => "nothing: only the cache is kept".to_owned(),
+    }
+}
+
+fn write(
+    request: &BuildRequest,
+    workspace: &Workspace,
+    built: &mut [Built],
+    output: &Output,
+) -> Result<(), CommandError> {
+    let clamp_mtime = if output.rewrite_timestamp { request.source_date_epoch } else { None };
+    if output.rewrite_timestamp && clamp_mtime.is_none() {
+        let help = Some("set SOURCE_DATE_EPOCH".to_owned());
+        return Err(failure(Exit::Usage, "rewrite-timestamp needs to know the time to write", help));
+    }
+    match &output.kind {
+        OutputKind::CacheOnly => Ok(()),
+        OutputKind::Tar { .. } | OutputKind::Local { .. } => {
+            let several = built.len() > 1;
+            built.iter().try_for_each(|built| write_files(workspace, built, output, clamp_mtime, several))
+        }
+        OutputKind::Store | OutputKind::Oci { .. } | OutputKind::Docker { .. } => {
+            write_image(request, workspace, built, output, clamp_mtime)
+        }
+    }
+}
+
+/// The root file system's files, not an image.
+fn write_files(
+    workspace: &Workspace,
+    built: &Built,
+    output: &Output,
+    clamp_mtime: Option<i64>,
+    several: bool,
+) -> Result<(), CommandError> {
+    let tree = workspace.flatten(&built.snapshot).map_err(snapshot_error)?;
+    let open = |node: &Node| workspace.open(node);
+    let read = |node: &Node| workspace.open(node).map(|reader| reader as Box<dyn Read>);
+    let image = ExportImage { images: &[], index: None, names: &[] };
+    let platform = built.image.platform.to_string().replace('/', "_");
+    let dest;
+    let target = match &output.kind {
+        OutputKind::Tar { dest: to, platform_split } => {
+            if platform_split.unwrap_or(several) {
+                return Err(failure(Exit::Usage, "type=tar holds one platform so far", None));
+            }
+            dest = destination(to);
+            export::Output::Tar { dest: &dest, tree: &tree, open: &open, options: TarOptions { clamp_mtime } }
+        }
+        OutputKind::Local { dest: to, platform_split } => {
+            let to = if platform_split.unwrap_or(several) { to.join(platform) } else { to.clone() };
+            dest = Dest::Path(to);
+            let Dest::Path(path) = &dest else { return Ok(()) };
+            export::Output::Local { dest: path, tree: &tree, read: &read, options: workspace.sources.write }
+        }
+        _ => return Ok(()),
+    };
+    export::export(&image, &workspace.store, &target, &mut io::stdout().lock()).map_err(export_error)
+}
+
+fn destination(dest: &Destination) -> Dest {
+    match dest {
+        Destination::Stdout => Dest::Stdout,
+        Destination::Path(path) => Dest::Path(path.clone()),
+    }
+}
+
+fn write_image(
+    request: &BuildRequest,
+    workspace: &Workspace,
+    built: &mut [Built],
+    output: &Output,
+    clamp_mtime: Option<i64>,
+) -> Result<(), CommandError> {
+    let (codec, level) = match output.compression {
+        Compression::Uncompressed => (Codec::None, None),
+        Compression::Gzip(level) => (Codec::Gzip, level),
+        Compression::Zstd(level) => (Codec::Zstd, level),
+    };
+    let compression = snapshot::Compression { codec, level, clamp_mtime, force: output.force_compression };
+    let media = if output.docker_media_types { Media::Docker } else { Media::Oci };
+    let names = canonical_names(&output.names)?;
+    let place = |place: AnnotationPlace| -> BTreeMap<String, String> {
+        let annotations = request.annotations.iter().chain(&output.annotations);
+        annotations.filter(|note| note.place == place).map(|note| (note.name.clone(), note.value.clone())).collect()
+    };
+    let annotations = Annotations {
+        manifest: place(AnnotationPlace::Manifest),
+        manifest_descriptor: place(AnnotationPlace::ManifestDescriptor),
+    };
+    let mut images = Vec::new();
+    for one in built.iter() {
+        let layers = blobs(workspace, &one.snapshot, compression)?;
+        let layers: Vec<(Descriptor, String)> =
+            layers.into_iter().map(|layer| (layer.descriptor, layer.diff_id)).collect();
+        let (config, created) = dated(one, request.source_date_epoch);
+        images.push(assemble(config, &layers, Some(created.into()), media, &annotations));
+    }
+    let index = (images.len() > 1).then(|| assemble_index(&images, media, &place(AnnotationPlace::Index)));
+    let image = ExportImage { images: &images, index: index.as_ref(), names: &names };
+    let dest;
+    let target = match &output.kind {
+        OutputKind::Oci { dest: to, tar } => {
+            dest = destination(to);
+            export::Output::Oci { dest: &dest, tar: *tar }
+        }
+        OutputKind::Docker { dest: to, tar: true } => {
+            dest = destination(to);
+            export::Output::Docker { dest: &dest }
+        }
+        OutputKind::Docker { tar: false, .. } => {
+            return Err(failure(Exit::Usage, "type=docker writes archives only", Some("use type=oci".to_owned())));
+        }
+        _ => export::Output::Store,
+    };
+    export::export(&image, &workspace.store, &target, &mut io::stdout().lock()).map_err(export_error)?;
+    let root = index.as_ref().map_or_else(|| images[0].manifest_descriptor.clone(), |(_, root)| root.clone());
+    for (one, assembled) in built.iter_mut().zip(images) {
+        one.assembled.get_or_insert(assembled);
+        one.root.get_or_insert_with(|| root.clone());
+    }
+    Ok(())
+}
+
+fn canonical_names(names: &[String]) -> Result<Vec<String>, CommandError> {
+    let canonical = |name: &String| {
+        Reference::parse(name)
+            .map(|reference| reference.to_string())
+            .map_err(|error| failure(Exit::Usage, &format!("image name `{name}`: {error}"), None))
+    };
+    names.iter().map(canonical).collect()
+}
+
+/// The layers as blobs, several made at once.
+fn blobs(
+    workspace: &Workspace,
+    snapshot: &Snapshot,
+    compression: snapshot::Compression,
+) -> Result<Vec<LayerBlob>, CommandError> {
+    let layers = snapshot.layers();
+    let next = AtomicUsize::new(0);
+    let results = Mutex::new(BTreeMap::new());
+    std::thread::scope(|scope| {
+        for _ in 0..layers.len().min(workspace.threads) {
+            scope.spawn(|| {
+                loop {
+                    let at = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(layer) = layers.get(at) else { return };
+                    let result = workspace.blob(layer, compression);
+                    results.lock().unwrap_or_else(PoisonError::into_inner).insert(at, result);
+                }
+            });
+        }
+    });
+    let results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
+    results.into_values().map(|result| result.map_err(snapshot_error)).collect()
+}
+
+/// The configuration with dates in its history: a layer has the date of the run that made it, so that a build from the
+/// cache gives the same bytes; what makes no layer has the date of the layer before. With SOURCE_DATE_EPOCH no date is
+/// later than that.
+fn dated(built: &Built, epoch: Option<i64>) -> (nacre_frontend::image_config::ImageConfig, i64) {
+    let mut config = built.image.config.clone();
+    let created = built.snapshot.created();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs() as i64);
+    // What stands before the first new layer gets that one's date.
+    let mut latest = created.iter().flatten().next().copied().unwrap_or(now);
+    let mut layers = created.iter();
+    for entry in &mut config.history {
+        if !entry.empty_layer
+            && let Some(Some(created)) = layers.next()
+        {
+            latest = latest.max(*created);
+        }
+        if entry.created.is_none() {
+            entry.created = Some(Timestamp::from(epoch.unwrap_or(latest)).to_string());
+        }
+    }
+    (config, epoch.unwrap_or(latest))
+}
+
+/// Says what was built: digest on standard output with `-q`, `--iidfile`, `--metadata-file`.
+pub(crate) fn report(request: &BuildRequest, built: &[Built]) -> Result<(), CommandError> {
+    let root = built.first().and_then(|one| one.root.as_ref());
+    if let (Some(path), Some(root)) = (&request.iid_file, root) {
+        write_file(path, root.digest.as_bytes())?;
+    }
+    if let Some(path) = &request.metadata_file {
+        let mut metadata = serde_json::Map::new();
+        if let (Some(root), Some(assembled)) = (root, built.first().and_then(|one| one.assembled.as_ref())) {
+            metadata.insert("containerimage.config.digest".into(), assembled.config_descriptor.digest.clone().into());
+            metadata.insert("containerimage.descriptor".into(), serde_json::to_value(root).unwrap_or_default());
+            metadata.insert("containerimage.digest".into(), root.digest.clone().into());
+        }
+        let names: Vec<String> = request.outputs.iter().flat_map(|output| output.names.clone()).collect();
+        if !names.is_empty() {
+            metadata.insert("image.name".into(), canonical_names(&names)?.join(",").into());
+        }
+        let text = serde_json::to_string_pretty(&metadata).unwrap_or_default();
+        write_file(path, format!("{text}\n").as_bytes())?;
+    }
+    match root {
+        Some(root) if request.quiet => crate::print_result(&format!("{}\n", root.digest)),
+        _ => Ok(()),
+    }
+}
+
+/// Writes beside and renames, so that nobody reads half of it.
+fn write_file(path: &Path, bytes: &[u8]) -> Result<(), CommandError> {
+    let error = |error: io::Error| failure(Exit::Store, &format!("cannot write {}: {error}", path.display()), None);
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(directory).map_err(error)?;
+    file.write_all(bytes).map_err(error)?;
+    file.persist(path).map_err(|failed| error(failed.error))?;
+    Ok(())
+}
