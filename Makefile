@@ -25,7 +25,7 @@ demo: build ## Build an image, show what came out, build it again from the cache
 .PHONY: test
 test: ## Run all tests: as root and as an ordinary user when started by root
 	tests/setup/packages.sh
-	cargo test --workspace --locked
+	cargo test --workspace --locked --no-fail-fast
 	tests/setup/as-user.sh
 
 .PHONY: conformance
