@@ -1,1 +1,352 @@
-//! sandbox/init.
+//! The supervisor of a step: `nacre __sandbox`.
+//!
+//! ```text
+//! stdin: memfd with the order (JSON); the answer (JSON) is appended to it
+//! stdout, stderr: pipes, inherited by the step
+//! ```
+//!
+//! It has one thread and no state worth keeping. It mounts the root file system without a place in the tree, forks
+//! the step, waits for it, and removes unused mount points. SIGTERM means "kill the step"; the kernel sends the same
+//! when the builder dies.
+
+use super::points::{self, Traces};
+use super::{Failure, FailureKind, Order, Outcome, Rootfs, RunSpec, Status, probe, step};
+use crate::sys::{self, Call, CallError, Fork, Param};
+use rustix::event::{PollFd, PollFlags};
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::io::Errno;
+use rustix::mount::{MountAttrFlags, MountFlags, UnmountFlags};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions};
+use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+/// What the step tells its supervisor before it becomes the command.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(super) struct Progress {
+    pub(super) traces: Traces,
+    pub(super) failure: Option<Failure>,
+}
+
+/// Runs as the supervisor of one step; never returns. The binary's `main` calls this first thing, before anything
+/// makes a thread, when its first argument is [`super::SANDBOX_ARGUMENT`].
+pub fn sandbox_main() -> ! {
+    let code = match std::env::args_os().nth(1 + 1) {
+        Some(word) if word == probe::ARGUMENT => probe::main(),
+        _ => main(),
+    };
+    sys::exit_now(code)
+}
+
+/// Exit code for a caller that does not speak the protocol.
+const MISUSE: i32 = 70;
+
+fn main() -> i32 {
+    // Blocked first: from here on a SIGTERM is read, not suffered.
+    sys::block_signals(&[libc::SIGTERM]);
+    if sys::close_from(3, false).is_err() {
+        return MISUSE;
+    }
+    let Ok(channel) = sys::copy_of_stdin() else { return MISUSE };
+    let mut channel = std::fs::File::from(channel);
+    let Ok(order) = read_order(&mut channel) else { return MISUSE };
+    let watch = rustix::process::set_parent_process_death_signal(Some(Signal::TERM));
+    if watch.is_err() || rustix::process::getppid().map(Pid::as_raw_pid) != Some(order.parent) {
+        return MISUSE;
+    }
+    let answer = supervise(&order.spec);
+    let written = serde_json::to_writer(&mut channel, &answer);
+    i32::from(written.is_err())
+}
+
+fn read_order(channel: &mut std::fs::File) -> std::io::Result<Order<RunSpec>> {
+    let mut text = Vec::new();
+    std::io::Read::read_to_end(channel, &mut text)?;
+    Ok(serde_json::from_slice(&text)?)
+}
+
+fn supervise(spec: &RunSpec) -> Result<Outcome, Failure> {
+    step::check(spec)?;
+    let rootfs = mount_rootfs(spec)?;
+    let terminate =
+        sys::signal_fd(&[libc::SIGTERM]).map_err(|error| Failure::setup("watch for cancellation", error))?;
+    let (mut progress, mut status) = run_step(spec, &rootfs, &terminate, false)?;
+    let masked =
+        |progress: &Progress| progress.failure.as_ref().is_some_and(|failure| failure.kind == FailureKind::MaskedProc);
+    let shared_proc = masked(&progress);
+    if shared_proc {
+        (progress, status) = run_step(spec, &rootfs, &terminate, true)?;
+    }
+    let created_mountpoints = points::remove_unused(&rootfs, &progress.traces);
+    drop(rootfs);
+    if let Rootfs::Overlay { upper, .. } = &spec.rootfs
+        && let Ok(upper) = sys::open_place(upper)
+    {
+        points::remove_copied_up(&upper, &progress.traces);
+    }
+    match progress.failure {
+        Some(failure) => Err(failure),
+        None => Ok(Outcome { status, created_mountpoints, shared_proc }),
+    }
+}
+
+/// Returns the root file system, mounted nowhere.
+fn mount_rootfs(spec: &RunSpec) -> Result<OwnedFd, Failure> {
+    let nodev = if spec.insecure { MountAttrFlags::empty() } else { MountAttrFlags::MOUNT_ATTR_NODEV };
+    match &spec.rootfs {
+        Rootfs::Overlay { lowers, upper, work } => {
+            overlay(lowers, Some((upper, work)), &spec.scratch_dir, nodev, false)
+                .map_err(|error| overlay_failure(error, upper))
+        }
+        Rootfs::Plain { dir } => sys::clone_mount(rustix::fs::CWD, dir)
+            .and_then(|mount| sys::set_mount_attributes(&mount, nodev).map(|()| mount))
+            .map_err(|error| Failure::setup(format!("mount {dir:?} as root file system"), error)),
+    }
+}
+
+/// Mounts layers, top first, below an optional upper and work directory. `empty` is an empty directory; `private`
+/// tells that the mount namespace is this process's own.
+pub(super) fn overlay(
+    lowers: &[PathBuf],
+    upper: Option<(&PathBuf, &PathBuf)>,
+    empty: &Path,
+    attributes: MountAttrFlags,
+    private: bool,
+) -> sys::Result<OwnedFd> {
+    // overlayfs refuses a directory that it has already. Whatever the lower one of two gives, the upper one gives too.
+    let mut seen = HashSet::new();
+    let mut lowers: Vec<&Path> = lowers.iter().map(PathBuf::as_path).filter(|lower| seen.insert(*lower)).collect();
+    // It wants one layer below an upper directory, and two without.
+    match (lowers.len(), upper) {
+        (0, None) => {
+            let mount = sys::clone_mount(rustix::fs::CWD, empty)?;
+            return sys::set_mount_attributes(&mount, attributes).map(|()| mount);
+        }
+        (0, Some(_)) | (1, None) => lowers.push(empty),
+        _ => {}
+    }
+    let mut params = vec![
+        Param::Flag("userxattr"),
+        // Layers are combined anew for every step, which an index of inodes would not allow.
+        Param::OptionalText("index", OsStr::new("off")),
+    ];
+    if let Some((upper, work)) = upper {
+        params.push(Param::Text("upperdir", upper.as_os_str()));
+        params.push(Param::Text("workdir", work.as_os_str()));
+        // A layer counts only once it is in the store, which syncs as it must.
+        params.push(Param::OptionalFlag("volatile"));
+    }
+    params.extend(lowers.iter().map(|lower| Param::Text("lowerdir+", lower.as_os_str())));
+    match sys::make_mount("overlay", &params, attributes) {
+        Err(error) if lacks_lowerdir_plus(&error) => {
+            overlay_in_one_string(&lowers, upper, empty, attributes, private).map_err(|_| error)
+        }
+        result => result,
+    }
+}
+
+/// Tells layers that cannot be stacked from a directory that cannot be written through overlayfs.
+pub(super) fn overlay_failure(error: CallError, upper: &Path) -> Failure {
+    let kind = match error.is(Errno::NOENT) || error.call.contains("lower") {
+        true => FailureKind::Setup("stack the layers".into()),
+        false => FailureKind::Overlay(upper.to_owned()),
+    };
+    Failure::new(kind, error)
+}
+
+/// Tells layers that cannot be stacked from a directory that cannot be written through overlayfs.
+pub(super) fn overlay_failure(error: CallError, upper: &Path) -> Failure {
+    let kind = match error.is(Errno::NOENT) || error.call.contains("lower") {
+        true => FailureKind::Setup("stack the layers".into()),
+        false => FailureKind::Overlay(upper.to_owned()),
+    };
+    Failure::new(kind, error)
+}
+
+/// Returns whether this is how a kernel before 6.8 refuses `lowerdir+`: by name, or before 6.5, when it looks at
+/// parameters only in the end, without a word.
+fn lacks_lowerdir_plus(error: &CallError) -> bool {
+    let named = error.call.contains("lowerdir+") && error.call.contains("nknown parameter");
+    error.is(Errno::INVAL) && (named || error.call.ends_with("create)"))
+}
+
+/// The same by mount(2), whose options are limited to a page; descriptors keep them short. A mount made this way has
+/// a place, so it is copied from there, and the place cleared.
+fn overlay_in_one_string(
+    lowers: &[&Path],
+    upper: Option<(&PathBuf, &PathBuf)>,
+    place: &Path,
+    attributes: MountAttrFlags,
+    private: bool,
+) -> sys::Result<OwnedFd> {
+    use std::os::fd::AsRawFd;
+    let mut open = Vec::new();
+    let mut by_descriptor = |path: &Path| {
+        let fd = sys::open_place(path)?;
+        let name = format!("/proc/self/fd/{}", fd.as_raw_fd());
+        open.push(fd);
+        Ok(name)
+    };
+    let lowers: Vec<String> = lowers.iter().map(|path| by_descriptor(path)).collect::<sys::Result<_>>()?;
+    let mut options = format!("userxattr,index=off,lowerdir={}", lowers.join(":"));
+    if let Some((upper, work)) = upper {
+        options += &format!(",volatile,upperdir={},workdir={}", by_descriptor(upper)?, by_descriptor(work)?);
+    }
+    if !private {
+        sys::unshare(libc::CLONE_NEWNS)?;
+        step::separate_mounts()?;
+    }
+    let options = sys::c_string(options)?;
+    rustix::mount::mount("overlay", place, "overlay", MountFlags::empty(), Some(options.as_c_str()))
+        .call(|| format!("mount(\"overlay\" -> {place:?}, \"overlay\", {options:?})"))?;
+    let copy = sys::clone_mount(rustix::fs::CWD, place);
+    rustix::mount::unmount(place, UnmountFlags::DETACH).call(|| format!("umount({place:?})"))?;
+    let copy = copy?;
+    sys::set_mount_attributes(&copy, attributes)?;
+    Ok(copy)
+}
+
+/// Forks the step and waits until it and everything it started is gone.
+fn run_step(
+    spec: &RunSpec,
+    rootfs: &OwnedFd,
+    terminate: &OwnedFd,
+    shared_proc: bool,
+) -> Result<(Progress, Status), Failure> {
+    let doing = |what: &'static str| move |error| Failure::setup(what, error);
+    let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+        .call(|| "pipe()".into())
+        .map_err(doing("talk to the step"))?;
+    if shared_proc {
+        // Without a pid namespace, what the step leaves behind becomes a child of this process.
+        rustix::process::set_child_subreaper(Pid::from_raw(1))
+            .call(|| "prctl(PR_SET_CHILD_SUBREAPER)".into())
+            .map_err(doing("keep hold of the step's processes"))?;
+    }
+    let namespaces = if shared_proc { 0 } else { libc::CLONE_NEWPID };
+    let pid = match sys::fork(namespaces).map_err(doing("start the step"))? {
+        Fork::Child => {
+            drop(read);
+            step::main(spec, rootfs, write, shared_proc)
+        }
+        Fork::Parent(pid) => pid,
+    };
+    drop(write);
+    let waited = wait(pid, read, terminate);
+    if shared_proc {
+        sweep();
+    }
+    waited
+}
+
+/// Reads what the step reports until it becomes the command, then waits for its end.
+fn wait(pid: Pid, report: OwnedFd, terminate: &OwnedFd) -> Result<(Progress, Status), Failure> {
+    let handle = rustix::process::pidfd_open(pid, PidfdFlags::empty())
+        .call(|| format!("pidfd_open({pid:?})"))
+        .map_err(|error| {
+            _ = rustix::process::kill_process(pid, Signal::KILL);
+            Failure::setup("watch the step", error)
+        })?;
+    let (mut text, mut report, mut cancelled) = (Vec::new(), Some(report), false);
+    let mut buffer = [0; 16 << 10];
+    loop {
+        let mut polled = vec![PollFd::new(&handle, PollFlags::IN)];
+        if !cancelled {
+            polled.push(PollFd::new(terminate, PollFlags::IN));
+        }
+        if let Some(report) = &report {
+            polled.push(PollFd::new(report, PollFlags::IN));
+        }
+        match rustix::event::poll(&mut polled, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => {
+                _ = rustix::process::pidfd_send_signal(&handle, Signal::KILL);
+                return Err(Failure::setup("watch the step", CallError::new("poll()", error)));
+            }
+        }
+        let ready = |index: usize| polled.get(index).is_some_and(|fd| !fd.revents().is_empty());
+        let (ended, asked) = (ready(0), !cancelled && ready(1));
+        let has_report = report.is_some() && ready(polled.len() - 1);
+        if asked {
+            cancelled = true;
+            // The kernel kills the rest of the pid namespace with its process 1.
+            _ = rustix::process::pidfd_send_signal(&handle, Signal::KILL);
+        }
+        if let (true, Some(pipe)) = (has_report, &report) {
+            match rustix::io::read(pipe, &mut buffer) {
+                Ok(length) if length > 0 => text.extend_from_slice(&buffer[..length]),
+                Err(Errno::INTR) => {}
+                _ => report = None,
+            }
+            continue;
+        }
+        if ended {
+            break;
+        }
+    }
+    let status = loop {
+        match rustix::process::waitpid(Some(pid), WaitOptions::empty()) {
+            Ok(Some((_, status))) => break Status::of(status),
+            Ok(None) | Err(Errno::INTR) => {}
+            Err(error) => return Err(Failure::setup("wait for the step", CallError::new("wait()", error))),
+        }
+    };
+    let mut progress: Progress = match (text.is_empty(), serde_json::from_slice(&text)) {
+        (_, Ok(progress)) => progress,
+        // It was killed before it could say anything.
+        (true, Err(_)) if cancelled => Progress::default(),
+        (_, Err(error)) => {
+            let error = CallError::new(format!("the step ended with {status:?} before it began"), error);
+            return Err(Failure::setup("prepare the root file system", error));
+        }
+    };
+    if cancelled {
+        let error = CallError::new("kill()", Errno::INTR);
+        progress.failure = Some(Failure::new(FailureKind::Cancelled, error));
+    }
+    Ok((progress, status))
+}
+
+/// Kills and collects what the step left behind, where no pid namespace does that.
+fn sweep() {
+    loop {
+        for pid in children() {
+            _ = rustix::process::kill_process(pid, Signal::KILL);
+        }
+        match rustix::process::wait(WaitOptions::empty()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(_) => return,
+        }
+    }
+}
+
+/// Processes whose parent is this one.
+fn children() -> Vec<Pid> {
+    let own = rustix::process::getpid().as_raw_pid();
+    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
+    let numbers = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    numbers
+        .filter(|pid| {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            // The command's name is in parentheses and may hold anything.
+            let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
+            fields.split_whitespace().nth(1).and_then(|parent| parent.parse().ok()) == Some(own)
+        })
+        .filter_map(Pid::from_raw)
+        .collect()
+}
+
+/// Sends the report of the step, which is all it ever says.
+pub(super) fn report(pipe: impl AsFd, progress: &Progress) -> sys::Result<()> {
+    let text = serde_json::to_vec(progress).call(|| "encode(report)".into())?;
+    let mut rest = &text[..];
+    while !rest.is_empty() {
+        match rustix::io::write(&pipe, rest) {
+            Ok(length) => rest = &rest[length..],
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(CallError::new("write(report)", error)),
+        }
+    }
+    Ok(())
+}
