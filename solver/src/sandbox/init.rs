@@ -155,15 +155,6 @@ pub(super) fn overlay_failure(error: CallError, upper: &Path) -> Failure {
     Failure::new(kind, error)
 }
 
-/// Tells layers that cannot be stacked from a directory that cannot be written through overlayfs.
-pub(super) fn overlay_failure(error: CallError, upper: &Path) -> Failure {
-    let kind = match error.is(Errno::NOENT) || error.call.contains("lower") {
-        true => FailureKind::Setup("stack the layers".into()),
-        false => FailureKind::Overlay(upper.to_owned()),
-    };
-    Failure::new(kind, error)
-}
-
 /// Returns whether this is how a kernel before 6.8 refuses `lowerdir+`: by name, or before 6.5, when it looks at
 /// parameters only in the end, without a word.
 fn lacks_lowerdir_plus(error: &CallError) -> bool {
