@@ -137,7 +137,7 @@ pub(super) fn overlay(
         // A layer counts only once it is in the store, which syncs as it must.
         params.push(Param::OptionalFlag("volatile"));
     }
-    params.extend(lowers.iter().map(|lower| Param::Text("lowerdirX", lower.as_os_str())));
+    params.extend(lowers.iter().map(|lower| Param::Text("lowerdir+", lower.as_os_str())));
     match sys::make_mount("overlay", &params, attributes) {
         Err(error) if lacks_lowerdir_plus(&error) => {
             overlay_in_one_string(&lowers, upper, empty, attributes, private).map_err(|_| error)
@@ -158,7 +158,7 @@ pub(super) fn overlay_failure(error: CallError, upper: &Path) -> Failure {
 /// Returns whether this is how a kernel before 6.8 refuses `lowerdir+`: by name, or before 6.5, when it looks at
 /// parameters only in the end, without a word.
 fn lacks_lowerdir_plus(error: &CallError) -> bool {
-    let named = error.call.contains("lowerdirX") && error.call.contains("nknown parameter");
+    let named = error.call.contains("lowerdir+") && error.call.contains("nknown parameter");
     error.is(Errno::INVAL) && (named || error.call.ends_with("create)"))
 }
 
