@@ -7,6 +7,7 @@ mod call_command;
 mod cli;
 mod export_command;
 mod images_command;
+mod input;
 mod progress;
 mod report;
 mod request;
