@@ -17,7 +17,7 @@ use nacre_solver::context::{Context, DigestCache, IgnoreFile};
 use nacre_solver::materialize::{Ownership, WriteOptions};
 use nacre_solver::op::file::LocalContext;
 use nacre_solver::op::run::{Host, RunError};
-use nacre_solver::op::source::{PullPolicy, ResolvedImage, SourceContext, resolve_image};
+use nacre_solver::op::source::{PullPolicy, ResolvedImage, SourceContext, SourceError, resolve_image};
 use nacre_solver::registry::{Client, ClientOptions};
 use nacre_solver::sandbox::{self, Cancel};
 use nacre_solver::snapshot::Workspace;
@@ -333,7 +333,7 @@ fn lowered(
             Lowered::NeedsBases(needed) => {
                 for base in needed {
                     let image = resolve_image(&base.source, &base.platform, &workspace.sources)
-                        .map_err(|error| CommandError::new(Exit::Source, &error, None))?;
+                        .map_err(|error| base_error(&error, &base.source, dockerfile))?;
                     let image = Arc::new(image);
                     let pinned = lower::with_digest(&base.source, image.root_digest.clone());
                     images.insert((pinned, base.platform.clone()), image.clone());
@@ -343,6 +343,23 @@ fn lowered(
             }
         }
     }
+}
+
+/// An image that cannot be had, with the FROM that asks for it.
+fn base_error(error: &SourceError, source: &ImageSource, dockerfile: &Dockerfile) -> CommandError {
+    let from = dockerfile.instructions.iter().find_map(|instruction| match (&instruction.kind, source) {
+        (InstructionKind::From { image, .. }, ImageSource::Reference(wanted)) => {
+            let reference = Reference::parse(&image.value).ok()?;
+            (reference.to_string() == *wanted).then_some((&image.value, instruction.lines))
+        }
+        _ => None,
+    });
+    let message = match from {
+        Some((image, _)) => format!("cannot use base image `{image}`: {}", with_causes(error)),
+        None => with_causes(error),
+    };
+    let place = from.map(|(_, lines)| Place { source: dockerfile.source.clone(), lines });
+    CommandError::Failure(Box::new(Failure { exit: Exit::Source, message, place, help: None }))
 }
 
 fn host(request: &BuildRequest) -> Result<Host, CommandError> {
