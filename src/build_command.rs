@@ -1,6 +1,7 @@
 //! `nacre build`: read the Dockerfile, lower it, solve the graph, export. The one place that knows both crates.
 
 use crate::export_command::{self, Built};
+use crate::interrupt::{Signals, last_words};
 use crate::progress::{Screen, ScreenOptions};
 use crate::report::{CommandError, Exit, Failure, Place, StepFailure, StepOutcome, with_causes};
 use crate::request::{
@@ -28,8 +29,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::atomic::AtomicBool;
 
 /// Becomes a step's supervisor.
 pub(crate) fn sandbox() -> ExitCode {
@@ -59,6 +59,9 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
         Ok(ownership) => ownership,
         Err(code) => std::process::exit(code),
     };
+    let host_error = |error: &(dyn std::error::Error + 'static)| CommandError::new(Exit::Host, error, None);
+    let signals = Signals::listen(signalled).map_err(|error| host_error(&error))?;
+    let cancel = Cancel::new().map_err(|error| host_error(&error))?;
     let screen = Screen::start(ScreenOptions {
         mode: request.progress,
         terminal: env.stderr_terminal,
@@ -66,7 +69,9 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
         explain: request.explain,
     });
     let sink = screen.sink();
-    let result = build(request, &input, &dockerfile, ownership, signalled, &sink);
+    let result = signals.watched(&cancel, last_words(env.color), || {
+        build(request, &input, &dockerfile, ownership, &cancel, &sink)
+    });
     screen.finish();
     let built = result?;
     export_command::report(request, &built)
@@ -215,7 +220,7 @@ fn build(
     input: &Input,
     dockerfile: &Dockerfile,
     ownership: Ownership,
-    signalled: &Arc<AtomicBool>,
+    cancel: &Cancel,
     events: &(dyn Fn(Event) + Sync),
 ) -> Result<Vec<Built>, CommandError> {
     let store_error = |error| CommandError::new(Exit::Store, &error, None);
@@ -231,8 +236,7 @@ fn build(
         write: WriteOptions { ownership },
         progress: None,
     };
-    let workspace = Workspace::new(sources);
-    let cancel = Cancel::new().map_err(|error| CommandError::new(Exit::Host, &error, None))?;
+    let workspace = Workspace::new(sources).with_cancel(cancel.clone());
     let contexts = contexts(request, input, &store)?;
     let mut all = Vec::new();
     for platform in platforms(request)? {
@@ -244,8 +248,7 @@ fn build(
             host: host(request)?,
             project: format!("{}\n{}", input.directory.display(), input.dockerfile_path.display()),
         };
-        let snapshot =
-            watched(signalled, &cancel, || solve::solve(&definition, &workspace, &solve_request, &cancel, events));
+        let snapshot = solve::solve(&definition, &workspace, &solve_request, cancel, events);
         for local in contexts.values() {
             // Digests that are not kept are made again: no reason to fail.
             let _ = local.save();
@@ -255,26 +258,6 @@ fn build(
     }
     export_command::export(request, &workspace, &mut all, events)?;
     Ok(all)
-}
-
-/// Runs `work` while another thread passes the user's wish to stop on.
-fn watched<T>(signalled: &AtomicBool, cancel: &Cancel, work: impl FnOnce() -> T) -> T {
-    let done = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let watcher = scope.spawn(|| {
-            while !done.load(Ordering::SeqCst) {
-                if signalled.load(Ordering::SeqCst) {
-                    cancel.cancel();
-                    return;
-                }
-                std::thread::park_timeout(Duration::from_millis(50));
-            }
-        });
-        let result = work();
-        done.store(true, Ordering::SeqCst);
-        watcher.thread().unpark();
-        result
-    })
 }
 
 fn contexts(
