@@ -95,20 +95,30 @@ fn enter(dockerfile: &Dockerfile) -> Result<Result<Ownership, i32>, CommandError
         return Ok(Ok(Ownership::SingleId));
     }
     match sandbox::idmap::enter(sandbox::idmap::EnterRequest::Best) {
-        Ok(sandbox::idmap::Entered::Root) => Ok(Ok(Ownership::Native)),
-        Ok(sandbox::idmap::Entered::Inside { ownership, notice }) => {
-            if let Some(notice) = notice {
-                crate::print_error(&format!("notice: {notice}\n"));
-            }
-            Ok(Ok(match ownership {
-                sandbox::Ownership::Native => Ownership::Native,
-                sandbox::Ownership::SingleId => Ownership::SingleId,
-            }))
+        // Root of a namespace may have no other id than its own, too.
+        Ok(sandbox::idmap::Entered::Root) => {
+            Ok(Ok(owners(sandbox::idmap::ownership(), Some("this user namespace has only one id".to_owned()))))
         }
+        Ok(sandbox::idmap::Entered::Inside { ownership, notice }) => Ok(Ok(owners(ownership, notice))),
         Ok(sandbox::idmap::Entered::Parent { exit_code }) => Ok(Err(exit_code)),
         // Without RUN nothing needs a namespace but the owners of a base's files, which the index holds.
         Err(_) if !runs => Ok(Ok(Ownership::SingleId)),
         Err(error) => Err(CommandError::new(Exit::Host, &error, None)),
+    }
+}
+
+/// Whether files have owners; says so if they do not.
+fn owners(ownership: sandbox::Ownership, notice: Option<String>) -> Ownership {
+    match ownership {
+        sandbox::Ownership::Native => Ownership::Native,
+        sandbox::Ownership::SingleId => {
+            let why = notice.unwrap_or_else(|| "this user namespace has only one id".to_owned());
+            crate::print_error(&format!(
+                "notice: only one user id can be used: what RUN makes belongs to root, other owners come from COPY, ADD \
+                 and base images alone\nhelp: {why}\n"
+            ));
+            Ownership::SingleId
+        }
     }
 }
 
@@ -353,7 +363,7 @@ fn solve_error(error: SolveError, source: &SourceFile) -> CommandError {
     match error {
         SolveError::Interrupted => CommandError::Interrupted,
         SolveError::Result { source } => CommandError::new(Exit::Dockerfile, &source, None),
-        SolveError::Vertex { name, stage, lines, tail, log, source: cause, .. } => {
+        SolveError::Vertex { name, stage, text, lines, tail, log, source: cause, .. } => {
             let place = lines.map(|lines| Place { source: source.clone(), lines });
             let outcome = match &*cause {
                 VertexError::Run(RunError::Exit { code, program }) => Some((StepOutcome::Exit(*code), program.clone())),
@@ -374,7 +384,15 @@ fn solve_error(error: SolveError, source: &SourceFile) -> CommandError {
                 _ => Exit::General,
             };
             let message = with_causes(&*cause);
-            CommandError::Failure(Box::new(Failure { exit, message, place, help: None }))
+            // An image that no FROM names is one of --from, and stages are named there, too.
+            let help = match (&*cause, lines) {
+                (VertexError::Source(_), None) => Some(format!(
+                    "`{}` is neither a stage of this Dockerfile nor a build context, so it was looked for as an image",
+                    text.trim_start_matches("FROM ")
+                )),
+                _ => None,
+            };
+            CommandError::Failure(Box::new(Failure { exit, message, place, help }))
         }
     }
 }
