@@ -1,6 +1,7 @@
 //! `nacre build`: read the Dockerfile, lower it, solve the graph, export. The one place that knows both crates.
 
 use crate::export_command::{self, Built};
+use crate::interrupt::{Signals, last_words};
 use crate::progress::{Screen, ScreenOptions};
 use crate::report::{CommandError, Exit, Failure, Place, StepFailure, StepOutcome, with_causes};
 use crate::request::{
@@ -28,8 +29,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::atomic::AtomicBool;
 
 /// Becomes a step's supervisor.
 pub(crate) fn sandbox() -> ExitCode {
@@ -56,6 +56,9 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
     }
     // Before any thread exists: an ordinary user's build goes on in a process inside of a user namespace.
     let Some(ownership) = enter(&dockerfile)? else { return Ok(()) };
+    let host_error = |error: &(dyn std::error::Error + 'static)| CommandError::new(Exit::Host, error, None);
+    let signals = Signals::listen(signalled).map_err(|error| host_error(&error))?;
+    let cancel = Cancel::new().map_err(|error| host_error(&error))?;
     let screen = Screen::start(ScreenOptions {
         mode: request.progress,
         terminal: env.stderr_terminal,
@@ -63,7 +66,9 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
         explain: request.explain,
     });
     let sink = screen.sink();
-    let result = build(request, &input, &dockerfile, ownership, signalled, &sink);
+    let result = signals.watched(&cancel, last_words(env.color), || {
+        build(request, &input, &dockerfile, ownership, &cancel, &sink)
+    });
     screen.finish();
     let built = result?;
     export_command::report(request, &built)
@@ -86,16 +91,11 @@ fn enter(dockerfile: &Dockerfile) -> Result<Option<Ownership>, CommandError> {
         return Ok(Some(Ownership::SingleId));
     }
     match sandbox::idmap::enter(sandbox::idmap::EnterRequest::Best) {
-        Ok(sandbox::idmap::Entered::Root) => Ok(Some(Ownership::Native)),
-        Ok(sandbox::idmap::Entered::Inside { ownership, notice }) => {
-            if let Some(notice) = notice {
-                crate::print_error(&format!("notice: {notice}\n"));
-            }
-            Ok(Some(match ownership {
-                sandbox::Ownership::Native => Ownership::Native,
-                sandbox::Ownership::SingleId => Ownership::SingleId,
-            }))
+        // Root of a namespace may have no other id than its own, too.
+        Ok(sandbox::idmap::Entered::Root) => {
+            Ok(Some(owners(sandbox::idmap::ownership(), Some("this user namespace has only one id".to_owned()))))
         }
+        Ok(sandbox::idmap::Entered::Inside { ownership, notice }) => Ok(Some(owners(ownership, notice))),
         Ok(sandbox::idmap::Entered::Parent { exit_code: 0 }) => Ok(None),
         Ok(sandbox::idmap::Entered::Parent { exit_code }) => {
             Err(CommandError::Inside(u8::try_from(exit_code).unwrap_or(u8::MAX)))
@@ -103,6 +103,21 @@ fn enter(dockerfile: &Dockerfile) -> Result<Option<Ownership>, CommandError> {
         // Without RUN nothing needs a namespace but the owners of a base's files, which the index holds.
         Err(_) if !runs => Ok(Some(Ownership::SingleId)),
         Err(error) => Err(CommandError::new(Exit::Host, &error, None)),
+    }
+}
+
+/// Whether files have owners; says so if they do not.
+fn owners(ownership: sandbox::Ownership, notice: Option<String>) -> Ownership {
+    match ownership {
+        sandbox::Ownership::Native => Ownership::Native,
+        sandbox::Ownership::SingleId => {
+            let why = notice.unwrap_or_else(|| "this user namespace has only one id".to_owned());
+            crate::print_error(&format!(
+                "notice: only one user id can be used: what RUN makes belongs to root, other owners come from COPY, ADD \
+                 and base images alone\nhelp: {why}\n"
+            ));
+            Ownership::SingleId
+        }
     }
 }
 
@@ -214,7 +229,7 @@ fn build(
     input: &Input,
     dockerfile: &Dockerfile,
     ownership: Ownership,
-    signalled: &Arc<AtomicBool>,
+    cancel: &Cancel,
     events: &(dyn Fn(Event) + Sync),
 ) -> Result<Vec<Built>, CommandError> {
     let store_error = |error| CommandError::new(Exit::Store, &error, None);
@@ -230,8 +245,7 @@ fn build(
         write: WriteOptions { ownership },
         progress: None,
     };
-    let workspace = Workspace::new(sources);
-    let cancel = Cancel::new().map_err(|error| CommandError::new(Exit::Host, &error, None))?;
+    let workspace = Workspace::new(sources).with_cancel(cancel.clone());
     let contexts = contexts(request, input, &store)?;
     let mut all = Vec::new();
     for platform in platforms(request)? {
@@ -243,8 +257,7 @@ fn build(
             host: host(request)?,
             project: format!("{}\n{}", input.directory.display(), input.dockerfile_path.display()),
         };
-        let snapshot =
-            watched(signalled, &cancel, || solve::solve(&definition, &workspace, &solve_request, &cancel, events));
+        let snapshot = solve::solve(&definition, &workspace, &solve_request, cancel, events);
         for local in contexts.values() {
             // Digests that are not kept are made again: no reason to fail.
             let _ = local.save();
@@ -254,26 +267,6 @@ fn build(
     }
     export_command::export(request, &workspace, &mut all, events)?;
     Ok(all)
-}
-
-/// Runs `work` while another thread passes the user's wish to stop on.
-fn watched<T>(signalled: &AtomicBool, cancel: &Cancel, work: impl FnOnce() -> T) -> T {
-    let done = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let watcher = scope.spawn(|| {
-            while !done.load(Ordering::SeqCst) {
-                if signalled.load(Ordering::SeqCst) {
-                    cancel.cancel();
-                    return;
-                }
-                std::thread::park_timeout(Duration::from_millis(50));
-            }
-        });
-        let result = work();
-        done.store(true, Ordering::SeqCst);
-        watcher.thread().unpark();
-        result
-    })
 }
 
 fn contexts(
@@ -386,7 +379,7 @@ fn solve_error(error: SolveError, source: &SourceFile) -> CommandError {
     match error {
         SolveError::Interrupted => CommandError::Interrupted,
         SolveError::Result { source } => CommandError::new(Exit::Dockerfile, &source, None),
-        SolveError::Vertex { name, stage, lines, tail, log, source: cause, .. } => {
+        SolveError::Vertex { name, stage, text, lines, tail, log, source: cause, .. } => {
             let place = lines.map(|lines| Place { source: source.clone(), lines });
             let outcome = match &*cause {
                 VertexError::Run(RunError::Exit { code, program }) => Some((StepOutcome::Exit(*code), program.clone())),
@@ -407,7 +400,15 @@ fn solve_error(error: SolveError, source: &SourceFile) -> CommandError {
                 _ => Exit::General,
             };
             let message = with_causes(&*cause);
-            CommandError::Failure(Box::new(Failure { exit, message, place, help: None }))
+            // An image that no FROM names is one of --from, and stages are named there, too.
+            let help = match (&*cause, lines) {
+                (VertexError::Source(_), None) => Some(format!(
+                    "`{}` is neither a stage of this Dockerfile nor a build context, so it was looked for as an image",
+                    text.trim_start_matches("FROM ")
+                )),
+                _ => None,
+            };
+            CommandError::Failure(Box::new(Failure { exit, message, place, help }))
         }
     }
 }

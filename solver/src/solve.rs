@@ -12,7 +12,7 @@ use crate::plan::cache_key::{Key, Parts};
 use crate::plan::explain::{self, Reason};
 use crate::plan::schedule::{self, Command, Schedule};
 use crate::registry::http::http_get;
-use crate::sandbox::Cancel;
+use crate::sandbox::{Cancel, SandboxError};
 pub use crate::sandbox::Stream;
 use crate::snapshot::{Layer, Made, Snapshot, SnapshotError, Workspace};
 use crate::store::StoreError;
@@ -301,7 +301,9 @@ impl Build<'_> {
                 Err(VertexError::Panic(text.unwrap_or_default()))
             });
         result.map_err(|source| {
-            if matches!(source, VertexError::Run(RunError::Interrupted)) {
+            let told =
+                matches!(source, VertexError::Run(RunError::Interrupted | RunError::Sandbox(SandboxError::Cancelled)));
+            if told {
                 self.tell(Event::Canceled { id: id.0 });
                 return SolveError::Interrupted;
             }
