@@ -130,8 +130,10 @@ pub enum NamedContext {
         keep_git_dir: bool,
         /// Digits that the commit must start with.
         checksum: Option<String>,
+        /// Fetch submodules.
+        submodules: bool,
     },
-    /// The result of another target of a bake file; the caller puts its image in place before it lowers.
+    /// A stage of the same file.
     Target(String),
     /// An input that the caller gives in another way; not usable yet.
     Input,
