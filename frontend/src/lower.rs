@@ -24,7 +24,7 @@ mod vertices;
 pub use git_url::{GitUrl, GitUrlError};
 pub use vertices::with_digest;
 
-use crate::check::{self, Reporter, Rule, Selection, Warning};
+use crate::check::{self, IgnoreRules, Reporter, Rule, Selection, Warning};
 use crate::diagnostic::{Diagnostic, Problem, did_you_mean};
 use crate::image_config::{DEFAULT_PATH, ImageConfig, split_env};
 use crate::instruction::{Dockerfile, Instruction, InstructionKind, Text};
@@ -80,6 +80,10 @@ pub struct Options {
     pub allow_insecure: bool,
     /// `--allow network.host`.
     pub allow_network_host: bool,
+    /// What the main context leaves out, for the check CopyIgnoredFile; `None` when that is nothing or not known.
+    pub ignored: Option<IgnoreRules>,
+    /// Go on without configurations that are not given: for checks. What depends on them is not reported.
+    pub unknown_bases: bool,
 }
 
 impl Options {
@@ -105,6 +109,8 @@ impl Options {
             multi_platform: false,
             allow_insecure: false,
             allow_network_host: false,
+            ignored: None,
+            unknown_bases: false,
         }
     }
 }
@@ -263,7 +269,9 @@ fn reachable(
                 match bases.get(&request) {
                     Some(base) => base.config.config.on_build.clone(),
                     None => {
-                        missing.insert(request);
+                        if !options.unknown_bases {
+                            missing.insert(request);
+                        }
                         Vec::new()
                     }
                 }
@@ -430,6 +438,8 @@ struct State {
     /// Descriptions of layers that no history entry belongs to: file trees as bases.
     unrecorded_layers: Vec<String>,
     workdir_set: bool,
+    /// The base may set variables and a shell that nobody knows of.
+    base_unknown: bool,
 }
 
 impl State {
@@ -499,6 +509,7 @@ impl<'s, 'g> StageLowering<'s, 'g> {
                 platform: stage.platform.clone().unwrap_or_else(|| shared.plan.target_platform.clone()),
                 unrecorded_layers: Vec::new(),
                 workdir_set: false,
+                base_unknown: false,
             },
             label,
             steps: from + stage.commands.iter().filter(has_vertex).count(),
@@ -553,7 +564,10 @@ impl<'s, 'g> StageLowering<'s, 'g> {
             }
             Base::External(External::Image { source, platform, name }) => {
                 let request = BaseRequest { source: source.clone(), platform: platform.clone() };
-                let Some(base) = self.shared.bases.get(&request) else { return };
+                let Some(base) = self.shared.bases.get(&request) else {
+                    self.state.base_unknown = true;
+                    return;
+                };
                 self.state.image = base.config.inherited();
                 let actual = base.config.platform();
                 if !actual.os.is_empty() && (actual.os != platform.os || actual.architecture != platform.architecture) {
@@ -607,11 +621,12 @@ impl<'s, 'g> StageLowering<'s, 'g> {
     }
 
     fn undefined(&mut self, at: &At<'_>, name: &str, span: Span) {
-        if self.state.build_args.iter().any(|(declared, _)| declared == name) {
+        if self.state.base_unknown || self.state.build_args.iter().any(|(declared, _)| declared == name) {
             return;
         }
         let hint = did_you_mean(name, self.state.env.names()).map(|name| format!(" (did you mean `${name}`?)"));
         let message = format!("variable `${name}` is not defined{}", hint.unwrap_or_default());
+        let span = at.source.get(span.start..span.end).map_or(span, |text| use_of_variable(text, span, name));
         self.report(Rule::UndefinedVar, at.instruction, at.trigger, span, message);
     }
 
@@ -692,6 +707,19 @@ impl<'s, 'g> StageLowering<'s, 'g> {
             None => &self.shared.file.source.text,
         }
     }
+}
+
+/// The first `$NAME` or `${NAME…` of a text that stands at `span`; all of it when there is none.
+pub(crate) fn use_of_variable(text: &str, span: Span, name: &str) -> Span {
+    let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    for (at, _) in text.match_indices('$') {
+        let rest = &text[at + 1..];
+        let (rest, braces) = rest.strip_prefix('{').map_or((rest, 0), |rest| (rest, 1));
+        let Some(after) = rest.strip_prefix(name).filter(|after| !after.starts_with(is_name)) else { continue };
+        let closed = usize::from(braces == 1 && after.starts_with('}'));
+        return Span::new(span.start + at, span.start + at + 1 + braces + name.len() + closed);
+    }
+    span
 }
 
 /// Where an instruction stands.

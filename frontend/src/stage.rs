@@ -9,7 +9,7 @@ use crate::diagnostic::{Diagnostic, Problem, did_you_mean};
 use crate::instruction::{Dockerfile, Instruction, InstructionKind, Text};
 use crate::llb::{ImageSource, Platform, Source};
 use crate::lower::mount::split_csv;
-use crate::lower::{NamedContext, Options};
+use crate::lower::{NamedContext, Options, use_of_variable};
 use crate::lower_problem::LowerProblem;
 use crate::platform;
 use crate::reference::Reference;
@@ -476,7 +476,7 @@ impl Builder<'_, '_> {
                 return None;
             }
         };
-        self.undefined_in_from(&expanded.unmatched, args, from, image.span, declared);
+        self.undefined_in_from(&expanded.unmatched, args, from, image, declared);
         if expanded.value.is_empty() {
             let similar = similar_variable(&expanded.unmatched, args);
             let unset = expanded.unmatched.into_iter().collect();
@@ -503,7 +503,7 @@ impl Builder<'_, '_> {
                 return None;
             }
         };
-        self.undefined_in_from(&expanded.unmatched, args, from, text.span, declared);
+        self.undefined_in_from(&expanded.unmatched, args, from, text, declared);
         if expanded.value.is_empty() {
             let similar = similar_variable(&expanded.unmatched, args);
             let expression = text.value.clone();
@@ -539,13 +539,16 @@ impl Builder<'_, '_> {
         unmatched: &BTreeSet<String>,
         args: &[(String, String)],
         from: &Instruction,
-        span: Span,
+        text: &Text,
         declared: &BTreeSet<String>,
     ) {
         for name in unmatched.iter().filter(|name| !declared.contains(*name)) {
             let candidates = args.names().into_iter().chain(declared.iter().map(String::as_str));
             let hint = did_you_mean(name, candidates).map(|name| format!(" (did you mean `{name}`?)"));
             let message = format!("`{name}` is not declared before the first FROM{}", hint.unwrap_or_default());
+            // Places in a text that a continuation interrupts are not those in the file.
+            let whole = text.span.end - text.span.start == text.value.len();
+            let span = if whole { use_of_variable(&text.value, text.span, name) } else { text.span };
             self.reporter.report(Rule::UndefinedArgInFrom, from, span, message);
         }
     }
