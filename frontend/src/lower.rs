@@ -30,6 +30,7 @@ use crate::image_config::{DEFAULT_PATH, ImageConfig, split_env};
 use crate::instruction::{Dockerfile, Instruction, InstructionKind, Text};
 use crate::llb::{Definition, Image, ImageSource, Network, Op, Platform, Source, Vertex, VertexId};
 use crate::lower_problem::LowerProblem;
+use crate::outline::Outline;
 use crate::parser;
 use crate::platform;
 use crate::source::Span;
@@ -37,7 +38,7 @@ use crate::stage::{Base, Command, External, Plan, SourceRef, problem, set_variab
 use crate::units;
 use crate::word::{Lexer, Variables};
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 
 /// What the caller asks for.
 #[derive(Debug, Clone, PartialEq)]
@@ -167,8 +168,8 @@ pub type BaseConfigs = BTreeMap<BaseRequest, BaseImage>;
 /// Result of [`lower`].
 #[derive(Debug, Clone, PartialEq)]
 pub enum Lowered {
-    /// These configurations are needed first: all that can be named by now.
-    NeedsBases(BTreeSet<BaseRequest>),
+    /// These configurations are needed first: all that can be named by now, each with the place that names it.
+    NeedsBases(BTreeMap<BaseRequest, Span>),
     /// The graph.
     Graph(Box<Definition>),
 }
@@ -182,6 +183,18 @@ pub fn lower(
     options: &Options,
     bases: &BaseConfigs,
 ) -> Result<(Lowered, Vec<Warning>), Vec<Diagnostic>> {
+    lower_and_outline(file, options, bases).map(|(lowered, warnings, _)| (lowered, warnings))
+}
+
+/// As [`lower`]; also tells what can be given to a build. The outline is complete with the graph.
+///
+/// # Errors
+/// All independent mistakes.
+pub fn lower_and_outline(
+    file: &Dockerfile,
+    options: &Options,
+    bases: &BaseConfigs,
+) -> Result<(Lowered, Vec<Warning>, Outline), Vec<Diagnostic>> {
     let mut build_args: BTreeMap<String, String> =
         options.build_args.iter().filter_map(|(name, value)| Some((name.clone(), value.clone()?))).collect();
     if let Some(epoch) = options.source_date_epoch {
@@ -197,7 +210,7 @@ pub fn lower(
     let lexer = Lexer::new(file.escape);
     let (needed, missing) = reachable(&mut plan, options, bases, &lexer)?;
     if !missing.is_empty() {
-        return Ok((Lowered::NeedsBases(missing), reporter.into_warnings()));
+        return Ok((Lowered::NeedsBases(missing), reporter.into_warnings(), Outline::default()));
     }
 
     let epoch = epoch(&build_args, &plan.global_args)
@@ -237,9 +250,13 @@ pub fn lower(
     let Some(state) = states.swap_remove(plan.target) else {
         return Err(vec![Diagnostic { problem: Problem::NoStage, span: None }]);
     };
+    let used: Vec<&Instruction> =
+        plan.stages.iter().zip(&needed).filter(|(_, needed)| **needed).map(|(stage, _)| stage.from).collect();
+    graph.outline.global_args(file, &used, &plan.global_args, &shared.lexer);
+    let outline = graph.outline.finish(plan.stages[plan.target].from);
     let image = finish(state, options, &plan.target_platform, shared.created.clone());
     let definition = Definition { vertices: graph.vertices, image };
-    Ok((Lowered::Graph(Box::new(definition)), warnings))
+    Ok((Lowered::Graph(Box::new(definition)), warnings, outline))
 }
 
 /// Which stages the target needs, with the triggers of their bases put in; and the configurations that are missing.
@@ -248,9 +265,9 @@ fn reachable(
     options: &Options,
     bases: &BaseConfigs,
     lexer: &Lexer,
-) -> Result<(Vec<bool>, BTreeSet<BaseRequest>), Vec<Diagnostic>> {
+) -> Result<(Vec<bool>, BTreeMap<BaseRequest, Span>), Vec<Diagnostic>> {
     let mut needed = vec![false; plan.stages.len()];
-    let mut missing = BTreeSet::new();
+    let mut missing = BTreeMap::new();
     let mut problems = Vec::new();
     let mut todo = if options.all_stages { (0..plan.stages.len()).collect() } else { vec![plan.target] };
     while let Some(index) = todo.pop() {
@@ -270,7 +287,7 @@ fn reachable(
                     Some(base) => base.config.config.on_build.clone(),
                     None => {
                         if !options.unknown_bases {
-                            missing.insert(request);
+                            missing.insert(request, stage.image_span());
                         }
                         Vec::new()
                     }
@@ -402,6 +419,7 @@ struct Shared<'a> {
 #[derive(Default)]
 struct Graph {
     vertices: Vec<Vertex>,
+    outline: Outline,
     /// Sources are fetched once, whoever uses them.
     sources: HashMap<(Source, Option<Platform>), VertexId>,
 }
@@ -463,6 +481,8 @@ struct StageLowering<'s, 'g> {
     steps: usize,
     step: usize,
     ignore_cache: bool,
+    /// Lines of the instruction that is lowered; of FROM, for triggers.
+    lines: (u32, u32),
     /// CMD, ENTRYPOINT, HEALTHCHECK seen in this stage.
     seen: BTreeMap<&'static str, Span>,
 }
@@ -514,6 +534,7 @@ impl<'s, 'g> StageLowering<'s, 'g> {
             label,
             steps: from + stage.commands.iter().filter(has_vertex).count(),
             step: 0,
+            lines: stage.from.lines,
             ignore_cache: options.no_cache || stage.name.as_ref().is_some_and(filtered),
             seen: BTreeMap::new(),
         }
@@ -632,6 +653,10 @@ impl<'s, 'g> StageLowering<'s, 'g> {
 
     fn command(&mut self, command: &Command<'_>) -> Result<(), Diagnostic> {
         let instruction: &Instruction = &command.instruction;
+        self.lines = match &command.trigger {
+            Some(_) => self.shared.plan.stages[self.index].from.lines,
+            None => instruction.lines,
+        };
         let at = At { instruction, trigger: command.trigger.is_some(), source: self.source_text(command) };
         match &instruction.kind {
             InstructionKind::From { .. } => Ok(()),

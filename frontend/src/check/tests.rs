@@ -18,7 +18,7 @@ fn findings(text: &str, options: &Options) -> (SourceFile, Vec<Warning>) {
     loop {
         let (lowered, warnings) = lower(&file, options, &bases).unwrap_or_else(|found| panic!("{text}\n{found:?}"));
         let Lowered::NeedsBases(missing) = lowered else { return (file.source, warnings) };
-        for request in missing {
+        for (request, _) in missing {
             let other = format!("{:?}", request.source).contains("other");
             let config = ImageConfig {
                 os: "linux".to_owned(),

@@ -29,6 +29,9 @@ impl StageLowering<'_, '_> {
             {
                 set_variable(&mut self.state.env, &name.value, value.clone());
             }
+            if !at.trigger {
+                self.graph.outline.arg(at.instruction, name, default.is_some(), value.as_deref());
+            }
             self.state.build_args.push((name.value.clone(), value));
         }
         self.commit(words.join(" "), true);
@@ -132,7 +135,7 @@ impl StageLowering<'_, '_> {
             let name = self.words(at.instruction, at.trigger, &self.shared.lexer, &env, "");
             let op = MkdirOp { path: text::absolute("/", &absolute), user: self.state.image.config.user.clone() };
             let inputs = vec![self.state.top];
-            self.add(at.instruction, at.trigger, Op::Mkdir(op), inputs, name);
+            self.add(Op::Mkdir(op), inputs, name);
         }
         self.commit(format!("WORKDIR {absolute}"), !has_layer);
         Ok(())

@@ -96,11 +96,11 @@ impl StageLowering<'_, '_> {
                     CopySource::Tree { input, pattern }
                 }
                 Some(source @ Source::Git { .. }) => {
-                    let id = self.fetch(at, source, &name);
+                    let id = self.fetch(source, &name);
                     CopySource::Git { input: input(&mut inputs, id) }
                 }
                 Some(source) => {
-                    let id = self.fetch(at, source, &name);
+                    let id = self.fetch(source, &name);
                     CopySource::Http { input: input(&mut inputs, id), name: git_url::file_name(&path) }
                 }
             };
@@ -121,7 +121,7 @@ impl StageLowering<'_, '_> {
             unpack: copy.unpack,
             from_stage: from.is_some_and(|from| self.keeps_owners(from)),
         };
-        self.add(at.instruction, at.trigger, Op::Copy(Box::new(op)), inputs, name);
+        self.add(Op::Copy(Box::new(op)), inputs, name);
         self.commit(created_by, false);
         Ok(())
     }
@@ -170,10 +170,10 @@ impl StageLowering<'_, '_> {
     }
 
     /// The vertex of something that ADD fetches.
-    fn fetch(&mut self, at: &At<'_>, source: Source, name: &(String, String)) -> VertexId {
+    fn fetch(&mut self, source: Source, name: &(String, String)) -> VertexId {
         let stage = self.shared.plan.stages[self.index].label(self.index);
         let (name, text) = name.clone();
-        let lines = (!at.trigger).then_some(at.instruction.lines);
+        let lines = Some(self.lines);
         let platform = self.state.platform.clone();
         let ignore_cache = self.ignore_cache;
         self.graph.source(source, |op| Vertex {

@@ -99,8 +99,8 @@ fn mistakes_have_places() {
     check("FROM x\nENV A=1 \\\n  B", (3, 3, "B", "can't find = in `B`: ENV takes name=value pairs"));
     check("FROM x\nLABEL a=1 =x", (2, 11, "=x", "LABEL names can not be blank"));
     check("FROM x\nARG =x", (2, 5, "=x", "ARG names can not be blank"));
-    check("FROM x\nCMD [\"a\", 1]", (2, 5, "[\"a\", 1]", "a JSON array of CMD may hold strings only"));
-    check("FROM x\nONBUILD CMD [1]", (2, 13, "[1]", "a JSON array of CMD may hold strings only"));
+    check("FROM x\nCMD [\"a\", 1]", (2, 11, "1", "a JSON array of CMD may hold strings only"));
+    check("FROM x\nONBUILD CMD [1]", (2, 14, "1", "a JSON array of CMD may hold strings only"));
     check("FROM x\nSHELL a b", (2, 7, "a b", "SHELL requires its arguments as a JSON array"));
     check("FROM x\nSHELL []", (2, 1, "SHELL", "SHELL requires at least one argument"));
     check("FROM x\nRUN cat <<A\n", (2, 9, "<<A", "unterminated heredoc `A`"));
