@@ -114,7 +114,7 @@ fn mistakes_have_places() {
     check("FROM x\nRUN --security=x a", (2, 16, "x", "invalid security mode `x`"));
     check(
         "FROM x\nRUN --mount=from=$a,target=/b a",
-        (2, 13, "from=$a,target=/b", "from of a mount doesn't support variable expansion: `$a`"),
+        (2, 18, "$a", "from of a mount doesn't support variable expansion: `$a`"),
     );
     check("FROM x\nHEALTHCHECK NONE x", (2, 18, "x", "HEALTHCHECK NONE takes no arguments"));
     check("FROM x\nHEALTHCHECK x", (2, 13, "x", "unknown type `x` of HEALTHCHECK"));
