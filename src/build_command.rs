@@ -17,7 +17,7 @@ use nacre_solver::context::{Context, DigestCache, IgnoreFile};
 use nacre_solver::materialize::{Ownership, WriteOptions};
 use nacre_solver::op::file::LocalContext;
 use nacre_solver::op::run::{Host, RunError};
-use nacre_solver::op::source::{PullPolicy, ResolvedImage, SourceContext, resolve_image};
+use nacre_solver::op::source::{PullPolicy, ResolvedImage, SourceContext, SourceError, resolve_image};
 use nacre_solver::registry::{Client, ClientOptions};
 use nacre_solver::sandbox::{self, Cancel};
 use nacre_solver::snapshot::Workspace;
@@ -55,10 +55,7 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
         return crate::call_command::run(request, &dockerfile, &options(request, None)?);
     }
     // Before any thread exists: an ordinary user's build goes on in a process inside of a user namespace.
-    let ownership = match enter(&dockerfile)? {
-        Ok(ownership) => ownership,
-        Err(code) => std::process::exit(code),
-    };
+    let Some(ownership) = enter(&dockerfile)? else { return Ok(()) };
     let screen = Screen::start(ScreenOptions {
         mode: request.progress,
         terminal: env.stderr_terminal,
@@ -72,9 +69,8 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
     export_command::report(request, &built)
 }
 
-/// Goes into a user namespace if the file needs one and we are not root. `Err` is the exit code of the process inside.
-#[expect(clippy::type_complexity, reason = "a namespace, an exit code, or an error: each ends in another place")]
-fn enter(dockerfile: &Dockerfile) -> Result<Result<Ownership, i32>, CommandError> {
+/// Goes into a user namespace if the file needs one and we are not root. `None` when a process inside has done the work.
+fn enter(dockerfile: &Dockerfile) -> Result<Option<Ownership>, CommandError> {
     let runs = dockerfile.instructions.iter().any(|instruction| match &instruction.kind {
         InstructionKind::Run { .. } => true,
         InstructionKind::Onbuild { keyword, .. } => keyword == "RUN",
@@ -87,22 +83,25 @@ fn enter(dockerfile: &Dockerfile) -> Result<Result<Ownership, i32>, CommandError
         _ => false,
     });
     if !runs && !bases {
-        return Ok(Ok(Ownership::SingleId));
+        return Ok(Some(Ownership::SingleId));
     }
     match sandbox::idmap::enter(sandbox::idmap::EnterRequest::Best) {
-        Ok(sandbox::idmap::Entered::Root) => Ok(Ok(Ownership::Native)),
+        Ok(sandbox::idmap::Entered::Root) => Ok(Some(Ownership::Native)),
         Ok(sandbox::idmap::Entered::Inside { ownership, notice }) => {
             if let Some(notice) = notice {
                 crate::print_error(&format!("notice: {notice}\n"));
             }
-            Ok(Ok(match ownership {
+            Ok(Some(match ownership {
                 sandbox::Ownership::Native => Ownership::Native,
                 sandbox::Ownership::SingleId => Ownership::SingleId,
             }))
         }
-        Ok(sandbox::idmap::Entered::Parent { exit_code }) => Ok(Err(exit_code)),
+        Ok(sandbox::idmap::Entered::Parent { exit_code: 0 }) => Ok(None),
+        Ok(sandbox::idmap::Entered::Parent { exit_code }) => {
+            Err(CommandError::Inside(u8::try_from(exit_code).unwrap_or(u8::MAX)))
+        }
         // Without RUN nothing needs a namespace but the owners of a base's files, which the index holds.
-        Err(_) if !runs => Ok(Ok(Ownership::SingleId)),
+        Err(_) if !runs => Ok(Some(Ownership::SingleId)),
         Err(error) => Err(CommandError::new(Exit::Host, &error, None)),
     }
 }
@@ -333,7 +332,7 @@ fn lowered(
             Lowered::NeedsBases(needed) => {
                 for base in needed {
                     let image = resolve_image(&base.source, &base.platform, &workspace.sources)
-                        .map_err(|error| CommandError::new(Exit::Source, &error, None))?;
+                        .map_err(|error| base_error(&error, &base.source, dockerfile))?;
                     let image = Arc::new(image);
                     let pinned = lower::with_digest(&base.source, image.root_digest.clone());
                     images.insert((pinned, base.platform.clone()), image.clone());
@@ -343,6 +342,23 @@ fn lowered(
             }
         }
     }
+}
+
+/// An image that cannot be had, with the FROM that asks for it.
+fn base_error(error: &SourceError, source: &ImageSource, dockerfile: &Dockerfile) -> CommandError {
+    let from = dockerfile.instructions.iter().find_map(|instruction| match (&instruction.kind, source) {
+        (InstructionKind::From { image, .. }, ImageSource::Reference(wanted)) => {
+            let reference = Reference::parse(&image.value).ok()?;
+            (reference.to_string() == *wanted).then_some((&image.value, instruction.lines))
+        }
+        _ => None,
+    });
+    let message = match from {
+        Some((image, _)) => format!("cannot use base image `{image}`: {}", with_causes(error)),
+        None => with_causes(error),
+    };
+    let place = from.map(|(_, lines)| Place { source: dockerfile.source.clone(), lines });
+    CommandError::Failure(Box::new(Failure { exit: Exit::Source, message, place, help: None }))
 }
 
 fn host(request: &BuildRequest) -> Result<Host, CommandError> {

@@ -40,6 +40,7 @@ fn main() -> ExitCode {
     let result = std::panic::catch_unwind(|| run(cli.command, &env, &cancel));
     match result {
         Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(CommandError::Inside(code))) => ExitCode::from(code),
         Ok(Err(error)) => {
             // Whatever a cancelled build stumbled over, the user's wish is the cause.
             let error = if cancel.load(Ordering::SeqCst) { CommandError::Interrupted } else { error };

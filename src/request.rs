@@ -58,8 +58,6 @@ pub(crate) struct BuildRequest {
     pub(crate) platforms: Vec<String>,
     /// `--build-context`, names unique.
     pub(crate) named_contexts: Vec<(String, NamedSource)>,
-    /// `-t` as typed.
-    pub(crate) tags: Vec<String>,
     /// Where the result goes; never empty for [`Call::Build`].
     pub(crate) outputs: Vec<Output>,
     /// `--iidfile`.
@@ -743,7 +741,6 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
             .filter(|text| !text.is_empty())
             .collect(),
         named_contexts,
-        tags: args.tags,
         outputs,
         iid_file: args.iid_file,
         metadata_file: args.metadata_file,

@@ -345,9 +345,10 @@ impl Build<'_> {
             }
             Source::Local { name } => {
                 let local = self.request.contexts.get(name).ok_or_else(|| VertexError::NoContext(name.clone()))?;
-                self.tell(Event::Started { id: id.0 });
                 local.tree()?;
-                Value::Context(local.clone())
+                // Nothing is copied: a context is read in place, by the steps that want something of it.
+                self.tell(Event::Cached { id: id.0 });
+                return Ok(Value::Context(local.clone()));
             }
             Source::Http { url, checksum } => {
                 self.tell(Event::Started { id: id.0 });
