@@ -221,7 +221,7 @@ fn build(
     let store_error = |error| CommandError::new(Exit::Store, &error, None);
     let store = Store::open(&request.store).map_err(store_error)?;
     let store = Arc::new(if ownership == Ownership::SingleId { store.with_single_id() } else { store });
-    let client = Client::new(ClientOptions { credentials: request.docker_config.clone(), ..ClientOptions::default() });
+    let client = Client::new(request.registry.clone());
     let sources = SourceContext {
         store: store.clone(),
         client,
