@@ -18,7 +18,7 @@ use nacre_solver::materialize::{Ownership, WriteOptions};
 use nacre_solver::op::file::LocalContext;
 use nacre_solver::op::run::{Host, RunError};
 use nacre_solver::op::source::{PullPolicy, ResolvedImage, SourceContext, resolve_image};
-use nacre_solver::registry::{Client, ClientOptions};
+use nacre_solver::registry::Client;
 use nacre_solver::sandbox::{self, Cancel};
 use nacre_solver::snapshot::Workspace;
 use nacre_solver::solve::{self, Event, SolveError, VertexError};
@@ -253,7 +253,7 @@ fn build(
         let snapshot = snapshot.map_err(|error| solve_error(error, &input.source))?;
         all.push(Built::new(definition.image, snapshot));
     }
-    export_command::export(request, &workspace, &mut all, events)?;
+    export_command::export(request, &workspace, &mut all, events, &|| signalled.load(Ordering::SeqCst))?;
     Ok(all)
 }
 
