@@ -19,7 +19,7 @@ use nacre_solver::materialize::{Ownership, WriteOptions};
 use nacre_solver::op::file::LocalContext;
 use nacre_solver::op::run::{Host, RunError};
 use nacre_solver::op::source::{PullPolicy, ResolvedImage, SourceContext, SourceError, resolve_image};
-use nacre_solver::registry::{Client, ClientOptions};
+use nacre_solver::registry::Client;
 use nacre_solver::sandbox::{self, Cancel};
 use nacre_solver::snapshot::Workspace;
 use nacre_solver::solve::{self, Event, SolveError, VertexError};
@@ -235,7 +235,7 @@ fn build(
     let store_error = |error| CommandError::new(Exit::Store, &error, None);
     let store = Store::open(&request.store).map_err(store_error)?;
     let store = Arc::new(if ownership == Ownership::SingleId { store.with_single_id() } else { store });
-    let client = Client::new(ClientOptions { credentials: request.docker_config.clone(), ..ClientOptions::default() });
+    let client = Client::new(request.registry.clone());
     let sources = SourceContext {
         store: store.clone(),
         client,
@@ -265,7 +265,7 @@ fn build(
         let snapshot = snapshot.map_err(|error| solve_error(error, &input.source))?;
         all.push(Built::new(definition.image, snapshot));
     }
-    export_command::export(request, &workspace, &mut all, events)?;
+    export_command::export(request, &workspace, &mut all, events, &|| signalled.load(Ordering::SeqCst))?;
     Ok(all)
 }
 

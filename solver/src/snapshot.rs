@@ -403,6 +403,14 @@ impl Workspace {
         self.store.has_layer(id) && (recipe || self.store.tree_dir(id).is_some())
     }
 
+    /// The blob that a base layer came as, if it may stay as it is; the store need not have it.
+    pub fn original_blob(&self, layer: &Layer, compression: Compression) -> Option<LayerBlob> {
+        let (image, at) = layer.image()?;
+        let layer = &image.layers[at];
+        let stays = !compression.force || is_codec(layer, compression.codec);
+        stays.then(|| LayerBlob { descriptor: layer.descriptor.clone(), diff_id: layer.diff_id.clone() })
+    }
+
     /// The layer as a blob in the store; makes it when there is none.
     pub fn blob(&self, layer: &Layer, compression: Compression) -> Result<LayerBlob, SnapshotError> {
         let recipe = match &layer.0.made {

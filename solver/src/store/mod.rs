@@ -26,6 +26,7 @@
 
 pub mod blob;
 pub mod layers;
+pub mod prune;
 pub mod record;
 pub mod refs;
 
