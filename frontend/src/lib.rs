@@ -12,6 +12,7 @@ pub mod lower_problem;
 pub mod mode;
 pub mod parser;
 pub mod platform;
+mod print;
 pub mod reference;
 pub mod source;
 pub mod stage;
