@@ -66,9 +66,8 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
         explain: request.explain,
     });
     let sink = screen.sink();
-    let result = signals.watched(&cancel, last_words(env.color), || {
-        build(request, &input, &dockerfile, ownership, &cancel, &sink)
-    });
+    let result = signals
+        .watched(&cancel, last_words(env.color), || build(request, &input, &dockerfile, ownership, &cancel, &sink));
     screen.finish();
     let built = result?;
     export_command::report(request, &built)
@@ -265,7 +264,7 @@ fn build(
         let snapshot = snapshot.map_err(|error| solve_error(error, &input.source))?;
         all.push(Built::new(definition.image, snapshot));
     }
-    export_command::export(request, &workspace, &mut all, events, &|| signalled.load(Ordering::SeqCst))?;
+    export_command::export(request, &workspace, &mut all, events, &|| cancel.is_cancelled())?;
     Ok(all)
 }
 
@@ -323,7 +322,7 @@ fn lowered(
                 return Ok((*definition, images));
             }
             Lowered::NeedsBases(needed) => {
-                for base in needed {
+                for (base, _) in needed {
                     let image = resolve_image(&base.source, &base.platform, &workspace.sources)
                         .map_err(|error| base_error(&error, &base.source, dockerfile))?;
                     let image = Arc::new(image);

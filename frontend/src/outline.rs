@@ -185,8 +185,11 @@ RUN --mount=type=secret,id=npm,required --mount=type=ssh true
             .iter()
             .map(|arg| (arg.name.as_str(), arg.value.as_deref(), arg.description.as_deref()))
             .collect();
-        let expected =
-            [("TAG", Some("1.2"), Some("of the base")), ("VERSION", Some("7"), Some("to build")), ("LEVEL", None, None)];
+        let expected = [
+            ("TAG", Some("1.2"), Some("of the base")),
+            ("VERSION", Some("7"), Some("to build")),
+            ("LEVEL", None, None),
+        ];
         assert_eq!(args, expected);
         let names = |list: &[Given]| -> Vec<(String, bool)> {
             list.iter().map(|one| (one.name.clone(), one.required)).collect()

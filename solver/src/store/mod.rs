@@ -400,6 +400,13 @@ fn remove_dead(parent: &Path) -> Result<(), StoreError> {
     Ok(())
 }
 
+impl Store {
+    /// This process's directory in `tmp/`, if it was needed.
+    fn own_tmp(&self) -> Option<PathBuf> {
+        self.tmp.lock().unwrap_or_else(std::sync::PoisonError::into_inner).as_ref().map(|own| own.path.clone())
+    }
+}
+
 /// Makes this process's temporary directory.
 fn make_tmp(parent: &Path) -> Result<OwnTmp, StoreError> {
     let _guard = lock_tmp(parent)?;
