@@ -2,6 +2,7 @@
 
 use crate::export_command::{self, Built};
 use crate::input::{self, Fetcher, Files, Input};
+use crate::interrupt::{Signals, last_words};
 use crate::progress::{Screen, ScreenOptions};
 use crate::report::{CommandError, Exit, Failure, Place, StepFailure, StepOutcome, with_causes};
 use crate::request::{BuildRequest, CacheUse, Call, Environment, NamedSource, SshSource};
@@ -16,8 +17,8 @@ use nacre_solver::context::{Context, DigestCache, IgnoreFile};
 use nacre_solver::materialize::{Ownership, WriteOptions};
 use nacre_solver::op::file::LocalContext;
 use nacre_solver::op::run::{Host, RunError};
-use nacre_solver::op::source::{PullPolicy, ResolvedImage, SourceContext, resolve_image};
-use nacre_solver::registry::{Client, ClientOptions};
+use nacre_solver::op::source::{PullPolicy, ResolvedImage, SourceContext, SourceError, resolve_image};
+use nacre_solver::registry::Client;
 use nacre_solver::sandbox::{self, Cancel};
 use nacre_solver::snapshot::Workspace;
 use nacre_solver::solve::{self, Event, SolveError, VertexError};
@@ -28,7 +29,6 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 /// Becomes a step's supervisor.
 pub(crate) fn sandbox() -> ExitCode {
@@ -54,10 +54,10 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
     }
     // Before any thread exists, and before standard input is read: an ordinary user's build goes on in a process inside
     // of a user namespace.
-    let place = match enter(known.as_ref().map(|(dockerfile, _)| dockerfile))? {
-        Ok(place) => place,
-        Err(code) => std::process::exit(code),
-    };
+    let Some(place) = enter(known.as_ref().map(|(dockerfile, _)| dockerfile))? else { return Ok(()) };
+    let host_error = |error: &(dyn std::error::Error + 'static)| CommandError::new(Exit::Host, error, None);
+    let signals = Signals::listen(signalled).map_err(|error| host_error(&error))?;
+    let cancel = Cancel::new().map_err(|error| host_error(&error))?;
     let screen = Screen::start(ScreenOptions {
         mode: request.progress,
         terminal: env.stderr_terminal,
@@ -65,7 +65,7 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
         explain: request.explain,
     });
     let sink = screen.sink();
-    let result = build(request, known, place, env, signalled, &sink);
+    let result = signals.watched(&cancel, last_words(env.color), || build(request, known, place, env, &cancel, &sink));
     screen.finish();
     let built = result?;
     export_command::report(request, &built)
@@ -92,10 +92,9 @@ fn has_runs(dockerfile: &Dockerfile) -> bool {
     })
 }
 
-/// Goes into a user namespace if the file needs one and we are not root; a file that is not known yet may. `Err` is the
-/// exit code of the process inside.
-#[expect(clippy::type_complexity, reason = "a namespace, an exit code, or an error: each ends in another place")]
-fn enter(dockerfile: Option<&Dockerfile>) -> Result<Result<Surroundings, i32>, CommandError> {
+/// Goes into a user namespace if the file needs one and we are not root; a file that is not known yet may. `None` when
+/// a process inside has done the work.
+fn enter(dockerfile: Option<&Dockerfile>) -> Result<Option<Surroundings>, CommandError> {
     let runs = dockerfile.is_some_and(has_runs);
     // A base may have triggers that run, and its files have owners.
     let bases = dockerfile.is_none_or(|dockerfile| {
@@ -107,28 +106,42 @@ fn enter(dockerfile: Option<&Dockerfile>) -> Result<Result<Surroundings, i32>, C
     });
     let place = |ownership| Surroundings { ownership, refused: None };
     if !runs && !bases {
-        return Ok(Ok(place(Ownership::SingleId)));
+        return Ok(Some(place(Ownership::SingleId)));
     }
     match sandbox::idmap::enter(sandbox::idmap::EnterRequest::Best) {
-        Ok(sandbox::idmap::Entered::Root) => Ok(Ok(place(Ownership::Native))),
-        Ok(sandbox::idmap::Entered::Inside { ownership, notice }) => {
-            if let Some(notice) = notice {
-                crate::print_error(&format!("notice: {notice}\n"));
-            }
-            Ok(Ok(place(match ownership {
-                sandbox::Ownership::Native => Ownership::Native,
-                sandbox::Ownership::SingleId => Ownership::SingleId,
-            })))
+        // Root of a namespace may have no other id than its own, too.
+        Ok(sandbox::idmap::Entered::Root) => {
+            let why = "this user namespace has only one id".to_owned();
+            Ok(Some(place(owners(sandbox::idmap::ownership(), Some(why)))))
         }
-        Ok(sandbox::idmap::Entered::Parent { exit_code }) => Ok(Err(exit_code)),
+        Ok(sandbox::idmap::Entered::Inside { ownership, notice }) => Ok(Some(place(owners(ownership, notice)))),
+        Ok(sandbox::idmap::Entered::Parent { exit_code: 0 }) => Ok(None),
+        Ok(sandbox::idmap::Entered::Parent { exit_code }) => {
+            Err(CommandError::Inside(u8::try_from(exit_code).unwrap_or(u8::MAX)))
+        }
         // Without RUN nothing needs a namespace but the owners of a base's files, which the index holds.
         Err(error) => {
             let error = CommandError::new(Exit::Host, &error, None);
             if runs {
                 Err(error)
             } else {
-                Ok(Ok(Surroundings { ownership: Ownership::SingleId, refused: Some(error) }))
+                Ok(Some(Surroundings { ownership: Ownership::SingleId, refused: Some(error) }))
             }
+        }
+    }
+}
+
+/// Whether files have owners; says so if they do not.
+fn owners(ownership: sandbox::Ownership, notice: Option<String>) -> Ownership {
+    match ownership {
+        sandbox::Ownership::Native => Ownership::Native,
+        sandbox::Ownership::SingleId => {
+            let why = notice.unwrap_or_else(|| "this user namespace has only one id".to_owned());
+            crate::print_error(&format!(
+                "notice: only one user id can be used: what RUN makes belongs to root, other owners come from COPY, ADD \
+                 and base images alone\nhelp: {why}\n"
+            ));
+            Ownership::SingleId
         }
     }
 }
@@ -203,7 +216,7 @@ fn workspace(request: &BuildRequest, ownership: Ownership) -> Result<Workspace, 
     let store_error = |error| CommandError::new(Exit::Store, &error, None);
     let store = Store::open(&request.store).map_err(store_error)?;
     let store = Arc::new(if ownership == Ownership::SingleId { store.with_single_id() } else { store });
-    let client = Client::new(ClientOptions { credentials: request.docker_config.clone(), ..ClientOptions::default() });
+    let client = Client::new(request.registry.clone());
     let sources = SourceContext {
         store: store.clone(),
         client,
@@ -221,16 +234,16 @@ fn build(
     known: Option<(Dockerfile, Input)>,
     place: Surroundings,
     env: &Environment,
-    signalled: &Arc<AtomicBool>,
+    cancel: &Cancel,
     events: &(dyn Fn(Event) + Sync),
 ) -> Result<Vec<Built>, CommandError> {
-    let workspace = workspace(request, place.ownership)?;
+    let workspace = workspace(request, place.ownership)?.with_cancel(cancel.clone());
     let git = input::git_settings(request, env)?;
     let host = host(request)?;
     let (dockerfile, input) = match known {
         Some(known) => known,
         None => {
-            let stop = || signalled.load(Ordering::SeqCst);
+            let stop = || cancel.is_cancelled();
             let input = Fetcher { workspace: &workspace, git: &git, stop: &stop, events }.input(request)?;
             let dockerfile = parse(&input)?;
             if let (Some(refused), true) = (place.refused, has_runs(&dockerfile)) {
@@ -239,7 +252,6 @@ fn build(
             (dockerfile, input)
         }
     };
-    let cancel = Cancel::new().map_err(|error| CommandError::new(Exit::Host, &error, None))?;
     let contexts = contexts(request, &input, &workspace.store)?;
     let mut all = Vec::new();
     for platform in platforms(request)? {
@@ -252,8 +264,7 @@ fn build(
             git: git.clone(),
             project: input.project.clone(),
         };
-        let snapshot =
-            watched(signalled, &cancel, || solve::solve(&definition, &workspace, &solve_request, &cancel, events));
+        let snapshot = solve::solve(&definition, &workspace, &solve_request, cancel, events);
         for local in contexts.values() {
             // Digests that are not kept are made again: no reason to fail.
             let _ = local.save();
@@ -261,28 +272,8 @@ fn build(
         let snapshot = snapshot.map_err(|error| solve_error(error, &input.source))?;
         all.push(Built::new(definition.image, snapshot));
     }
-    export_command::export(request, &workspace, &mut all, events)?;
+    export_command::export(request, &workspace, &mut all, events, &|| cancel.is_cancelled())?;
     Ok(all)
-}
-
-/// Runs `work` while another thread passes the user's wish to stop on.
-fn watched<T>(signalled: &AtomicBool, cancel: &Cancel, work: impl FnOnce() -> T) -> T {
-    let done = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let watcher = scope.spawn(|| {
-            while !done.load(Ordering::SeqCst) {
-                if signalled.load(Ordering::SeqCst) {
-                    cancel.cancel();
-                    return;
-                }
-                std::thread::park_timeout(Duration::from_millis(50));
-            }
-        });
-        let result = work();
-        done.store(true, Ordering::SeqCst);
-        watcher.thread().unpark();
-        result
-    })
 }
 
 fn contexts(
@@ -343,9 +334,9 @@ fn lowered(
                 return Ok((*definition, images));
             }
             Lowered::NeedsBases(needed) => {
-                for base in needed {
+                for (base, _) in needed {
                     let image = resolve_image(&base.source, &base.platform, &workspace.sources)
-                        .map_err(|error| CommandError::new(Exit::Source, &error, None))?;
+                        .map_err(|error| base_error(&error, &base.source, dockerfile))?;
                     let image = Arc::new(image);
                     let pinned = lower::with_digest(&base.source, image.root_digest.clone());
                     images.insert((pinned, base.platform.clone()), image.clone());
@@ -355,6 +346,23 @@ fn lowered(
             }
         }
     }
+}
+
+/// An image that cannot be had, with the FROM that asks for it.
+fn base_error(error: &SourceError, source: &ImageSource, dockerfile: &Dockerfile) -> CommandError {
+    let from = dockerfile.instructions.iter().find_map(|instruction| match (&instruction.kind, source) {
+        (InstructionKind::From { image, .. }, ImageSource::Reference(wanted)) => {
+            let reference = Reference::parse(&image.value).ok()?;
+            (reference.to_string() == *wanted).then_some((&image.value, instruction.lines))
+        }
+        _ => None,
+    });
+    let message = match from {
+        Some((image, _)) => format!("cannot use base image `{image}`: {}", with_causes(error)),
+        None => with_causes(error),
+    };
+    let place = from.map(|(_, lines)| Place { source: dockerfile.source.clone(), lines });
+    CommandError::Failure(Box::new(Failure { exit: Exit::Source, message, place, help: None }))
 }
 
 fn host(request: &BuildRequest) -> Result<Host, CommandError> {
@@ -382,7 +390,7 @@ fn solve_error(error: SolveError, source: &SourceFile) -> CommandError {
     match error {
         SolveError::Interrupted => CommandError::Interrupted,
         SolveError::Result { source } => CommandError::new(Exit::Dockerfile, &source, None),
-        SolveError::Vertex { name, stage, lines, tail, log, source: cause, .. } => {
+        SolveError::Vertex { name, stage, text, lines, tail, log, source: cause, .. } => {
             let place = lines.map(|lines| Place { source: source.clone(), lines });
             let outcome = match &*cause {
                 VertexError::Run(RunError::Exit { code, program }) => Some((StepOutcome::Exit(*code), program.clone())),
@@ -403,8 +411,13 @@ fn solve_error(error: SolveError, source: &SourceFile) -> CommandError {
                 _ => Exit::General,
             };
             let message = with_causes(&*cause);
-            let help = match &*cause {
-                VertexError::Git(error) => error.help().map(str::to_owned),
+            // An image that no FROM names is one of --from, and stages are named there, too.
+            let help = match (&*cause, lines) {
+                (VertexError::Git(error), _) => error.help().map(str::to_owned),
+                (VertexError::Source(_), None) if text.starts_with("FROM ") => Some(format!(
+                    "`{}` is neither a stage of this Dockerfile nor a build context, so it was looked for as an image",
+                    text.trim_start_matches("FROM ")
+                )),
                 _ => None,
             };
             CommandError::Failure(Box::new(Failure { exit, message, place, help }))

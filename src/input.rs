@@ -6,9 +6,10 @@
 use crate::build_command::failure;
 use crate::report::{CommandError, Exit};
 use crate::request::{BuildRequest, ContextSource, DockerfileSource, Environment, SshSource};
+use nacre_frontend::lower::without_credentials;
 use nacre_frontend::parser;
 use nacre_frontend::source::SourceFile;
-use nacre_solver::op::git::{self, GitError, without_credentials};
+use nacre_solver::op::git::{self, GitError};
 use nacre_solver::op::unpacked::{self, UnpackError};
 use nacre_solver::registry::{HttpFile, http_get};
 use nacre_solver::snapshot::Workspace;
@@ -94,7 +95,8 @@ impl Fetcher<'_> {
                 (Files::Directory(directory.clone()), None, directory.display().to_string())
             }
             ContextSource::Stdin => {
-                let path = self.workspace.store.tmp_path();
+                let path =
+                    self.workspace.store.tmp_path().map_err(|error| CommandError::new(Exit::Store, &error, None))?;
                 let size = std::fs::File::create_new(&path)
                     .and_then(|mut file| std::io::copy(&mut std::io::stdin().lock(), &mut file))
                     .map_err(|error| failure(Exit::Store, &format!("cannot keep standard input: {error}"), None))?;
@@ -118,12 +120,12 @@ impl Fetcher<'_> {
                     submodules: url.submodules.unwrap_or(true),
                 };
                 let name = without_credentials(&url.remote);
-                let what = format!("load git source {name}");
-                (self.events)(Event::Exporting { what: what.clone() });
+                let what = name.clone();
+                (self.events)(Event::Loading { what: what.clone() });
                 let started = std::time::Instant::now();
                 let found = git::checkout(&self.workspace.store, &wanted, self.git, self.stop, &mut |_| {});
                 let found = found.map_err(git_error)?;
-                (self.events)(Event::Exported { what, duration: started.elapsed() });
+                (self.events)(Event::Loaded { what, duration: started.elapsed() });
                 (Files::Tree(found.tree), None, format!("{name}#{}:{}", url.reference, url.subdir))
             }
         };
@@ -201,13 +203,13 @@ impl Fetcher<'_> {
     }
 
     fn download(&self, url: &str) -> Result<HttpFile, CommandError> {
-        let what = format!("load {}", without_credentials(url));
-        (self.events)(Event::Exporting { what: what.clone() });
+        let what = without_credentials(url);
+        (self.events)(Event::Loading { what: what.clone() });
         let started = std::time::Instant::now();
         let sources = &self.workspace.sources;
         let file = http_get(&self.workspace.store, &sources.client, url, None, sources.offline)
             .map_err(|error| CommandError::new(Exit::Source, &error, None))?;
-        (self.events)(Event::Exported { what, duration: started.elapsed() });
+        (self.events)(Event::Loaded { what, duration: started.elapsed() });
         Ok(file)
     }
 }

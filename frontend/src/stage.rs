@@ -6,10 +6,11 @@
 
 use crate::check::{Reporter, Rule};
 use crate::diagnostic::{Diagnostic, Problem, did_you_mean};
+use crate::flag::option_span;
 use crate::instruction::{Dockerfile, Instruction, InstructionKind, Text};
 use crate::llb::{ImageSource, Platform, Source};
 use crate::lower::mount::split_csv;
-use crate::lower::{NamedContext, Options};
+use crate::lower::{NamedContext, Options, use_of_variable};
 use crate::lower_problem::LowerProblem;
 use crate::platform;
 use crate::reference::Reference;
@@ -43,12 +44,8 @@ pub fn targets(file: &Dockerfile) -> Vec<Target> {
         .filter_map(|instruction| match &instruction.kind {
             InstructionKind::From { platform, image, name } => {
                 let name = name.as_ref().map(|name| name.value.to_lowercase());
-                let described = |comment: &String| {
-                    let (first, rest) = comment.split_once(' ')?;
-                    name.as_deref().filter(|name| *name == first).map(|_| rest.trim().to_owned())
-                };
                 Some(Target {
-                    description: instruction.comments.iter().find_map(described),
+                    description: name.as_deref().and_then(|name| described(instruction, name)),
                     base: image.value.clone(),
                     platform: platform.as_ref().map(|platform| platform.value.clone()),
                     default: false,
@@ -63,6 +60,14 @@ pub fn targets(file: &Dockerfile) -> Vec<Target> {
         last.default = true;
     }
     targets
+}
+
+/// The comment above an instruction that begins with a name, without the name.
+pub(crate) fn described(instruction: &Instruction, name: &str) -> Option<String> {
+    instruction.comments.iter().find_map(|comment| {
+        let (first, rest) = comment.split_once(' ')?;
+        (first == name).then(|| rest.trim().to_owned())
+    })
 }
 
 /// All stages, resolved as far as that goes without image configurations.
@@ -92,6 +97,14 @@ pub(crate) struct Stage<'a> {
 }
 
 impl Stage<'_> {
+    /// Where FROM names its image.
+    pub(crate) fn image_span(&self) -> Span {
+        match &self.from.kind {
+            InstructionKind::From { image, .. } => image.span,
+            _ => self.from.span,
+        }
+    }
+
     /// Name or number, as the user can write it.
     pub(crate) fn label(&self, index: usize) -> String {
         self.name.clone().unwrap_or_else(|| index.to_string())
@@ -209,7 +222,8 @@ impl<'a> Plan<'a> {
                 Some(index) => plan.target = *index,
                 None => {
                     let similar = did_you_mean(target, plan.names.keys().map(String::as_str));
-                    let unknown = LowerProblem::UnknownTarget { name: target.clone(), similar };
+                    let stages = plan.stages.iter().filter_map(|stage| stage.name.clone()).collect();
+                    let unknown = LowerProblem::UnknownTarget { name: target.clone(), similar, stages };
                     builder.problems.push(Diagnostic { problem: Problem::Lower(unknown), span: None });
                 }
             }
@@ -251,8 +265,10 @@ impl<'a> Plan<'a> {
             InstructionKind::Run { flags, .. } => {
                 let source = |mount: &Text| match mount_from(&mount.value) {
                     None => Ok(None),
-                    Some(from) if has_variable(&from) => Err(problem(mount.span, LowerProblem::VariableInFrom(from))),
-                    Some(from) => self.by_name(&from, mount.span, options).map(Some),
+                    Some(from) if has_variable(&from) => {
+                        Err(problem(option_span(mount, &from), LowerProblem::VariableInFrom(from)))
+                    }
+                    Some(from) => self.by_name(&from, option_span(mount, &from), options).map(Some),
                 };
                 flags.mounts.iter().map(source).collect()
             }
@@ -324,10 +340,9 @@ impl<'a> Plan<'a> {
         let uses = |index: usize| -> Vec<(usize, Span)> {
             let commands = self.stages[index].commands.iter();
             let stages = commands.flat_map(|command| {
-                let span = command.instruction.span;
-                command.sources.iter().flatten().filter_map(move |source| match source {
-                    SourceRef::Stage(stage) => Some((*stage, span)),
-                    SourceRef::External(_) => None,
+                command.sources.iter().enumerate().filter_map(|(at, source)| match source {
+                    Some(SourceRef::Stage(stage)) => Some((*stage, from_span(&command.instruction, at))),
+                    _ => None,
                 })
             });
             stages.collect()
@@ -518,7 +533,7 @@ impl Builder<'_, '_> {
                 return None;
             }
         };
-        self.undefined_in_from(&expanded.unmatched, args, from, image.span, declared);
+        self.undefined_in_from(&expanded.unmatched, args, from, image, declared);
         if expanded.value.is_empty() {
             let similar = similar_variable(&expanded.unmatched, args);
             let unset = expanded.unmatched.into_iter().collect();
@@ -545,7 +560,7 @@ impl Builder<'_, '_> {
                 return None;
             }
         };
-        self.undefined_in_from(&expanded.unmatched, args, from, text.span, declared);
+        self.undefined_in_from(&expanded.unmatched, args, from, text, declared);
         if expanded.value.is_empty() {
             let similar = similar_variable(&expanded.unmatched, args);
             let expression = text.value.clone();
@@ -581,13 +596,16 @@ impl Builder<'_, '_> {
         unmatched: &BTreeSet<String>,
         args: &[(String, String)],
         from: &Instruction,
-        span: Span,
+        text: &Text,
         declared: &BTreeSet<String>,
     ) {
         for name in unmatched.iter().filter(|name| !declared.contains(*name)) {
             let candidates = args.names().into_iter().chain(declared.iter().map(String::as_str));
             let hint = did_you_mean(name, candidates).map(|name| format!(" (did you mean `{name}`?)"));
             let message = format!("`{name}` is not declared before the first FROM{}", hint.unwrap_or_default());
+            // Places in a text that a continuation interrupts are not those in the file.
+            let whole = text.span.end - text.span.start == text.value.len();
+            let span = if whole { use_of_variable(&text.value, text.span, name) } else { text.span };
             self.reporter.report(Rule::UndefinedArgInFrom, from, span, message);
         }
     }
@@ -607,6 +625,18 @@ pub(crate) fn set_variable(variables: &mut Vec<(String, String)>, name: &str, va
     match variables.iter_mut().find(|(key, _)| key == name) {
         Some((_, old)) => *old = value,
         None => variables.push((name.to_owned(), value)),
+    }
+}
+
+/// Where an instruction names its source number `at`: the value of `--from`, or `from=…` of a mount.
+fn from_span(instruction: &Instruction, at: usize) -> Span {
+    match &instruction.kind {
+        InstructionKind::Copy(copy) => copy.from.as_ref().map_or(instruction.span, |from| from.span),
+        InstructionKind::Run { flags, .. } => flags.mounts.get(at).map_or(instruction.span, |mount| {
+            let from = mount_from(&mount.value).map(|from| format!("from={from}"));
+            from.map_or(mount.span, |from| option_span(mount, &from))
+        }),
+        _ => instruction.span,
     }
 }
 

@@ -329,7 +329,8 @@ fn digest_node(
     if let Some(record) = stamp.and_then(|stamp| cache.look_up(&path, stamp)) {
         fill_in(node, &record);
         let today = today();
-        return Ok((record.day != today).then_some((path, Record { day: today, ..record })));
+        // The day is told now and then only: a build that finds everything should have nothing to write.
+        return Ok((record.day + REMEMBER_DAYS <= today).then_some((path, Record { day: today, ..record })));
     }
     let started = SystemTime::now();
     let record =
@@ -387,6 +388,8 @@ const MAGIC: &[u8] = b"nacre digests 1\n";
 
 /// Records that no build has used for so many days are dropped.
 const KEEP_DAYS: u32 = 30;
+/// The day of a record's last use may be so much older than the truth.
+const REMEMBER_DAYS: u32 = 7;
 
 impl DigestCache {
     /// Reads the file. A missing or damaged one is empty: digests can always be computed again.

@@ -14,8 +14,8 @@ use crate::plan::cache_key::{Key, Parts};
 use crate::plan::explain::{self, Reason};
 use crate::plan::schedule::{self, Command, Schedule};
 use crate::registry::http::http_get;
-use crate::sandbox::Cancel;
 pub use crate::sandbox::Stream;
+use crate::sandbox::{Cancel, SandboxError};
 use crate::snapshot::{Layer, Made, Snapshot, SnapshotError, Workspace};
 use crate::store::StoreError;
 use crate::store::record::{Part, Record};
@@ -95,6 +95,18 @@ pub enum Event {
     Canceled {
         /// Which.
         id: usize,
+    },
+    /// The build context or the Dockerfile begins to be fetched.
+    Loading {
+        /// Which.
+        what: String,
+    },
+    /// It is there.
+    Loaded {
+        /// Which.
+        what: String,
+        /// How long it took.
+        duration: Duration,
     },
     /// An output begins to be written.
     Exporting {
@@ -308,7 +320,12 @@ impl Build<'_> {
                 Err(VertexError::Panic(text.unwrap_or_default()))
             });
         result.map_err(|source| {
-            if matches!(source, VertexError::Run(RunError::Interrupted) | VertexError::Git(GitError::Interrupted)) {
+            let told = matches!(
+                source,
+                VertexError::Run(RunError::Interrupted | RunError::Sandbox(SandboxError::Cancelled))
+                    | VertexError::Git(GitError::Interrupted)
+            );
+            if told {
                 self.tell(Event::Canceled { id: id.0 });
                 return SolveError::Interrupted;
             }
@@ -352,9 +369,10 @@ impl Build<'_> {
             }
             Source::Local { name } => {
                 let local = self.request.contexts.get(name).ok_or_else(|| VertexError::NoContext(name.clone()))?;
-                self.tell(Event::Started { id: id.0 });
                 local.tree()?;
-                Value::Context(local.clone())
+                // Nothing is copied: a context is read in place, by the steps that want something of it.
+                self.tell(Event::Cached { id: id.0 });
+                return Ok(Value::Context(local.clone()));
             }
             Source::Http { url, checksum } => {
                 self.tell(Event::Started { id: id.0 });

@@ -94,6 +94,7 @@ pub fn fork(namespaces: libc::c_int) -> Result<Fork> {
 
 /// Number of threads of this process; 1 when /proc is not there to ask.
 fn thread_count() -> u64 {
+    #[expect(clippy::unnecessary_cast, reason = "other architectures have other widths")]
     rustix::fs::stat("/proc/self/task").map_or(1, |stat| (stat.st_nlink as u64).saturating_sub(2).max(1))
 }
 

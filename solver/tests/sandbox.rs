@@ -2,7 +2,7 @@
 //!
 //! Run by root, everything is tried three times: as root, as a user with subordinate ids when /etc/subuid names one,
 //! and as `nobody`, who has a single id. Run by anybody else, with the ids there are and with a single one.
-#![allow(clippy::print_stdout, clippy::exit)]
+#![allow(clippy::print_stdout, clippy::exit, clippy::disallowed_methods, clippy::type_complexity)]
 
 use nacre_solver::sandbox::idmap::{self, EnterRequest, Entered};
 use nacre_solver::sandbox::{
@@ -34,11 +34,7 @@ fn main() {
 
 /// Runs the cases as everybody who can be had.
 fn identities() {
-    let Some(busybox) = find_busybox() else {
-        println!("sandbox: skipped, there is no static busybox in PATH");
-        println!("0 passed, 0 failed");
-        return;
-    };
+    let busybox = find_busybox().expect("a static busybox is in PATH");
     let mut runs: Vec<(String, &str, Option<(u32, u32)>)> = Vec::new();
     if rustix::process::geteuid().is_root() {
         runs.push(("root".into(), BEST, None));

@@ -408,10 +408,11 @@ impl Copier<'_> {
 
     /// Copies one file, or unpacks it.
     fn copy_single(&mut self, node: &Node, name: &[u8], unpack: bool) -> Result<(), CopyError> {
-        if unpack && node.entry.is_file() {
-            if let Some(tree) = self.open_archive(node, name)? {
-                return self.put_archive(tree);
-            }
+        if unpack
+            && node.entry.is_file()
+            && let Some(tree) = self.open_archive(node, name)?
+        {
+            return self.put_archive(tree);
         }
         let mut target = self.prepare()?;
         if self.changes.look(&target).is_dir() {

@@ -15,10 +15,11 @@
 use crate::context::ContextError;
 use crate::materialize::remove_tree;
 use crate::op::file::digest_uncached;
-use crate::registry::client::encode_base64;
+use crate::registry::auth::encode_base64;
 use crate::scan::{self, Everything, ScanError, ScanOptions, Xattrs};
 use crate::store::{Store, StoreError, name_for, open_lock};
 use crate::tree::{Entry, Kind, Node, Origin, Resolved, Tree, index, is_within};
+use nacre_frontend::lower::without_credentials;
 use rustix::process::{Pid, Signal, kill_process_group};
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -258,7 +259,7 @@ pub fn checkout(
     let made = match git.make(store, &repo, &wanted, &place) {
         // What an earlier process left may be damaged; a new repository is not.
         Err(GitError::Failed { doing: "read" | "check out", .. }) if !fresh => {
-            let doomed = store.tmp_path();
+            let doomed = store.tmp_path()?;
             fs::rename(&repo, &doomed).map_err(|source| GitError::Io { path: repo.clone(), source })?;
             let _ = remove_tree(&doomed);
             git.make(store, &repo, &wanted, &place)?
@@ -266,18 +267,6 @@ pub fn checkout(
         made => made?,
     };
     Ok(Checkout { commit: target.commit, tree: Arc::new(made) })
-}
-
-/// An address as messages show it and as it may be written down: without user and password where they are secrets.
-pub fn without_credentials(url: &str) -> String {
-    let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
-    let (authority, path) = rest.find('/').map_or((rest, ""), |at| rest.split_at(at));
-    let Some((user, host)) = authority.rsplit_once('@') else { return url.to_owned() };
-    // Over http the user may be a token; over ssh it is part of the address.
-    match user.split(':').next() {
-        Some(user) if scheme.eq_ignore_ascii_case("ssh") => format!("{scheme}://{user}@{host}{path}"),
-        _ => format!("{scheme}://{host}{path}"),
-    }
 }
 
 /// `scheme://host/` with and without credentials, if the address has any.
@@ -325,7 +314,7 @@ impl Config {
             let header = quoted(&format!("Authorization: {header}"));
             text.push_str(&format!("[http {}]\n extraHeader = {header}\n", quoted(scope(url))));
         }
-        let path = store.tmp_path();
+        let path = store.tmp_path()?;
         let config = Self(path.clone());
         let write = || File::options().write(true).create_new(true).mode(0o600).open(&path)?.write_all(text.as_bytes());
         write().map_err(|source| GitError::Io { path: path.clone(), source })?;

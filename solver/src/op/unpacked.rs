@@ -167,7 +167,7 @@ mod tests {
     }
 
     fn unpacked(store: &Store, bytes: &[u8]) -> Tree {
-        let path = store.tmp_path();
+        let path = store.tmp_path().unwrap();
         std::fs::write(&path, bytes).unwrap();
         tree_of(file_node(&path, bytes.len() as u64, (1, 0)), "name", store, (2, 0)).unwrap()
     }

@@ -131,6 +131,7 @@ pub fn ownership() -> Ownership {
 
 /// Looks whether [`spawn_inside`] started this process; then returns its notice.
 fn marked() -> Result<Option<Option<String>>, SandboxError> {
+    #[expect(clippy::disallowed_methods, reason = "a message between two lives of one process, not a setting")]
     let Some(value) = std::env::var_os(VARIABLE) else { return Ok(None) };
     // Whoever set it: it is not for the programs that this process starts.
     sys::remove_env(VARIABLE).map_err(in_preparation("take the namespace over"))?;
