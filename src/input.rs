@@ -4,7 +4,7 @@
 //! standard input can be read once.
 
 use crate::build_command::failure;
-use crate::report::{CommandError, Exit};
+use crate::report::{CommandError, Exit, with_causes};
 use crate::request::{BuildRequest, ContextSource, DockerfileSource, Environment, SshSource};
 use nacre_frontend::lower::without_credentials;
 use nacre_frontend::parser;
@@ -208,7 +208,7 @@ impl Fetcher<'_> {
         let started = std::time::Instant::now();
         let sources = &self.workspace.sources;
         let file = http_get(&self.workspace.store, &sources.client, url, None, sources.offline)
-            .map_err(|error| CommandError::new(Exit::Source, &error, None))?;
+            .map_err(|error| failure(Exit::Source, &format!("cannot fetch {what}: {}", with_causes(&error)), None))?;
         (self.events)(Event::Loaded { what, duration: started.elapsed() });
         Ok(file)
     }

@@ -107,7 +107,7 @@ fn archives_of_every_compression_are_contexts() {
         let image = Build::new().context("-").flag("--file=docker/App").stdin(input).image();
         assert_eq!((image.file("/seen"), image.file("/src/up")), ("from the archive", "confined"));
         assert!(!image.has("/src/drop") && image.has("/src/docker/App"), "{:?}", image.record.fs.keys());
-        assert_eq!(image.record.fs["/src/d/a"].get("uid").and_then(|uid| uid.as_u64()).unwrap_or(0), 0);
+        assert_eq!(image.record.fs["/src/d/a"]["own"], "0:0");
     }
     Build::new().context("-").stdin(plain.clone()).fails_with(3, &["`Dockerfile`", "no such file", "-f"]);
     let mut cut = compressed("gzip", &plain);

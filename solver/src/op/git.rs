@@ -258,7 +258,7 @@ pub fn checkout(
     let fresh = !repo.exists();
     let made = match git.make(store, &repo, &wanted, &place) {
         // What an earlier process left may be damaged; a new repository is not.
-        Err(GitError::Failed { doing: "read" | "check out", .. }) if !fresh => {
+        Err(GitError::Failed { doing: "fetch" | "check out", message, .. }) if !fresh && !is_hopeless(&message) => {
             let doomed = store.tmp_path()?;
             fs::rename(&repo, &doomed).map_err(|source| GitError::Io { path: repo.clone(), source })?;
             let _ = remove_tree(&doomed);
