@@ -16,9 +16,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if args.first().map(String::as_str) == Some(SANDBOX_ARGUMENT) {
         sandbox::sandbox_main();
     }
-    let mut flag = |name: &str| match args.iter().position(|arg| arg == name || arg.starts_with(&format!("{name}="))) {
-        Some(index) => Some(args.remove(index)),
-        None => None,
+    let mut flag = |name: &str| {
+        let position = args.iter().position(|arg| arg == name || arg.starts_with(&format!("{name}=")));
+        position.map(|index| args.remove(index))
     };
     let (none, single) = (flag("--none").is_some(), flag("--single").is_some());
     let (insecure, probe) = (flag("--insecure").is_some(), flag("--probe").is_some());

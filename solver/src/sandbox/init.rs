@@ -45,6 +45,7 @@ const MISUSE: i32 = 70;
 fn main() -> i32 {
     // Blocked first: from here on a SIGTERM is read, not suffered.
     sys::block_signals(&[libc::SIGTERM]);
+    sys::expect_children();
     if sys::close_from(3, false).is_err() {
         return MISUSE;
     }

@@ -212,7 +212,7 @@ fn joined(path: &[OsString]) -> Vec<u8> {
 }
 
 fn modified(stat: &Stat) -> Time {
-    (stat.st_mtime as i64, stat.st_mtime_nsec as i64)
+    (stat.st_mtime, stat.st_mtime_nsec as i64)
 }
 
 /// Opens the directory `path` (free of links) below `root`.
