@@ -822,7 +822,7 @@ mod tests {
         std::fs::create_dir_all(target.join("a/b")).unwrap();
         std::os::unix::fs::symlink(&kept, target.join("a/l")).unwrap();
         std::fs::write(target.join("a/b/f"), "1").unwrap();
-        std::fs::set_permissions(target.join("a/b"), std::fs::Permissions::from_mode(0)).unwrap();
+        std::fs::set_permissions(target.join("a/b"), std::fs::Permissions::from_mode(0o000)).unwrap();
         remove_tree(&target).unwrap();
         remove_tree(&target).unwrap();
         assert!(!target.exists() && kept.join("f").exists());
