@@ -18,7 +18,7 @@ use nacre_solver::context::{Context, DigestCache, IgnoreFile};
 use nacre_solver::materialize::{Ownership, WriteOptions};
 use nacre_solver::op::file::LocalContext;
 use nacre_solver::op::run::{Host, RunError};
-use nacre_solver::op::source::{PullPolicy, ResolvedImage, SourceContext, SourceError, resolve_image};
+use nacre_solver::op::source::{Progress, PullPolicy, ResolvedImage, SourceContext, SourceError, resolve_image};
 use nacre_solver::registry::Client;
 use nacre_solver::sandbox::{self, Cancel};
 use nacre_solver::snapshot::Workspace;
@@ -66,8 +66,14 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
         explain: request.explain,
     });
     let sink = screen.sink();
-    let result = signals
-        .watched(&cancel, last_words(env.color), || build(request, &input, &dockerfile, ownership, &cancel, &sink));
+    let told = sink.clone();
+    let progress: Progress = Arc::new(move |digest: &str, done_bytes, total: u64| {
+        let short: String = digest.trim_start_matches("sha256:").chars().take(12).collect();
+        told(Event::Transfer { id: None, what: format!("fetching {short}"), done_bytes, total_bytes: Some(total) });
+    });
+    let result = signals.watched(&cancel, last_words(env.color), || {
+        build(request, &input, &dockerfile, ownership, &cancel, (&sink, progress))
+    });
     screen.finish();
     let built = result?;
     export_command::report(request, &built)
@@ -229,7 +235,7 @@ fn build(
     dockerfile: &Dockerfile,
     ownership: Ownership,
     cancel: &Cancel,
-    events: &(dyn Fn(Event) + Sync),
+    (events, progress): (&(dyn Fn(Event) + Sync), Progress),
 ) -> Result<Vec<Built>, CommandError> {
     let store_error = |error| CommandError::new(Exit::Store, &error, None);
     let store = Store::open(&request.store).map_err(store_error)?;
@@ -242,7 +248,7 @@ fn build(
         offline: false,
         limits: Limits::default(),
         write: WriteOptions { ownership },
-        progress: None,
+        progress: Some(progress),
     };
     let workspace = Workspace::new(sources).with_cancel(cancel.clone());
     let contexts = contexts(request, input, &store)?;

@@ -21,4 +21,5 @@ mod context;
 mod interrupt;
 mod mistakes;
 mod output;
+mod registry;
 mod story;
