@@ -69,9 +69,8 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
         explain: request.explain,
     });
     let sink = screen.sink();
-    let result = signals.watched(&cancel, last_words(env.color), || {
-        build(request, &input, &dockerfile, ownership, &cancel, &sink)
-    });
+    let result = signals
+        .watched(&cancel, last_words(env.color), || build(request, &input, &dockerfile, ownership, &cancel, &sink));
     screen.finish();
     let built = result?;
     export_command::report(request, &built)
@@ -376,6 +375,7 @@ fn solve_error(error: SolveError, source: &SourceFile) -> CommandError {
             }
             let exit = match &*cause {
                 VertexError::Run(RunError::Sandbox(_)) => Exit::Host,
+                VertexError::Run(RunError::Snapshot(error)) => export_command::snapshot_exit(error),
                 VertexError::Run(RunError::Store(_) | RunError::Io { .. }) | VertexError::Store(_) => Exit::Store,
                 VertexError::Run(_) => Exit::Step,
                 VertexError::Source(_) => Exit::Source,

@@ -241,7 +241,11 @@ mod tests {
         assert!(matches!(store.open_blob(&wrong), Err(StoreError::NoBlob { .. })));
         assert!(matches!(store.open_blob("sha256:../../etc/passwd"), Err(StoreError::BadDigest { .. })));
         drop(store.blob_writer().unwrap());
-        assert_eq!(fs::read_dir(store.tmp_path().unwrap().parent().unwrap()).unwrap().count(), 1, "only the lock is left");
+        assert_eq!(
+            fs::read_dir(store.tmp_path().unwrap().parent().unwrap()).unwrap().count(),
+            1,
+            "only the lock is left"
+        );
     }
 
     #[test]
