@@ -397,6 +397,7 @@ fn solve_error(error: SolveError, source: &SourceFile) -> CommandError {
             }
             let exit = match &*cause {
                 VertexError::Run(RunError::Sandbox(_)) => Exit::Host,
+                VertexError::Run(RunError::Snapshot(error)) => export_command::snapshot_exit(error),
                 VertexError::Run(RunError::Store(_) | RunError::Io { .. }) | VertexError::Store(_) => Exit::Store,
                 VertexError::Run(_) => Exit::Step,
                 VertexError::Source(_) => Exit::Source,

@@ -18,6 +18,7 @@ mod process;
 mod cache;
 mod command_line;
 mod context;
+mod escape;
 mod interrupt;
 mod mistakes;
 mod output;

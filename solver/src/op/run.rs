@@ -125,7 +125,8 @@ pub fn parts(
     parts.add("hostname", op.hostname.as_deref().unwrap_or_default());
     for (at, mount) in op.mounts.iter().enumerate() {
         // Which cache and whose secret are part of it, what they hold is not.
-        parts.add(format!("mount {}", at + 1), serde_json::to_string(mount).unwrap_or_default());
+        let name = format!("mount {} {}", at + 1, mount.target);
+        leaves(&mut parts, &name, &serde_json::to_value(mount).unwrap_or_default());
         let (input, source) = match &mount.kind {
             MountKind::Bind { input: Some(input), source } => (*input, source),
             MountKind::Cache { from: Some((input, source)), .. } => (*input, source),
@@ -140,6 +141,19 @@ pub fn parts(
     }
     parts.add("platform", vertex.platform.to_string());
     Ok(parts)
+}
+
+/// Adds the members of a value one by one, so that a difference is told by the member it is in.
+fn leaves(parts: &mut Parts, name: &str, value: &serde_json::Value) {
+    match value {
+        serde_json::Value::Object(members) => {
+            for (member, value) in members {
+                leaves(parts, &format!("{name} {}", member.to_lowercase()), value);
+            }
+        }
+        serde_json::Value::String(text) => parts.add(name, text),
+        other => parts.add(name, other.to_string()),
+    }
 }
 
 /// Words of an argument list for people: a shell's command line alone, else all words.
