@@ -8,6 +8,7 @@ mod cli;
 mod export_command;
 mod image_commands;
 mod images_command;
+mod input;
 mod interrupt;
 mod login_command;
 mod progress;

@@ -443,6 +443,42 @@ impl Environment {
         Ok(self.current_dir.join(path))
     }
 
+    /// Returns the user's home directory.
+    pub(crate) fn home(&self) -> Option<&Path> {
+        self.get("HOME").map(Path::new)
+    }
+
+    /// Returns what git may know of the environment: how to reach servers, nothing that changes what it does.
+    pub(crate) fn for_git(&self) -> Vec<(OsString, OsString)> {
+        const NAMES: [&str; 24] = [
+            "PATH",
+            "HOME",
+            "USER",
+            "LOGNAME",
+            "TMPDIR",
+            "LD_LIBRARY_PATH",
+            "GIT_EXEC_PATH",
+            "SSH_AUTH_SOCK",
+            "GIT_SSH",
+            "GIT_SSH_COMMAND",
+            "GIT_SSH_VARIANT",
+            "SSL_CERT_FILE",
+            "SSL_CERT_DIR",
+            "GIT_SSL_CAINFO",
+            "GIT_SSL_CAPATH",
+            "GIT_SSL_NO_VERIFY",
+            "http_proxy",
+            "https_proxy",
+            "HTTPS_PROXY",
+            "no_proxy",
+            "NO_PROXY",
+            "all_proxy",
+            "ALL_PROXY",
+            "HTTP_PROXY",
+        ];
+        NAMES.iter().filter_map(|name| Some((OsString::from(name), self.get(name)?.to_owned()))).collect()
+    }
+
     fn docker_config(&self) -> Option<PathBuf> {
         let dir = match (self.get("DOCKER_CONFIG"), self.get("HOME")) {
             (Some(dir), _) => PathBuf::from(dir),

@@ -21,7 +21,7 @@ mod run;
 mod text;
 mod vertices;
 
-pub use git_url::{GitUrl, GitUrlError};
+pub use git_url::{GitUrl, GitUrlError, without_credentials};
 pub use vertices::with_digest;
 
 use crate::check::{self, IgnoreRules, Reporter, Rule, Selection, Warning};
@@ -608,8 +608,8 @@ impl<'s, 'g> StageLowering<'s, 'g> {
                 }
                 self.state.unrecorded_layers.push(match source {
                     Source::Local { name } => format!("local source for {name}"),
-                    Source::Http { url, .. } => url.clone(),
-                    Source::Git { remote, .. } => remote.clone(),
+                    Source::Http { url, .. } => without_credentials(url),
+                    Source::Git { remote, .. } => without_credentials(remote),
                     Source::Image(_) => context.clone(),
                 });
                 self.state.top = Some(self.files_vertex(source, context));

@@ -17,6 +17,7 @@ use crate::materialize::{self, Ownership};
 use crate::op::copy::CopyError;
 use crate::op::file::Recipe;
 use crate::op::source::{self, Form, ImageLayer, ResolvedImage, SourceContext, SourceError};
+use crate::op::unpacked::UnpackError;
 use crate::plan::cache_key::Key;
 use crate::sandbox::Cancel;
 use crate::store::layers::pulled_layer_id;
@@ -41,6 +42,9 @@ pub enum SnapshotError {
     /// A base image failed.
     #[error(transparent)]
     Source(#[from] SourceError),
+    /// A download that serves as a context cannot be unpacked.
+    #[error(transparent)]
+    Unpack(#[from] Box<UnpackError>),
     /// Reading or writing a layer's tar failed.
     #[error("cannot write layer {layer}")]
     Layer {
@@ -80,6 +84,12 @@ pub enum SnapshotError {
         /// Why.
         source: io::Error,
     },
+}
+
+impl From<UnpackError> for SnapshotError {
+    fn from(error: UnpackError) -> Self {
+        Self::Unpack(Box::new(error))
+    }
 }
 
 /// One layer of a snapshot.

@@ -124,7 +124,8 @@ fn a_build_is_pushed_under_all_of_its_names() {
         serde_json::from_slice(&fs::read(build.path("meta")).expect("a file")).expect("JSON")
     };
     let build = Build::new().dockerfile("FROM busybox\nCOPY a /a\n").file("a", "1");
-    let build = build.flag(format!("--metadata-file={}", build.path("meta").display()));
+    let metadata = build.path("meta");
+    let build = build.flag(format!("--metadata-file={}", metadata.display()));
     let build = build.flag(format!("-t={host}/team/app:1")).flag(format!("-t={host}/team/app:2")).flag("--push");
     build.runs();
     let digest = metadata_of(&build)["containerimage.digest"].clone();
@@ -134,8 +135,9 @@ fn a_build_is_pushed_under_all_of_its_names() {
     assert_eq!(works(&build, &["images", "-q"]), "", "a push alone names nothing in the store");
 
     let by_digest = Build::new().dockerfile("FROM busybox\nCOPY a /a\n").file("a", "3");
+    let metadata = by_digest.path("meta");
     let by_digest = by_digest
-        .flag(format!("--metadata-file={}", by_digest.path("meta").display()))
+        .flag(format!("--metadata-file={}", metadata.display()))
         .flag(format!("--output=type=image,push=true,push-by-digest=true,name-canonical=true,name={host}/team/digest"));
     by_digest.runs();
     let digest = metadata_of(&by_digest)["containerimage.digest"].as_str().expect("a digest").to_owned();

@@ -175,7 +175,7 @@ fn mounted_tree(
         Some(Value::Snapshot(snapshot)) => workspace.flatten(snapshot)?,
         Some(Value::Context(local)) => local.tree()?,
         Some(Value::Checkout(tree)) => tree.clone(),
-        Some(Value::File(_)) => return Ok(None),
+        Some(Value::File(file)) => file.tree(&workspace.store).map_err(SnapshotError::from)?,
     };
     let path = match tree.resolve(source.as_bytes(), true) {
         Resolved::Found(path) => path,
