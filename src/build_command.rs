@@ -1,6 +1,7 @@
 //! `nacre build`: read the Dockerfile, lower it, solve the graph, export. The one place that knows both crates.
 
 use crate::export_command::{self, Built};
+use crate::interrupt::{Signals, last_words};
 use crate::progress::{Screen, ScreenOptions};
 use crate::report::{CommandError, Exit, Failure, Place, StepFailure, StepOutcome, with_causes};
 use crate::request::{
@@ -17,7 +18,7 @@ use nacre_solver::context::{Context, DigestCache, IgnoreFile};
 use nacre_solver::materialize::{Ownership, WriteOptions};
 use nacre_solver::op::file::LocalContext;
 use nacre_solver::op::run::{Host, RunError};
-use nacre_solver::op::source::{Progress, PullPolicy, ResolvedImage, SourceContext, resolve_image};
+use nacre_solver::op::source::{Progress, PullPolicy, ResolvedImage, SourceContext, SourceError, resolve_image};
 use nacre_solver::registry::Client;
 use nacre_solver::sandbox::{self, Cancel};
 use nacre_solver::snapshot::Workspace;
@@ -28,8 +29,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::atomic::AtomicBool;
 
 /// Becomes a step's supervisor.
 pub(crate) fn sandbox() -> ExitCode {
@@ -55,10 +55,10 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
         return crate::call_command::run(request, &dockerfile, &options(request, None)?);
     }
     // Before any thread exists: an ordinary user's build goes on in a process inside of a user namespace.
-    let ownership = match enter(&dockerfile)? {
-        Ok(ownership) => ownership,
-        Err(code) => std::process::exit(code),
-    };
+    let Some(ownership) = enter(&dockerfile)? else { return Ok(()) };
+    let host_error = |error: &(dyn std::error::Error + 'static)| CommandError::new(Exit::Host, error, None);
+    let signals = Signals::listen(signalled).map_err(|error| host_error(&error))?;
+    let cancel = Cancel::new().map_err(|error| host_error(&error))?;
     let screen = Screen::start(ScreenOptions {
         mode: request.progress,
         terminal: env.stderr_terminal,
@@ -71,15 +71,16 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
         let short: String = digest.trim_start_matches("sha256:").chars().take(12).collect();
         told(Event::Transfer { id: None, what: format!("fetching {short}"), done_bytes, total_bytes: Some(total) });
     });
-    let result = build(request, &input, &dockerfile, ownership, signalled, (&sink, progress));
+    let result = signals.watched(&cancel, last_words(env.color), || {
+        build(request, &input, &dockerfile, ownership, &cancel, (&sink, progress))
+    });
     screen.finish();
     let built = result?;
     export_command::report(request, &built)
 }
 
-/// Goes into a user namespace if the file needs one and we are not root. `Err` is the exit code of the process inside.
-#[expect(clippy::type_complexity, reason = "a namespace, an exit code, or an error: each ends in another place")]
-fn enter(dockerfile: &Dockerfile) -> Result<Result<Ownership, i32>, CommandError> {
+/// Goes into a user namespace if the file needs one and we are not root. `None` when a process inside has done the work.
+fn enter(dockerfile: &Dockerfile) -> Result<Option<Ownership>, CommandError> {
     let runs = dockerfile.instructions.iter().any(|instruction| match &instruction.kind {
         InstructionKind::Run { .. } => true,
         InstructionKind::Onbuild { keyword, .. } => keyword == "RUN",
@@ -92,23 +93,36 @@ fn enter(dockerfile: &Dockerfile) -> Result<Result<Ownership, i32>, CommandError
         _ => false,
     });
     if !runs && !bases {
-        return Ok(Ok(Ownership::SingleId));
+        return Ok(Some(Ownership::SingleId));
     }
     match sandbox::idmap::enter(sandbox::idmap::EnterRequest::Best) {
-        Ok(sandbox::idmap::Entered::Root) => Ok(Ok(Ownership::Native)),
-        Ok(sandbox::idmap::Entered::Inside { ownership, notice }) => {
-            if let Some(notice) = notice {
-                crate::print_error(&format!("notice: {notice}\n"));
-            }
-            Ok(Ok(match ownership {
-                sandbox::Ownership::Native => Ownership::Native,
-                sandbox::Ownership::SingleId => Ownership::SingleId,
-            }))
+        // Root of a namespace may have no other id than its own, too.
+        Ok(sandbox::idmap::Entered::Root) => {
+            Ok(Some(owners(sandbox::idmap::ownership(), Some("this user namespace has only one id".to_owned()))))
         }
-        Ok(sandbox::idmap::Entered::Parent { exit_code }) => Ok(Err(exit_code)),
+        Ok(sandbox::idmap::Entered::Inside { ownership, notice }) => Ok(Some(owners(ownership, notice))),
+        Ok(sandbox::idmap::Entered::Parent { exit_code: 0 }) => Ok(None),
+        Ok(sandbox::idmap::Entered::Parent { exit_code }) => {
+            Err(CommandError::Inside(u8::try_from(exit_code).unwrap_or(u8::MAX)))
+        }
         // Without RUN nothing needs a namespace but the owners of a base's files, which the index holds.
-        Err(_) if !runs => Ok(Ok(Ownership::SingleId)),
+        Err(_) if !runs => Ok(Some(Ownership::SingleId)),
         Err(error) => Err(CommandError::new(Exit::Host, &error, None)),
+    }
+}
+
+/// Whether files have owners; says so if they do not.
+fn owners(ownership: sandbox::Ownership, notice: Option<String>) -> Ownership {
+    match ownership {
+        sandbox::Ownership::Native => Ownership::Native,
+        sandbox::Ownership::SingleId => {
+            let why = notice.unwrap_or_else(|| "this user namespace has only one id".to_owned());
+            crate::print_error(&format!(
+                "notice: only one user id can be used: what RUN makes belongs to root, other owners come from COPY, ADD \
+                 and base images alone\nhelp: {why}\n"
+            ));
+            Ownership::SingleId
+        }
     }
 }
 
@@ -220,7 +234,7 @@ fn build(
     input: &Input,
     dockerfile: &Dockerfile,
     ownership: Ownership,
-    signalled: &Arc<AtomicBool>,
+    cancel: &Cancel,
     (events, progress): (&(dyn Fn(Event) + Sync), Progress),
 ) -> Result<Vec<Built>, CommandError> {
     let store_error = |error| CommandError::new(Exit::Store, &error, None);
@@ -236,8 +250,7 @@ fn build(
         write: WriteOptions { ownership },
         progress: Some(progress),
     };
-    let workspace = Workspace::new(sources);
-    let cancel = Cancel::new().map_err(|error| CommandError::new(Exit::Host, &error, None))?;
+    let workspace = Workspace::new(sources).with_cancel(cancel.clone());
     let contexts = contexts(request, input, &store)?;
     let mut all = Vec::new();
     for platform in platforms(request)? {
@@ -249,8 +262,7 @@ fn build(
             host: host(request)?,
             project: format!("{}\n{}", input.directory.display(), input.dockerfile_path.display()),
         };
-        let snapshot =
-            watched(signalled, &cancel, || solve::solve(&definition, &workspace, &solve_request, &cancel, events));
+        let snapshot = solve::solve(&definition, &workspace, &solve_request, cancel, events);
         for local in contexts.values() {
             // Digests that are not kept are made again: no reason to fail.
             let _ = local.save();
@@ -258,28 +270,8 @@ fn build(
         let snapshot = snapshot.map_err(|error| solve_error(error, &input.source))?;
         all.push(Built::new(definition.image, snapshot));
     }
-    export_command::export(request, &workspace, &mut all, events, &|| signalled.load(Ordering::SeqCst))?;
+    export_command::export(request, &workspace, &mut all, events, &|| cancel.is_cancelled())?;
     Ok(all)
-}
-
-/// Runs `work` while another thread passes the user's wish to stop on.
-fn watched<T>(signalled: &AtomicBool, cancel: &Cancel, work: impl FnOnce() -> T) -> T {
-    let done = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let watcher = scope.spawn(|| {
-            while !done.load(Ordering::SeqCst) {
-                if signalled.load(Ordering::SeqCst) {
-                    cancel.cancel();
-                    return;
-                }
-                std::thread::park_timeout(Duration::from_millis(50));
-            }
-        });
-        let result = work();
-        done.store(true, Ordering::SeqCst);
-        watcher.thread().unpark();
-        result
-    })
 }
 
 fn contexts(
@@ -336,9 +328,9 @@ fn lowered(
                 return Ok((*definition, images));
             }
             Lowered::NeedsBases(needed) => {
-                for base in needed {
+                for (base, _) in needed {
                     let image = resolve_image(&base.source, &base.platform, &workspace.sources)
-                        .map_err(|error| CommandError::new(Exit::Source, &error, None))?;
+                        .map_err(|error| base_error(&error, &base.source, dockerfile))?;
                     let image = Arc::new(image);
                     let pinned = lower::with_digest(&base.source, image.root_digest.clone());
                     images.insert((pinned, base.platform.clone()), image.clone());
@@ -348,6 +340,23 @@ fn lowered(
             }
         }
     }
+}
+
+/// An image that cannot be had, with the FROM that asks for it.
+fn base_error(error: &SourceError, source: &ImageSource, dockerfile: &Dockerfile) -> CommandError {
+    let from = dockerfile.instructions.iter().find_map(|instruction| match (&instruction.kind, source) {
+        (InstructionKind::From { image, .. }, ImageSource::Reference(wanted)) => {
+            let reference = Reference::parse(&image.value).ok()?;
+            (reference.to_string() == *wanted).then_some((&image.value, instruction.lines))
+        }
+        _ => None,
+    });
+    let message = match from {
+        Some((image, _)) => format!("cannot use base image `{image}`: {}", with_causes(error)),
+        None => with_causes(error),
+    };
+    let place = from.map(|(_, lines)| Place { source: dockerfile.source.clone(), lines });
+    CommandError::Failure(Box::new(Failure { exit: Exit::Source, message, place, help: None }))
 }
 
 fn host(request: &BuildRequest) -> Result<Host, CommandError> {
@@ -375,7 +384,7 @@ fn solve_error(error: SolveError, source: &SourceFile) -> CommandError {
     match error {
         SolveError::Interrupted => CommandError::Interrupted,
         SolveError::Result { source } => CommandError::new(Exit::Dockerfile, &source, None),
-        SolveError::Vertex { name, stage, lines, tail, log, source: cause, .. } => {
+        SolveError::Vertex { name, stage, text, lines, tail, log, source: cause, .. } => {
             let place = lines.map(|lines| Place { source: source.clone(), lines });
             let outcome = match &*cause {
                 VertexError::Run(RunError::Exit { code, program }) => Some((StepOutcome::Exit(*code), program.clone())),
@@ -396,7 +405,15 @@ fn solve_error(error: SolveError, source: &SourceFile) -> CommandError {
                 _ => Exit::General,
             };
             let message = with_causes(&*cause);
-            CommandError::Failure(Box::new(Failure { exit, message, place, help: None }))
+            // An image that no FROM names is one of --from, and stages are named there, too.
+            let help = match (&*cause, lines) {
+                (VertexError::Source(_), None) => Some(format!(
+                    "`{}` is neither a stage of this Dockerfile nor a build context, so it was looked for as an image",
+                    text.trim_start_matches("FROM ")
+                )),
+                _ => None,
+            };
+            CommandError::Failure(Box::new(Failure { exit, message, place, help }))
         }
     }
 }

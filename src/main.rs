@@ -8,6 +8,7 @@ mod cli;
 mod export_command;
 mod image_commands;
 mod images_command;
+mod interrupt;
 mod login_command;
 mod progress;
 mod prune_command;
@@ -36,13 +37,10 @@ fn main() -> ExitCode {
     let style = Style { color: env.color };
     report_panics();
     let cancel = Arc::new(AtomicBool::new(false));
-    if let Err(error) = listen_to_signals(&cancel) {
-        print_error(&style.error(&CommandError::new(Exit::Host, &error, None)));
-        return Exit::Host.into();
-    }
     let result = std::panic::catch_unwind(|| run(cli.command, &env, &cancel));
     match result {
         Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(CommandError::Inside(code))) => ExitCode::from(code),
         Ok(Err(error)) => {
             // Whatever a cancelled build stumbled over, the user's wish is the cause.
             let error = if cancel.load(Ordering::SeqCst) { CommandError::Interrupted } else { error };
@@ -78,16 +76,6 @@ fn run(command: Command, env: &Environment, cancel: &Arc<AtomicBool>) -> Result<
         Command::Version => print_result(&format!("nacre {}\n", env!("CARGO_PKG_VERSION"))),
         Command::Sandbox => unreachable!("dispatched before the command line is read"),
     }
-}
-
-/// The first SIGINT or SIGTERM asks the build to stop, the second ends the process.
-fn listen_to_signals(cancel: &Arc<AtomicBool>) -> std::io::Result<()> {
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        // Order matters: the flag must still be unset when the first signal passes the shutdown handler.
-        signal_hook::flag::register_conditional_shutdown(signal, Exit::Interrupted as i32, Arc::clone(cancel))?;
-        signal_hook::flag::register(signal, Arc::clone(cancel))?;
-    }
-    Ok(())
 }
 
 /// A panic is a mistake in nacre; say so in the form of every other error.

@@ -12,8 +12,8 @@ use crate::plan::cache_key::{Key, Parts};
 use crate::plan::explain::{self, Reason};
 use crate::plan::schedule::{self, Command, Schedule};
 use crate::registry::http::http_get;
-use crate::sandbox::Cancel;
 pub use crate::sandbox::Stream;
+use crate::sandbox::{Cancel, SandboxError};
 use crate::snapshot::{Layer, Made, Snapshot, SnapshotError, Workspace};
 use crate::store::StoreError;
 use crate::store::record::{Part, Record};
@@ -301,7 +301,9 @@ impl Build<'_> {
                 Err(VertexError::Panic(text.unwrap_or_default()))
             });
         result.map_err(|source| {
-            if matches!(source, VertexError::Run(RunError::Interrupted)) {
+            let told =
+                matches!(source, VertexError::Run(RunError::Interrupted | RunError::Sandbox(SandboxError::Cancelled)));
+            if told {
                 self.tell(Event::Canceled { id: id.0 });
                 return SolveError::Interrupted;
             }
@@ -345,9 +347,10 @@ impl Build<'_> {
             }
             Source::Local { name } => {
                 let local = self.request.contexts.get(name).ok_or_else(|| VertexError::NoContext(name.clone()))?;
-                self.tell(Event::Started { id: id.0 });
                 local.tree()?;
-                Value::Context(local.clone())
+                // Nothing is copied: a context is read in place, by the steps that want something of it.
+                self.tell(Event::Cached { id: id.0 });
+                return Ok(Value::Context(local.clone()));
             }
             Source::Http { url, checksum } => {
                 self.tell(Event::Started { id: id.0 });

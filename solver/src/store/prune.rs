@@ -369,7 +369,8 @@ pub fn usage(store: &Store) -> Result<Usage, StoreError> {
             "blobs" => own(&path) + own(&path.join("sha256")),
             // Our own directory is gone when somebody looks.
             "tmp" => {
-                let others = entries(&path).into_iter().filter(|path| *path != store.tmp);
+                let mine = store.own_tmp();
+                let others = entries(&path).into_iter().filter(|path| Some(path) != mine.as_ref());
                 own(&path) + others.map(|path| disk.usage(&path)).sum::<u64>()
             }
             // Counted entry by entry above.
@@ -565,9 +566,10 @@ mod tests {
         let file = store.root.join("layers").join(&id.0).join("tree/a/file");
         fs::hard_link(&file, store.root.join("logs/linked")).unwrap();
         let usage = usage(&store).unwrap();
+        let mine = store.own_tmp().expect("something was written");
         let output = std::process::Command::new("du")
             .args(["-s", "-B1", "--exclude"])
-            .arg(store.tmp.file_name().unwrap())
+            .arg(mine.file_name().unwrap())
             .arg(&store.root)
             .output()
             .unwrap();
