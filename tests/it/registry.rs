@@ -124,8 +124,8 @@ fn a_build_is_pushed_under_all_of_its_names() {
         serde_json::from_slice(&fs::read(build.path("meta")).expect("a file")).expect("JSON")
     };
     let build = Build::new().dockerfile("FROM busybox\nCOPY a /a\n").file("a", "1");
-    let metadata = build.path("meta");
-    let build = build.flag(format!("--metadata-file={}", metadata.display()));
+    let metadata = format!("--metadata-file={}", build.path("meta").display());
+    let build = build.flag(metadata);
     let build = build.flag(format!("-t={host}/team/app:1")).flag(format!("-t={host}/team/app:2")).flag("--push");
     build.runs();
     let digest = metadata_of(&build)["containerimage.digest"].clone();
@@ -135,9 +135,9 @@ fn a_build_is_pushed_under_all_of_its_names() {
     assert_eq!(works(&build, &["images", "-q"]), "", "a push alone names nothing in the store");
 
     let by_digest = Build::new().dockerfile("FROM busybox\nCOPY a /a\n").file("a", "3");
-    let metadata = by_digest.path("meta");
+    let metadata = format!("--metadata-file={}", by_digest.path("meta").display());
     let by_digest = by_digest
-        .flag(format!("--metadata-file={}", metadata.display()))
+        .flag(metadata)
         .flag(format!("--output=type=image,push=true,push-by-digest=true,name-canonical=true,name={host}/team/digest"));
     by_digest.runs();
     let digest = metadata_of(&by_digest)["containerimage.digest"].as_str().expect("a digest").to_owned();
@@ -154,7 +154,7 @@ fn a_base_in_the_same_registry_is_not_downloaded() {
     let build = build.flag(format!("-t={host}/team/app:1")).flag("--push");
     build.runs();
     let found = registry.check("team/app:1", &[]);
-    let base = found["LayersData"][0]["Digest"].as_str().expect("a digest").trim_start_matches("sha256:").to_owned();
+    let base = found["Layers"][0].as_str().expect("a digest").trim_start_matches("sha256:").to_owned();
     assert!(!build.store().join("blobs/sha256").join(base).exists(), "the base layer was downloaded");
 }
 
@@ -308,7 +308,8 @@ fn the_cache_is_measured_and_pruned() {
     assert_eq!(records(&build), before * 2);
     works(&build, &["prune"]);
     assert_eq!(records(&build), before, "what newer results replaced is gone");
-    assert_eq!(build.runs().ran(), Vec::<String>::new(), "the newest stays");
+    let again = build.runs();
+    assert!(again.ran().iter().all(|step| step.starts_with("[internal]")), "the newest stays: {}", again.stderr);
 
     let pruned: Value = serde_json::from_str(&works(&build, &["prune", "--all", "--format=json"])).expect("JSON");
     assert_eq!(pruned["left"], Value::Array(Vec::new()), "{pruned}");
