@@ -17,7 +17,7 @@ use nacre_solver::context::{Context, DigestCache, IgnoreFile};
 use nacre_solver::materialize::{Ownership, WriteOptions};
 use nacre_solver::op::file::LocalContext;
 use nacre_solver::op::run::{Host, RunError};
-use nacre_solver::op::source::{PullPolicy, ResolvedImage, SourceContext, SourceError, resolve_image};
+use nacre_solver::op::source::{Progress, PullPolicy, ResolvedImage, SourceContext, SourceError, resolve_image};
 use nacre_solver::registry::Client;
 use nacre_solver::sandbox::{self, Cancel};
 use nacre_solver::snapshot::Workspace;
@@ -46,7 +46,7 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
         return crate::call_command::run(request, dockerfile, &options(request, None)?);
     }
     if !building {
-        let workspace = workspace(request, Ownership::SingleId)?;
+        let workspace = workspace(request, Ownership::SingleId, None)?;
         let git = input::git_settings(request, env)?;
         let stop = || signalled.load(Ordering::SeqCst);
         let input = Fetcher { workspace: &workspace, git: &git, stop: &stop, events: &|_| {} }.input(request)?;
@@ -65,7 +65,13 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
         explain: request.explain,
     });
     let sink = screen.sink();
-    let result = signals.watched(&cancel, last_words(env.color), || build(request, known, place, env, &cancel, &sink));
+    let told = sink.clone();
+    let progress: Progress = Arc::new(move |digest: &str, done_bytes, total: u64| {
+        let short: String = digest.trim_start_matches("sha256:").chars().take(12).collect();
+        told(Event::Transfer { id: None, what: format!("fetching {short}"), done_bytes, total_bytes: Some(total) });
+    });
+    let result = signals
+        .watched(&cancel, last_words(env.color), || build(request, known, place, env, &cancel, (&sink, progress)));
     screen.finish();
     let built = result?;
     export_command::report(request, &built)
@@ -212,7 +218,11 @@ fn platforms(request: &BuildRequest) -> Result<Vec<Option<Platform>>, CommandErr
 }
 
 /// Opens the store.
-fn workspace(request: &BuildRequest, ownership: Ownership) -> Result<Workspace, CommandError> {
+fn workspace(
+    request: &BuildRequest,
+    ownership: Ownership,
+    progress: Option<Progress>,
+) -> Result<Workspace, CommandError> {
     let store_error = |error| CommandError::new(Exit::Store, &error, None);
     let store = Store::open(&request.store).map_err(store_error)?;
     let store = Arc::new(if ownership == Ownership::SingleId { store.with_single_id() } else { store });
@@ -224,7 +234,7 @@ fn workspace(request: &BuildRequest, ownership: Ownership) -> Result<Workspace, 
         offline: false,
         limits: Limits::default(),
         write: WriteOptions { ownership },
-        progress: None,
+        progress,
     };
     Ok(Workspace::new(sources))
 }
@@ -235,9 +245,9 @@ fn build(
     place: Surroundings,
     env: &Environment,
     cancel: &Cancel,
-    events: &(dyn Fn(Event) + Sync),
+    (events, progress): (&(dyn Fn(Event) + Sync), Progress),
 ) -> Result<Vec<Built>, CommandError> {
-    let workspace = workspace(request, place.ownership)?.with_cancel(cancel.clone());
+    let workspace = workspace(request, place.ownership, Some(progress))?.with_cancel(cancel.clone());
     let git = input::git_settings(request, env)?;
     let host = host(request)?;
     let (dockerfile, input) = match known {
@@ -403,6 +413,7 @@ fn solve_error(error: SolveError, source: &SourceFile) -> CommandError {
             }
             let exit = match &*cause {
                 VertexError::Run(RunError::Sandbox(_)) => Exit::Host,
+                VertexError::Run(RunError::Snapshot(error)) => export_command::snapshot_exit(error),
                 VertexError::Run(RunError::Store(_) | RunError::Io { .. }) | VertexError::Store(_) => Exit::Store,
                 VertexError::Run(_) => Exit::Step,
                 VertexError::Source(_) | VertexError::Git(_) | VertexError::Unpack(_) => Exit::Source,

@@ -15,7 +15,7 @@ Exit codes:
   2    the command line makes no sense
   3    a mistake in the Dockerfile, or in what it names in the context
   4    a RUN step failed
-  5    a base image, git repository or download could not be had
+  5    a base image, git repository or download could not be had, or a registry refused
   6    this machine does not allow what the build needs
   7    the store or an output could not be read or written
   130  interrupted
@@ -30,7 +30,7 @@ Environment:
   DOCKER_CONFIG      directory of config.json: credentials, and proxies for RUN
   REGISTRY_AUTH_FILE file with credentials in its place
   SSL_CERT_FILE      certificates of authorities in place of the system's
-  HTTP_PROXY, HTTPS_PROXY, NO_PROXY   for nacre's own downloads";
+  HTTP_PROXY, HTTPS_PROXY, NO_PROXY   for nacre's own requests";
 
 const IGNORED_FLAGS: &str = "\
 Accepted for docker build's sake, without effect: --rm, --force-rm, --compress, --squash, --builder, --isolation, \

@@ -21,10 +21,10 @@ use crate::store::StoreError;
 use crate::store::record::{Part, Record};
 use crate::tree::{LayerId, Tree, index};
 use nacre_frontend::llb::{Definition, ImageSource, Op, Platform, Source, Vertex, VertexId};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io::Write;
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock, mpsc};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Lines of a failed step's output that its error repeats.
@@ -225,6 +225,7 @@ struct Build<'a> {
     cancel: &'a Cancel,
     events: &'a (dyn Fn(Event) + Sync),
     values: Vec<OnceLock<Value>>,
+    turns: Mutex<HashMap<String, Arc<Mutex<()>>>>,
     now: (i64, u32),
 }
 
@@ -244,6 +245,7 @@ pub fn solve(
         cancel,
         events,
         values: definition.vertices.iter().map(|_| OnceLock::new()).collect(),
+        turns: Mutex::default(),
         now: (i64::try_from(now.as_secs()).unwrap_or(i64::MAX), now.subsec_nanos()),
     };
     let info =
@@ -433,6 +435,12 @@ impl Build<'_> {
         Ok(Snapshot::scratch().with(layer, &content, Some(self.now.0)))
     }
 
+    /// Held by whoever looks for, or makes, the result of a key.
+    fn turn(&self, key: &Key) -> Arc<Mutex<()>> {
+        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        turns.entry(key.hex()).or_default().clone()
+    }
+
     fn add_parent(&self, parts: &mut Parts, vertex: &Vertex, parent: &Snapshot) {
         let before = vertex.inputs.first().copied().flatten().map(|input| &self.definition.vertices[input.0]);
         // The name must not depend on anything that changes, or a change would read as "gone" and "new".
@@ -474,7 +482,10 @@ impl Build<'_> {
 
     fn explain(&self, id: VertexId, reason: Reason, steps: &[String; 2], parts: &Parts, selection: Option<&Tree>) {
         let store = &self.workspace.store;
-        let last = || steps.iter().find_map(|step| store.last_record_of_step(step).ok().flatten());
+        // What stood in this place before is only of use when it was a step of this kind.
+        let op = parts.0.iter().find(|(name, _)| name == "op").map(|(_, value)| value);
+        let alike = |record: &Record| record.parts.iter().find(|part| part.name == "op").map(|part| &part.value) == op;
+        let last = || steps.iter().find_map(|step| store.last_record_of_step(step).ok().flatten().filter(alike));
         let reason = match reason {
             Reason::FirstBuild => match last() {
                 None => Reason::FirstBuild,
@@ -578,6 +589,9 @@ impl Build<'_> {
         let mut parts = run::parts(self.workspace, vertex, op, &inputs)?;
         self.add_parent(&mut parts, vertex, &parent);
         let (key, steps) = (parts.key(), self.steps(id, vertex));
+        // Of equal steps in two stages one runs, and the other takes its result.
+        let turn = self.turn(&key);
+        let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
         let reason = match vertex.ignore_cache {
             true => Reason::CacheOff,
             false => match self.look_up(&key, &parent, None) {

@@ -173,6 +173,55 @@ fn private_repositories() {
 }
 
 #[test]
+fn ssh_is_called_with_the_agent_that_is_given() {
+    let (_dir, dir) = git::directory();
+    repository(&dir, "app", &[("f", "one")]);
+    // In place of ssh: notes how it is called, and does locally what the other side would.
+    let script = dir.join("ssh");
+    let called = dir.join("called");
+    let text = format!(
+        "#!/bin/sh\necho \"$SSH_AUTH_SOCK $*\" >> {}\nfor last; do :; done\neval \"git -c safe.directory='*' ${{last#git-}}\"\n",
+        called.display()
+    );
+    std::fs::write(&script, text).expect("a file of our own");
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(&script, mode).expect("our own file");
+    let socket = dir.join("agent");
+    let _agent = std::os::unix::net::UnixListener::bind(&socket).expect("a socket of our own");
+    let path = dir.join("app.git").display().to_string();
+    for address in [format!("git@example.invalid:{path}"), format!("ssh://git@example.invalid{path}")] {
+        let build = Build::new().dockerfile(&format!("FROM scratch\nADD {address}#main /\n"));
+        let build = build.env("GIT_SSH_COMMAND", &script.display().to_string()).env("GIT_SSH_VARIANT", "ssh");
+        let image = build.flag(format!("--ssh=default={}", socket.display())).image();
+        assert_eq!(image.file("/f"), "one", "{address}");
+    }
+    let called = std::fs::read_to_string(called).expect("ssh was called");
+    assert!(called.lines().all(|line| line.starts_with(&socket.display().to_string())), "{called}");
+    assert!(called.contains("git@example.invalid"), "{called}");
+}
+
+#[test]
+fn unused_checkouts_are_pruned() {
+    let (_dir, dir) = git::directory();
+    repository(&dir, "app", &[("f", "one")]);
+    let url = format!("http://{}/app.git", git::serve(&dir));
+    let build = Build::new().dockerfile(&format!("FROM scratch\nADD {url} /\n"));
+    build.runs();
+    let checkouts = || {
+        let repositories = std::fs::read_dir(build.store().join("git")).expect("a store").flatten();
+        let entries = repositories.flat_map(|one| std::fs::read_dir(one.path()).expect("a repository").flatten());
+        entries.filter(|entry| entry.path().is_dir()).count()
+    };
+    assert_eq!(checkouts(), 2, "the repository and a checkout");
+    let mut prune = std::process::Command::new(env!("CARGO_BIN_EXE_nacre"));
+    prune.args(["prune", "--all", "--store"]).arg(build.store());
+    let ended = crate::story::run(prune, None);
+    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+    assert_eq!(checkouts(), 0, "{}", ended.stderr);
+    build.runs();
+}
+
+#[test]
 fn what_is_missing_is_named() {
     let build = Build::new().dockerfile("FROM scratch\nADD git://127.0.0.1:1/x.git /\n");
     build.fails_with(5, &["cannot reach git://127.0.0.1:1/x.git", "Connection refused", "Dockerfile:2"]);

@@ -35,8 +35,6 @@ use std::time::{Duration, Instant, SystemTime};
 
 /// Transports that a repository, and its submodules, may use.
 const PROTOCOLS: &str = "http:https:git:ssh";
-/// Checkouts that no build has used for so long are dropped when another one is made.
-const KEEP: Duration = Duration::from_secs(30 * 86400);
 /// Most of an answer that is read.
 const OUTPUT_LIMIT_BYTES: u64 = 16 << 20;
 /// Lines of git's complaint that an error repeats.
@@ -252,7 +250,6 @@ pub fn checkout(
     if let Some(tree) = load(&place) {
         return Ok(Checkout { commit: target.commit, tree: Arc::new(tree) });
     }
-    drop_unused(&dir);
     let repo = dir.join("repo");
     let wanted = Wanted { target: &target, subdir: &subdir, keep_git_dir, submodules: request.submodules };
     let fresh = !repo.exists();
@@ -796,16 +793,6 @@ fn load(place: &Path) -> Option<Tree> {
 fn set_origins(tree: &mut Tree, top: &Path) {
     for node in tree.nodes_mut().iter_mut().filter(|node| node.entry.is_file()) {
         node.origin = Origin::File(Arc::new(top.join(OsStr::from_bytes(&node.entry.path))));
-    }
-}
-
-/// Removes checkouts that have not been used for long.
-fn drop_unused(dir: &Path) {
-    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
-        let old = || entry.metadata().ok()?.modified().ok()?.elapsed().ok();
-        if entry.file_name().as_bytes().starts_with(b"co-") && old().is_some_and(|age| age > KEEP) {
-            let _ = remove_tree(&entry.path());
-        }
     }
 }
 

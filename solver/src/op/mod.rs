@@ -1,5 +1,6 @@
 //! What vertices do.
 
+mod agent;
 pub(crate) mod changes;
 pub mod copy;
 pub mod file;

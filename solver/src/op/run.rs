@@ -1,6 +1,7 @@
 //! RUN as a vertex: its key, its mounts, its sandbox, and the layer that it leaves.
 
 use crate::materialize::{self, MaterializeError, Ownership};
+use crate::op::agent::AgentSocket;
 use crate::op::file::Value;
 use crate::op::user::{self, UserError};
 use crate::plan::cache_key::{Key, Parts};
@@ -124,7 +125,8 @@ pub fn parts(
     parts.add("hostname", op.hostname.as_deref().unwrap_or_default());
     for (at, mount) in op.mounts.iter().enumerate() {
         // Which cache and whose secret are part of it, what they hold is not.
-        parts.add(format!("mount {}", at + 1), serde_json::to_string(mount).unwrap_or_default());
+        let name = format!("mount {} {}", at + 1, mount.target);
+        leaves(&mut parts, &name, &serde_json::to_value(mount).unwrap_or_default());
         let (input, source) = match &mount.kind {
             MountKind::Bind { input: Some(input), source } => (*input, source),
             MountKind::Cache { from: Some((input, source)), .. } => (*input, source),
@@ -139,6 +141,19 @@ pub fn parts(
     }
     parts.add("platform", vertex.platform.to_string());
     Ok(parts)
+}
+
+/// Adds the members of a value one by one, so that a difference is told by the member it is in.
+fn leaves(parts: &mut Parts, name: &str, value: &serde_json::Value) {
+    match value {
+        serde_json::Value::Object(members) => {
+            for (member, value) in members {
+                leaves(parts, &format!("{name} {}", member.to_lowercase()), value);
+            }
+        }
+        serde_json::Value::String(text) => parts.add(name, text),
+        other => parts.add(name, other.to_string()),
+    }
 }
 
 /// Words of an argument list for people: a shell's command line alone, else all words.
@@ -218,10 +233,16 @@ pub fn execute(
     let mut mounts = Vec::new();
     let mut locks = Vec::new();
     let caches = lock_caches(workspace, &op.mounts, cancel, &mut locks)?;
-    let mut setup = MountSetup { workspace, inputs, host, scratch: &scratch, env: &mut env, caches };
-    for (at, mount) in op.mounts.iter().enumerate() {
+    let mut setup =
+        MountSetup { workspace, inputs, host, scratch: &scratch, env: &mut env, caches, agents: Vec::new() };
+    let mut in_order: Vec<(usize, &Mount)> = op.mounts.iter().enumerate().collect();
+    // What is mounted inside of another mount comes after it, whatever the order in the Dockerfile.
+    in_order.sort_by_key(|(_, mount)| mount.target.split('/').filter(|part| !part.is_empty()).count());
+    for (at, mount) in in_order {
         mounts.extend(setup.mount(at, mount)?);
     }
+    // They listen until the step has ended.
+    let agents = std::mem::take(&mut setup.agents);
     let spec = RunSpec {
         rootfs,
         mounts,
@@ -247,7 +268,7 @@ pub fn execute(
         fake_ownership: workspace.ownership == Ownership::SingleId,
     };
     let result = sandbox::run(&spec, cancel, log);
-    drop(locks);
+    drop((locks, agents));
     let outcome: Outcome = result?;
     if cancel.is_cancelled() {
         return Err(RunError::Interrupted);
@@ -307,6 +328,8 @@ struct MountSetup<'a> {
     env: &'a mut Vec<(String, String)>,
     /// Directories of the step's cache mounts, by the mounts' ids.
     caches: BTreeMap<String, PathBuf>,
+    /// Sockets for the step, kept by the caller until it has ended.
+    agents: Vec<AgentSocket>,
 }
 
 /// Locks the caches that a step mounts; the locks are to be held until it has ended. A step waits for one cache while
@@ -394,8 +417,12 @@ impl MountSetup<'_> {
                     self.set_env("SSH_AUTH_SOCK", target.clone());
                 }
                 match self.host.ssh.get(id) {
-                    Some(socket) => {
-                        Some(SetupMount::Socket { source: socket.clone(), target, mode: *mode, uid: *uid, gid: *gid })
+                    Some(agent) => {
+                        let io = |source| RunError::Io { path: agent.clone(), source };
+                        let socket = AgentSocket::new(agent).map_err(io)?;
+                        let source = socket.path().to_owned();
+                        self.agents.push(socket);
+                        Some(SetupMount::Socket { source, target, mode: *mode, uid: *uid, gid: *gid })
                     }
                     None if *required => return Err(RunError::NoSsh(id.clone())),
                     None => None,

@@ -103,7 +103,7 @@ struct Shared {
     credentials: Mutex<HashMap<(String, String), Option<Credentials>>>,
     /// `Authorization` by host and what it is for.
     authorizations: Mutex<HashMap<(String, String), HeaderValue>>,
-    /// Which of the insecure hosts speak HTTPS.
+    /// Which of the hosts that may speak plain HTTP speak HTTPS.
     speaks_https: Mutex<HashMap<String, bool>>,
 }
 
@@ -340,12 +340,13 @@ impl Client {
             "docker.io" | "index.docker.io" => "registry-1.docker.io",
             other => other,
         };
-        let plain = match self.is_insecure(server) {
-            true => !self.speaks_https(server)?,
-            false => {
-                is_loopback(host_name(server)) && !self.has_certificates(server)
-                    || self.0.options.plain_http.iter().any(|known| known == host)
-            }
+        let loopback = is_loopback(host_name(server));
+        let plain = if self.0.options.plain_http.iter().any(|known| known == host) {
+            true
+        } else if self.is_insecure(server) || loopback && !self.0.options.authorities.is_empty() {
+            !self.speaks_https(server)?
+        } else {
+            loopback && !self.has_certificates(server)
         };
         let text = format!("{}://{server}/v2/{path}", if plain { "http" } else { "https" });
         Url::parse(&text).map_err(|_| RegistryError::BadUrl { url: text })
@@ -400,7 +401,7 @@ impl Client {
         !host.contains('/') && self.0.options.certificates.iter().any(|directory| directory.join(host).is_dir())
     }
 
-    /// Asks an insecure host once which protocol it speaks.
+    /// Asks a host that may speak plain HTTP once which protocol it speaks.
     fn speaks_https(&self, host: &str) -> Result<bool, RegistryError> {
         if let Some(known) = locked(&self.0.speaks_https).get(host) {
             return Ok(*known);

@@ -38,6 +38,8 @@ pub enum Kind {
     References,
     /// What is known of files by address.
     Files,
+    /// Repositories and checkouts of them.
+    Repositories,
     /// Cache mounts.
     Mounts,
     /// Digests of contexts.
@@ -57,6 +59,7 @@ impl Kind {
             Kind::Records => "records",
             Kind::References => "references",
             Kind::Files => "files",
+            Kind::Repositories => "repositories",
             Kind::Mounts => "mounts",
             Kind::Contexts => "contexts",
             Kind::Logs => "logs",
@@ -201,6 +204,12 @@ impl<'a> Survey<'a> {
         survey.records();
         survey.references();
         survey.files();
+        for repository in entries(&root.join("git")) {
+            for path in entries(&repository).into_iter().filter(|path| path.is_dir()) {
+                let (used, needs) = (newest(&path), BTreeSet::new());
+                survey.items.push(Item { kind: Kind::Repositories, path, used, needs, replaced: false });
+            }
+        }
         for (part, kind) in [("mounts", Kind::Mounts), ("context", Kind::Contexts), ("logs", Kind::Logs)] {
             for path in entries(&root.join(part)) {
                 let used = newest(&path);
@@ -372,6 +381,11 @@ pub fn usage(store: &Store) -> Result<Usage, StoreError> {
                 let mine = store.own_tmp();
                 let others = entries(&path).into_iter().filter(|path| Some(path) != mine.as_ref());
                 own(&path) + others.map(|path| disk.usage(&path)).sum::<u64>()
+            }
+            // A lock is all that is left of each when it is not used any more.
+            "git" => {
+                let left = |repository: PathBuf| own(&repository) + own(&repository.join("lock"));
+                own(&path) + entries(&path).into_iter().map(left).sum::<u64>()
             }
             // Counted entry by entry above.
             name if parts.contains(&name) => own(&path),

@@ -224,9 +224,8 @@ fn faults_are_survived() {
     // This registry forgets uploads that broke; those that do not are played by `Keeping`.
     check("cut upload", Box::new(first(1, "PATCH", "/uploads/", || Fault::CutBody(2 << 20))));
     check("upload cut often", Box::new(first(3, "PATCH", "/uploads/", || Fault::CutBody(100_000))));
-    let proxy = check("lost answer", Box::new(first(1, "PATCH", "/uploads/", || Fault::LoseAnswer)));
-    assert!(proxy.blob_bytes() < (4 << 20), "sent twice: {:?}", proxy.seen());
-    check(
+    check("lost answer", Box::new(first(1, "PATCH", "/uploads/", || Fault::LoseAnswer)));
+    let proxy = check(
         "lost last answer",
         Box::new({
             let lost = AtomicUsize::new(0);
@@ -236,6 +235,7 @@ fn faults_are_survived() {
             }
         }),
     );
+    assert!(proxy.blob_bytes() < (4 << 20), "sent twice: {:?}", proxy.seen());
     check("cut answer", Box::new(first(1, "PATCH", "/uploads/", || Fault::CutAnswer(20))));
     check(
         "forgotten upload",
@@ -283,56 +283,74 @@ fn faults_are_survived() {
     assert_eq!(survived, 19);
 }
 
+/// What a registry has of the one blob that it knows.
+#[derive(Default)]
+struct Kept {
+    bytes: Vec<u8>,
+    whole: bool,
+    lines: Vec<String>,
+}
+
 /// A registry that keeps what it got of a broken upload: every connection ends after `limit` bytes of a body.
-fn keeping(limit: usize) -> (String, Arc<Mutex<(Vec<u8>, Vec<String>)>>) {
+fn keeping(limit: usize) -> (String, Arc<Mutex<Kept>>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let host = listener.local_addr().unwrap().to_string();
-    let state = Arc::new(Mutex::new((Vec::<u8>::new(), Vec::<String>::new())));
+    let state = Arc::new(Mutex::new(Kept::default()));
     let kept = state.clone();
     std::thread::spawn(move || {
-        let mut whole = false;
         for stream in listener.incoming() {
-            let Ok(mut stream) = stream else { return };
-            let mut reader = BufReader::new(stream.try_clone().unwrap());
-            let mut head = String::new();
-            while reader.read_line(&mut head).is_ok_and(|count| count > 2) {}
-            let lower = head.to_ascii_lowercase();
-            let field = |name: &str| lower.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
-            let length: usize = field("content-length:").and_then(|length| length.parse().ok()).unwrap_or(0);
-            let mut state = kept.lock().unwrap();
-            let line = head.lines().next().unwrap_or_default().to_owned();
-            let range = field("content-range:").map(|range| format!(" range {range}")).unwrap_or_default();
-            state.1.push(format!("{}{range}", line.split("?").next().unwrap()));
-            let location = "Location: /v2/app/blobs/uploads/1?state=x\r\n";
-            match line.split(' ').next().unwrap() {
-                "HEAD" if whole => reply(&mut stream, "200 OK", "", b""),
-                "HEAD" => reply(&mut stream, "404 Not Found", "", b""),
-                "POST" => {
-                    state.0.clear();
-                    reply(&mut stream, "202 Accepted", location, b"");
-                }
-                "GET" => {
-                    let range = format!("Range: 0-{}\r\n{location}", state.0.len() - 1);
-                    reply(&mut stream, "204 No Content", &range, b"");
-                }
-                "PATCH" => {
-                    let mut body = vec![0; length.min(limit)];
-                    reader.read_exact(&mut body).unwrap();
-                    state.0.extend(body);
-                    if length > limit {
-                        continue;
-                    }
-                    let range = format!("Range: 0-{}\r\n{location}", state.0.len() - 1);
-                    reply(&mut stream, "202 Accepted", &range, b"");
-                }
-                _ => {
-                    whole = line.contains(&sha256(&state.0).replace(':', "%3A"));
-                    reply(&mut stream, if whole { "201 Created" } else { "400 Bad Request" }, "", b"");
-                }
-            }
+            let Ok(stream) = stream else { return };
+            let kept = kept.clone();
+            // A client may open a connection and send nothing.
+            std::thread::spawn(move || keep(stream, &kept, limit));
         }
     });
     (host, state)
+}
+
+fn keep(mut stream: TcpStream, kept: &Mutex<Kept>, limit: usize) {
+    let mut reader = BufReader::new(stream.try_clone().unwrap());
+    let mut head = String::new();
+    while reader.read_line(&mut head).is_ok_and(|count| count > 2) {}
+    if head.is_empty() {
+        return;
+    }
+    let lower = head.to_ascii_lowercase();
+    let field = |name: &str| lower.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+    let length: usize = field("content-length:").and_then(|length| length.parse().ok()).unwrap_or(0);
+    let line = head.lines().next().unwrap_or_default().to_owned();
+    let range = field("content-range:").map(|range| format!(" range {range}")).unwrap_or_default();
+    let mut body = vec![0; length.min(limit)];
+    reader.read_exact(&mut body).unwrap();
+    let mut state = kept.lock().unwrap();
+    state.lines.push(format!("{}{range}", line.split('?').next().unwrap()));
+    let location = "Location: /v2/app/blobs/uploads/1?state=x\r\n";
+    let there = |bytes: &[u8]| format!("Range: 0-{}\r\n{location}", bytes.len().saturating_sub(1));
+    match line.split(' ').next().unwrap() {
+        "HEAD" => {
+            let length =
+                format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", state.bytes.len());
+            match state.whole {
+                true => drop(stream.write_all(length.as_bytes())),
+                false => reply(&mut stream, "404 Not Found", "", b""),
+            }
+        }
+        "POST" => reply(&mut stream, "202 Accepted", location, b""),
+        "GET" => {
+            let head = format!("HTTP/1.1 204 No Content\r\nConnection: close\r\n{}\r\n", there(&state.bytes));
+            let _ = stream.write_all(head.as_bytes());
+        }
+        "PATCH" => {
+            state.bytes.extend(body);
+            if length <= limit {
+                reply(&mut stream, "202 Accepted", &there(&state.bytes), b"");
+            }
+        }
+        _ => {
+            state.whole = line.contains(&sha256(&state.bytes).replace(':', "%3A"));
+            reply(&mut stream, if state.whole { "201 Created" } else { "400 Bad Request" }, "", b"");
+        }
+    }
 }
 
 #[test]
@@ -357,13 +375,13 @@ fn an_interrupted_upload_goes_on_where_it_broke() {
         panic!("mounted")
     };
     client.upload(&upload, opened, &file).unwrap();
+    assert!(client.has_blob(&upload).unwrap());
     let state = state.lock().unwrap();
-    assert!(state.0 == content, "other bytes");
-    let patches: Vec<_> = state.1.iter().filter(|line| line.starts_with("PATCH")).collect();
+    assert!(state.bytes == content, "other bytes");
+    let patches: Vec<_> = state.lines.iter().filter(|line| line.starts_with("PATCH")).collect();
     assert_eq!(patches.len(), 3, "{patches:?}");
     assert!(patches[1].contains("range 700000-1999999") && patches[2].contains("range 1400000-1999999"), "{patches:?}");
     assert_eq!(told.lock().unwrap().last(), Some(&2_000_000));
-    assert!(client.has_blob(&upload).unwrap());
 }
 
 #[test]
