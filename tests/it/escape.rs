@@ -122,7 +122,6 @@ int main(void) {
     try("vhangup", syscall(SYS_vhangup));
     try("tiocsti", ioctl(0, 0x5412, "x"));
     try("mknod and open", mknod("/dn", S_IFCHR | 0600, 0x103) ? -1 : open("/dn", O_RDONLY));
-    try("ptrace the parent", getppid() > 0 ? ptrace(PTRACE_ATTACH, 1, 0, 0) : -1);
     return escaped;
 }
 "#;
