@@ -248,6 +248,8 @@ impl<'a> Reader<'a> {
             }
             self.state = Directives::Done;
             if trimmed.is_empty() {
+                // An empty line parts a comment from the instruction: it describes something else.
+                self.comments.clear();
                 continue;
             }
             return Some(self.logical(start..range.end));
@@ -370,6 +372,11 @@ fn parse_directive(comment: &str) -> Option<(String, Range<usize>)> {
     (end > start).then(|| (known.to_owned(), start..end))
 }
 
+/// Whether a comment would be a directive if it stood at the start of a file.
+pub(crate) fn is_directive(comment: &str) -> bool {
+    parse_directive(comment).is_some()
+}
+
 /// Front end that a file asks for with `# syntax=`, `// syntax=` or `{"syntax": …}`, where the last two are for files
 /// that are no Dockerfiles; a `#!` line before it is skipped.
 pub fn detect_syntax(text: &str) -> Option<String> {
@@ -464,6 +471,9 @@ mod tests {
         let mut reader = Reader::new("# syntax=x\n# gone\n#\n# one\n  #two\nA\nB");
         assert_eq!(reader.next_line().unwrap().comments, ["one", "two"]);
         assert!(reader.next_line().unwrap().comments.is_empty());
+        let mut reader = Reader::new("# apart\n \nA\n# one\nB");
+        assert!(reader.next_line().unwrap().comments.is_empty());
+        assert_eq!(reader.next_line().unwrap().comments, ["one"]);
     }
 
     #[test]

@@ -17,6 +17,7 @@ use crate::materialize::{self, Ownership};
 use crate::op::copy::CopyError;
 use crate::op::file::Recipe;
 use crate::op::source::{self, Form, ImageLayer, ResolvedImage, SourceContext, SourceError};
+use crate::op::unpacked::UnpackError;
 use crate::plan::cache_key::Key;
 use crate::sandbox::Cancel;
 use crate::store::layers::pulled_layer_id;
@@ -41,6 +42,9 @@ pub enum SnapshotError {
     /// A base image failed.
     #[error(transparent)]
     Source(#[from] SourceError),
+    /// A download that serves as a context cannot be unpacked.
+    #[error(transparent)]
+    Unpack(#[from] Box<UnpackError>),
     /// Reading or writing a layer's tar failed.
     #[error("cannot write layer {layer}")]
     Layer {
@@ -80,6 +84,12 @@ pub enum SnapshotError {
         /// Why.
         source: io::Error,
     },
+}
+
+impl From<UnpackError> for SnapshotError {
+    fn from(error: UnpackError) -> Self {
+        Self::Unpack(Box::new(error))
+    }
 }
 
 /// One layer of a snapshot.
@@ -401,6 +411,14 @@ impl Workspace {
     /// Can the layer's bytes be had? A record whose layer has lost them is no hit.
     pub(crate) fn is_whole(&self, id: &LayerId, recipe: bool) -> bool {
         self.store.has_layer(id) && (recipe || self.store.tree_dir(id).is_some())
+    }
+
+    /// The blob that a base layer came as, if it may stay as it is; the store need not have it.
+    pub fn original_blob(&self, layer: &Layer, compression: Compression) -> Option<LayerBlob> {
+        let (image, at) = layer.image()?;
+        let layer = &image.layers[at];
+        let stays = !compression.force || is_codec(layer, compression.codec);
+        stays.then(|| LayerBlob { descriptor: layer.descriptor.clone(), diff_id: layer.diff_id.clone() })
     }
 
     /// The layer as a blob in the store; makes it when there is none.

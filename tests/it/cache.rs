@@ -178,11 +178,11 @@ fn one_byte_reruns_what_can_see_it_and_says_why() {
     build.runs();
     build.write("other", "p");
     let ended = build.runs();
-    assert!(ended.ran().iter().all(|step| !step.contains("sort")), "{}", ended.stderr);
+    assert!(ended.ran().iter().all(|step| !step.contains("RUN sort")), "{}", ended.stderr);
     assert!(ended.stderr.contains("runs because: other changed"), "{}", ended.stderr);
     build.write("list", "c\na\n");
     let ended = build.runs();
-    assert!(ended.ran().iter().any(|step| step.contains("sort")), "{}", ended.stderr);
+    assert!(ended.ran().iter().any(|step| step.contains("RUN sort")), "{}", ended.stderr);
 }
 
 #[test]

@@ -245,7 +245,7 @@ pub(crate) fn run(mut command: Command, stdin: Option<&[u8]>) -> Ended {
 }
 
 /// The layout of the base image `busybox`, made once.
-fn busybox_base() -> &'static Path {
+pub(crate) fn busybox_base() -> &'static Path {
     static BASE: OnceLock<PathBuf> = OnceLock::new();
     BASE.get_or_init(|| {
         let busybox = bases::busybox().expect("busybox is in PATH; make test installs it");

@@ -1,6 +1,7 @@
 //! RUN as a vertex: its key, its mounts, its sandbox, and the layer that it leaves.
 
 use crate::materialize::{self, MaterializeError, Ownership};
+use crate::op::agent::AgentSocket;
 use crate::op::file::Value;
 use crate::op::user::{self, UserError};
 use crate::plan::cache_key::{Key, Parts};
@@ -174,7 +175,7 @@ fn mounted_tree(
         Some(Value::Snapshot(snapshot)) => workspace.flatten(snapshot)?,
         Some(Value::Context(local)) => local.tree()?,
         Some(Value::Checkout(tree)) => tree.clone(),
-        Some(Value::File(_)) => return Ok(None),
+        Some(Value::File(file)) => file.tree(&workspace.store).map_err(SnapshotError::from)?,
     };
     let path = match tree.resolve(source.as_bytes(), true) {
         Resolved::Found(path) => path,
@@ -232,10 +233,16 @@ pub fn execute(
     let mut mounts = Vec::new();
     let mut locks = Vec::new();
     let caches = lock_caches(workspace, &op.mounts, cancel, &mut locks)?;
-    let mut setup = MountSetup { workspace, inputs, host, scratch: &scratch, env: &mut env, caches };
-    for (at, mount) in op.mounts.iter().enumerate() {
+    let mut setup =
+        MountSetup { workspace, inputs, host, scratch: &scratch, env: &mut env, caches, agents: Vec::new() };
+    let mut in_order: Vec<(usize, &Mount)> = op.mounts.iter().enumerate().collect();
+    // What is mounted inside of another mount comes after it, whatever the order in the Dockerfile.
+    in_order.sort_by_key(|(_, mount)| mount.target.split('/').filter(|part| !part.is_empty()).count());
+    for (at, mount) in in_order {
         mounts.extend(setup.mount(at, mount)?);
     }
+    // They listen until the step has ended.
+    let agents = std::mem::take(&mut setup.agents);
     let spec = RunSpec {
         rootfs,
         mounts,
@@ -261,7 +268,7 @@ pub fn execute(
         fake_ownership: workspace.ownership == Ownership::SingleId,
     };
     let result = sandbox::run(&spec, cancel, log);
-    drop(locks);
+    drop((locks, agents));
     let outcome: Outcome = result?;
     if cancel.is_cancelled() {
         return Err(RunError::Interrupted);
@@ -321,6 +328,8 @@ struct MountSetup<'a> {
     env: &'a mut Vec<(String, String)>,
     /// Directories of the step's cache mounts, by the mounts' ids.
     caches: BTreeMap<String, PathBuf>,
+    /// Sockets for the step, kept by the caller until it has ended.
+    agents: Vec<AgentSocket>,
 }
 
 /// Locks the caches that a step mounts; the locks are to be held until it has ended. A step waits for one cache while
@@ -408,8 +417,12 @@ impl MountSetup<'_> {
                     self.set_env("SSH_AUTH_SOCK", target.clone());
                 }
                 match self.host.ssh.get(id) {
-                    Some(socket) => {
-                        Some(SetupMount::Socket { source: socket.clone(), target, mode: *mode, uid: *uid, gid: *gid })
+                    Some(agent) => {
+                        let io = |source| RunError::Io { path: agent.clone(), source };
+                        let socket = AgentSocket::new(agent).map_err(io)?;
+                        let source = socket.path().to_owned();
+                        self.agents.push(socket);
+                        Some(SetupMount::Socket { source, target, mode: *mode, uid: *uid, gid: *gid })
                     }
                     None if *required => return Err(RunError::NoSsh(id.clone())),
                     None => None,

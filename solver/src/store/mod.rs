@@ -14,11 +14,12 @@
 //!   steps/STEP           identity of a step -> key of its newest record
 //!   references/HEX       what image references resolved to (store/refs.rs)
 //!   http/HEX             files fetched by address (registry/http.rs)
+//!   git/HEX/             a repository and checkouts of it (op/git.rs)
 //!   context/ mounts/ logs/   their owners know
 //!   tmp/NAME/            one per process, with a lock that the process holds while it lives
 //! ```
 //!
-//! Invariants: nothing outside `tmp/` is ever written in place. A file is made in this process's directory in `tmp/`, checked,
+//! Invariants: nothing outside `tmp/` is ever written in place, but for `git/HEX/repo`, which git itself keeps whole. A file is made in this process's directory in `tmp/`, checked,
 //! synced as its meaning needs, and renamed; a directory likewise. What is found under its final name is therefore
 //! whole, unless the machine lost power: layer blobs are synced before the rename, small documents are checked against
 //! their digest or checksum when read, and trees are checked once after the first boot that follows their making.
@@ -26,6 +27,7 @@
 
 pub mod blob;
 pub mod layers;
+pub mod prune;
 pub mod record;
 pub mod refs;
 
@@ -58,6 +60,7 @@ const DIRECTORIES: &[&str] = &[
     "steps",
     "references",
     "http",
+    "git",
     "context",
     "mounts",
     "logs",
@@ -258,7 +261,7 @@ impl Store {
         &self.root
     }
 
-    /// Directory of one of the parts whose owners are elsewhere: `context`, `mounts`, `logs`, `http`.
+    /// Directory of one of the parts whose owners are elsewhere: `context`, `mounts`, `logs`, `http`, `git`.
     pub fn part(&self, name: &str) -> PathBuf {
         self.root.join(name)
     }
@@ -397,6 +400,13 @@ fn remove_dead(parent: &Path) -> Result<(), StoreError> {
         let _ = remove_tree(&path);
     }
     Ok(())
+}
+
+impl Store {
+    /// This process's directory in `tmp/`, if it was needed.
+    fn own_tmp(&self) -> Option<PathBuf> {
+        self.tmp.lock().unwrap_or_else(std::sync::PoisonError::into_inner).as_ref().map(|own| own.path.clone())
+    }
 }
 
 /// Makes this process's temporary directory.

@@ -141,7 +141,11 @@ impl Store {
 
     /// What a registry said about a reference last time; nothing when it was never asked.
     pub fn remembered_reference(&self, reference: &str) -> Result<Option<RememberedReference>, StoreError> {
-        let bytes = self.read_optional(&self.reference_path(reference))?;
+        let path = self.reference_path(reference);
+        let bytes = self.read_optional(&path)?;
+        if bytes.is_some() {
+            super::prune::note_use(&path);
+        }
         let remembered = bytes.and_then(|bytes| serde_json::from_slice::<RememberedReference>(&bytes).ok());
         Ok(remembered.filter(|remembered| remembered.reference == reference))
     }
