@@ -27,6 +27,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+/// The part of a key that stands for the file system that a step changes.
+const PARENT: &str = "content below";
 /// Lines of a failed step's output that its error repeats.
 const TAIL_LINES: usize = 20;
 /// A line longer than this is cut in the error; the log keeps it whole.
@@ -441,17 +443,22 @@ impl Build<'_> {
         turns.entry(key.hex()).or_default().clone()
     }
 
-    fn add_parent(&self, parts: &mut Parts, vertex: &Vertex, parent: &Snapshot) {
-        let before = vertex.inputs.first().copied().flatten().map(|input| &self.definition.vertices[input.0]);
-        // The name must not depend on anything that changes, or a change would read as "gone" and "new".
-        let name = match before {
+    /// The step's name in the key is the same whatever it stands on: a predecessor that is written in another way and
+    /// gives the same content changes nothing.
+    fn add_parent(parts: &mut Parts, parent: &Snapshot) {
+        parts.add(PARENT, parent.content().hex());
+    }
+
+    /// What a difference in the parent's content is called.
+    fn parent_name(&self, id: VertexId) -> String {
+        let input = self.definition.vertices[id.0].inputs.first().copied().flatten();
+        match input.map(|input| &self.definition.vertices[input.0]) {
             None => "content of scratch".to_owned(),
             Some(Vertex { op: Op::Source(Source::Image(_)), text, .. }) => {
                 format!("content of image {}", text.trim_start_matches("FROM "))
             }
             Some(before) => format!("content of {}", before.text),
-        };
-        parts.add(name, parent.content().hex());
+        }
     }
 
     fn steps(&self, id: VertexId, vertex: &Vertex) -> [String; 2] {
@@ -494,6 +501,9 @@ impl Build<'_> {
                         record.parts.iter().map(|part| (part.name.clone(), part.value.clone())).collect();
                     let mut differences = parts.differences(&old);
                     differences.retain(|difference| difference.part != "arguments" || differences_only(&old, parts));
+                    for difference in differences.iter_mut().filter(|difference| difference.part == PARENT) {
+                        difference.part = self.parent_name(id);
+                    }
                     let files = differences.iter().any(|difference| difference.part == "files");
                     differences.retain(|difference| difference.part != "files");
                     let layer = record.layer.as_ref().and_then(|layer| store.layer(layer).ok());
@@ -549,7 +559,7 @@ impl Build<'_> {
         let recipe = Recipe { op, parent: parent.clone(), inputs, now: self.now };
         let (mut parts, selection) = recipe.parts(self.workspace)?;
         parts.add("platform", vertex.platform.to_string());
-        self.add_parent(&mut parts, vertex, &parent);
+        Self::add_parent(&mut parts, &parent);
         let (key, steps) = (parts.key(), self.steps(id, vertex));
         let reason = match vertex.ignore_cache {
             true => Reason::CacheOff,
@@ -587,7 +597,7 @@ impl Build<'_> {
             *first = Some(Value::Snapshot(parent.clone()));
         }
         let mut parts = run::parts(self.workspace, vertex, op, &inputs)?;
-        self.add_parent(&mut parts, vertex, &parent);
+        Self::add_parent(&mut parts, &parent);
         let (key, steps) = (parts.key(), self.steps(id, vertex));
         // Of equal steps in two stages one runs, and the other takes its result.
         let turn = self.turn(&key);

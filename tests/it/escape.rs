@@ -21,10 +21,10 @@ const ATTEMPTS: &[(&str, &str)] = &[
     ("the namespace of process 1", "nsenter -t 1 -m true && echo ESCAPED"),
     ("read a device made by hand", "mknod /d b 7 0 2>/dev/null && head -c 1 /d && echo ESCAPED"),
     ("write a harmless device made by hand", "mknod /n c 1 3 2>/dev/null && echo x > /n && echo ESCAPED"),
-    ("the host's files behind process 1", "[ -e /proc/1/root$MARK ] && echo ESCAPED"),
-    ("the host's files behind any process", "for p in /proc/[0-9]*; do [ -e $p/root$MARK ] && echo ESCAPED; done"),
+    ("host files behind process 1", "[ -e /proc/1/root$MARK ] && echo ESCAPED"),
+    ("host files behind any process", "for p in /proc/[0-9]*; do [ -e $p/root$MARK ] && echo ESCAPED; done"),
     (
-        "the host's files behind ..",
+        "host files behind ..",
         "[ -e /../../../../..$MARK ] && echo ESCAPED; cd /proc/1/cwd && [ -e ..$MARK ] && echo ESCAPED",
     ),
     ("chroot and climb", "mkdir /j && chroot /j /bin/true; cd ../../../..; [ -e .$MARK ] && echo ESCAPED"),
@@ -34,11 +34,11 @@ const ATTEMPTS: &[(&str, &str)] = &[
     ("run a program on hotplug", "(echo /x > /sys/kernel/uevent_helper) && echo ESCAPED"),
     ("make a control group", "mkdir /sys/fs/cgroup/x && echo ESCAPED; mkdir /sys/fs/cgroup/memory/x && echo ESCAPED"),
     (
-        "read the kernel's memory",
+        "read kernel memory",
         "[ -n \"$(head -c 1 /proc/kcore | od)\" ] && head -c 1 /proc/kcore | grep -q . && echo ESCAPED",
     ),
-    ("read the kernel's keys", "grep -q . /proc/keys && echo ESCAPED"),
-    ("read the kernel's log", "dmesg | grep -q . && echo ESCAPED; grep -q . /dev/kmsg && echo ESCAPED"),
+    ("read kernel keys", "grep -q . /proc/keys && echo ESCAPED"),
+    ("read kernel log", "dmesg | grep -q . && echo ESCAPED; grep -q . /dev/kmsg && echo ESCAPED"),
     ("name the machine", "hostname evil && echo ESCAPED"),
     ("switch the machine off", "reboot -f && echo ESCAPED"),
     ("swap on a file", "head -c 100000 /dev/zero > /s; swapon /s && echo ESCAPED"),
@@ -52,7 +52,7 @@ const ATTEMPTS: &[(&str, &str)] = &[
         "for f in /proc/1/fd/*; do case $(readlink $f) in pipe:*|/dev/null|/t.sh|socket:*) ;; *) echo ESCAPED $f $(readlink $f);; esac; done",
     ),
     (
-        "the builder's environment",
+        "environment of the builder",
         "tr '\\0' '\\n' < /proc/1/environ | grep HOST_ONLY && echo ESCAPED; env | grep HOST_ONLY && echo ESCAPED",
     ),
     (
@@ -122,7 +122,6 @@ int main(void) {
     try("vhangup", syscall(SYS_vhangup));
     try("tiocsti", ioctl(0, 0x5412, "x"));
     try("mknod and open", mknod("/dn", S_IFCHR | 0600, 0x103) ? -1 : open("/dn", O_RDONLY));
-    try("ptrace the parent", getppid() > 0 ? ptrace(PTRACE_ATTACH, 1, 0, 0) : -1);
     return escaped;
 }
 "#;
@@ -382,7 +381,7 @@ fn hostile_base_images() {
         ("a wrong size", good.clone(), None, None, Some(7)),
         ("a digest that is a path", good.clone(), None, Some("sha256:../../../../etc/passwd"), None),
         ("a diff id that is a path", good.clone(), Some("../../../../tmp/evil"), None, None),
-        ("half an archive", good[..600].to_vec(), None, None, None),
+        ("half an archive", good[..400].to_vec(), None, None, None),
         ("no archive", vec![b'x'; 5000], None, None, None),
     ];
     for (name, layer, diff_id, digest, size) in &wrong {

@@ -200,7 +200,7 @@ impl Recipe {
         let read = |node: &Node| workspace.read_whole(node);
         // Kept until the build ends: what archives hold is read in place.
         let unpacks = op.unpack.unwrap_or(op.add);
-        let staging = if unpacks { workspace.store.begin_tree()? } else { workspace.store.tmp_path()? };
+        let staging = if unpacks { workspace.store.begin_tree()? } else { std::path::PathBuf::new() };
         Ok(copy::copy(op, &inputs, dest, &staging, self.now, &read)?)
     }
 
