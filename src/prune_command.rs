@@ -11,45 +11,43 @@ use nacre_solver::store::{Store, StoreError};
 use serde_json::{Map, Value, json};
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 fn store_error(error: StoreError) -> CommandError {
     CommandError::new(Exit::Store, &error, None)
 }
 
-/// Goes where files of mapped users are ours. Without a namespace those that are our own can be seen all the same.
-fn enter() -> Option<i32> {
+/// Goes where files of mapped users are ours; `false` when a process there has done the work. Without a namespace those
+/// that are our own can be seen all the same.
+fn enter() -> Result<bool, CommandError> {
     match idmap::enter(idmap::EnterRequest::Best) {
-        Ok(idmap::Entered::Parent { exit_code }) => Some(exit_code),
-        Ok(idmap::Entered::Root | idmap::Entered::Inside { .. }) | Err(_) => None,
+        Ok(idmap::Entered::Parent { exit_code: 0 }) => Ok(false),
+        Ok(idmap::Entered::Parent { exit_code }) => {
+            Err(CommandError::Inside(u8::try_from(exit_code).unwrap_or(u8::MAX)))
+        }
+        Ok(idmap::Entered::Root | idmap::Entered::Inside { .. }) | Err(_) => Ok(true),
     }
 }
 
-/// Removes what may go.
-pub(crate) fn prune(args: &PruneArgs, env: &Environment, cancel: &AtomicBool) -> Result<(), CommandError> {
+/// Removes what may go. A signal ends it at once, which the store bears.
+pub(crate) fn prune(args: &PruneArgs, env: &Environment) -> Result<(), CommandError> {
     let path = env.store(args.store.as_deref())?;
     let options = options(args)?;
-    if let Some(code) = enter() {
-        std::process::exit(code);
+    if !enter()? {
+        return Ok(());
     }
     let told = Cell::new(false);
     let wait = || {
         if !told.replace(true) {
             crate::print_error("waiting for builds that use the store\n");
         }
-        !cancel.load(Ordering::SeqCst)
+        true
     };
-    let stop = || cancel.load(Ordering::SeqCst);
     let pruned = match ExclusiveStore::open(&path, &wait).map_err(store_error)? {
-        Some(store) => store.prune(&options, &stop).map_err(store_error)?,
-        None if stop() => return Err(CommandError::Interrupted),
+        Some(store) => store.prune(&options, &|| false).map_err(store_error)?,
         // No store is one with nothing in it.
         None => Default::default(),
     };
-    if stop() {
-        return Err(CommandError::Interrupted);
-    }
     for left in &pruned.left {
         crate::print_error(&format!("warning: not removed: {left}\n"));
     }
@@ -59,10 +57,9 @@ pub(crate) fn prune(args: &PruneArgs, env: &Environment, cancel: &AtomicBool) ->
             format!("{}{freed}", table(&pruned.removed))
         }
         ListFormat::Json => {
-            format!(
-                "{:#}\n",
-                json!({"removed": amounts(&pruned.removed), "freed_bytes": pruned.freed_bytes, "left": pruned.left})
-            )
+            let removed = amounts(&pruned.removed);
+            let value = json!({"removed": removed, "freed_bytes": pruned.freed_bytes, "left": pruned.left});
+            format!("{value:#}\n")
         }
     };
     crate::print_result(&text)
@@ -92,8 +89,8 @@ fn options(args: &PruneArgs) -> Result<PruneOptions, CommandError> {
 /// Shows what the store holds.
 pub(crate) fn usage(args: &UsageArgs, env: &Environment) -> Result<(), CommandError> {
     let path = env.store(args.store.as_deref())?;
-    if let Some(code) = enter() {
-        std::process::exit(code);
+    if !enter()? {
+        return Ok(());
     }
     let usage = if path.exists() {
         let store = Store::open(&path).map_err(store_error)?;

@@ -39,7 +39,9 @@ pub(crate) struct Proxy {
     seen: Arc<Mutex<Vec<Seen>>>,
 }
 
-type Rule = Arc<dyn Fn(usize, &str, &BTreeMap<String, String>) -> Fault + Send + Sync>;
+type Rule = Arc<BoxedRule>;
+/// What decides about a request by its number, first line and headers.
+pub(crate) type BoxedRule = dyn Fn(usize, &str, &BTreeMap<String, String>) -> Fault + Send + Sync;
 
 impl Proxy {
     /// Starts one; `rule` gets the request's number, first line and headers.

@@ -1,6 +1,6 @@
 //! Pushing: to a real registry, through a proxy that counts and breaks things.
 
-use super::proxy::{Fault, Proxy};
+use super::proxy::{BoxedRule, Fault, Proxy};
 use super::*;
 use nacre_solver::export::put_in_store;
 use nacre_solver::push::{PushError, PushImage, PushReport, push};
@@ -195,20 +195,19 @@ fn faults_are_survived() {
     let (_directory, store) = store();
     let context = context(&store, quick());
     let mut survived = 0;
-    let mut check =
-        |name: &str, rule: Box<dyn Fn(usize, &str, &BTreeMap<String, String>) -> Fault + Send + Sync>| -> Proxy {
-            let proxy = Proxy::start(&registry.host, rule);
-            let content = noise(3 << 20, survived as u64 * 2 + 10);
-            let (image, assembled) = stored(&store, &[tar_of("big", &content)]);
-            let report = send(&image, &[to(&proxy.host, &format!("fault/n{survived}:1"))], &context);
-            let report = report.unwrap_or_else(|error| panic!("{name}: {error}: {:?}", proxy.seen()));
-            assert_eq!(report.sent, 2, "{name}");
-            let target = format!("{}/fault/n{survived}:1", registry.host);
-            assert_eq!(skopeo_digest(&target, &[]), assembled.manifest_descriptor.digest, "{name}");
-            skopeo_copies(&target);
-            survived += 1;
-            proxy
-        };
+    let mut check = |name: &str, rule: Box<BoxedRule>| -> Proxy {
+        let proxy = Proxy::start(&registry.host, rule);
+        let content = noise(3 << 20, survived as u64 * 2 + 10);
+        let (image, assembled) = stored(&store, &[tar_of("big", &content)]);
+        let report = send(&image, &[to(&proxy.host, &format!("fault/n{survived}:1"))], &context);
+        let report = report.unwrap_or_else(|error| panic!("{name}: {error}: {:?}", proxy.seen()));
+        assert_eq!(report.sent, 2, "{name}");
+        let target = format!("{}/fault/n{survived}:1", registry.host);
+        assert_eq!(skopeo_digest(&target, &[]), assembled.manifest_descriptor.digest, "{name}");
+        skopeo_copies(&target);
+        survived += 1;
+        proxy
+    };
     let answer = |status: &'static str, headers: &str| {
         let headers = headers.to_owned();
         move || Fault::Answer(status, headers.clone())
@@ -390,7 +389,7 @@ fn hopeless_faults_end_clearly() {
     let (_directory, store) = store();
     let context = context(&store, ClientOptions { attempts: 3, ..quick() });
     let (image, _) = stored(&store, &[tar_of("big", &noise(200_000, 5))]);
-    let fails = |rule: Box<dyn Fn(usize, &str, &BTreeMap<String, String>) -> Fault + Send + Sync>, words: &str| {
+    let fails = |rule: Box<BoxedRule>, words: &str| {
         let proxy = Proxy::start(&registry.host, rule);
         let error = send(&image, &[to(&proxy.host, "hopeless:1")], &context).unwrap_err().to_string();
         assert!(error.contains(words), "{error}");
@@ -568,6 +567,7 @@ fn uploads_elsewhere_get_no_credentials() {
 }
 
 #[test]
+#[expect(clippy::disallowed_methods, reason = "PATH is where helpers are looked for")]
 fn helpers_keep_credentials() {
     // Helpers are looked up in PATH, which only a process of its own can have changed.
     let directory = tempfile::tempdir().unwrap();
