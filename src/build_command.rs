@@ -1,19 +1,21 @@
 //! `nacre build`: read the Dockerfile, lower it, solve the graph, export. The one place that knows both crates.
 
+use crate::blame;
 use crate::export_command::{self, Built};
 use crate::progress::{Screen, ScreenOptions};
-use crate::report::{CommandError, Exit, Failure, Place, StepFailure, StepOutcome, with_causes};
+use crate::report::{CommandError, Exit, Failure, Place, StepFailure, StepOutcome, Style, with_causes};
 use crate::request::{
-    BuildRequest, CacheUse, Call, ContextSource, DockerfileSource, Environment, NamedSource, SshSource,
+    BuildRequest, CacheUse, Call, ContextSource, DockerfileSource, Environment, NamedSource, ProgressMode, SshSource,
 };
+use nacre_frontend::check::{IgnoreRules, Warning};
 use nacre_frontend::diagnostic::Diagnostic;
 use nacre_frontend::instruction::{Dockerfile, InstructionKind};
 use nacre_frontend::llb::{Definition, ImageSource, Network, Platform};
 use nacre_frontend::lower::{self, BaseConfigs, BaseImage, Lowered, NamedContext};
 use nacre_frontend::reference::Reference;
-use nacre_frontend::source::SourceFile;
+use nacre_frontend::source::{SourceFile, Span};
 use nacre_frontend::{parser, platform};
-use nacre_solver::context::{Context, DigestCache, IgnoreFile};
+use nacre_solver::context::{Context, ContextError, DigestCache, IgnoreFile};
 use nacre_solver::materialize::{Ownership, WriteOptions};
 use nacre_solver::op::file::LocalContext;
 use nacre_solver::op::run::{Host, RunError};
@@ -23,8 +25,9 @@ use nacre_solver::sandbox::{self, Cancel};
 use nacre_solver::snapshot::Workspace;
 use nacre_solver::solve::{self, Event, SolveError, VertexError};
 use nacre_solver::store::Store;
+use nacre_solver::tree::ignore::IgnoreError;
 use nacre_solver::tree::layer::Limits;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -49,11 +52,16 @@ struct Input {
 /// Builds.
 pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<AtomicBool>) -> Result<(), CommandError> {
     let input = read_input(request)?;
-    let dockerfile = parser::parse(input.source.clone())
-        .map_err(|failure| CommandError::Dockerfile { source: failure.source, diagnostics: failure.diagnostics })?;
+    let parsed = parser::parse(input.source.clone());
     if !matches!(request.call, Call::Build) {
-        return crate::call_command::run(request, &dockerfile, &options(request, None)?);
+        let mut options = options(request, platforms(request)?.into_iter().next().flatten())?;
+        let ignore = IgnoreFile::Dockerfile(&input.dockerfile_path);
+        let context = Context::open(&input.directory, ignore).map_err(|error| context_error(&error))?;
+        options.ignored = ignored(&context);
+        return crate::call_command::run(request, parsed, options);
     }
+    let dockerfile = parsed
+        .map_err(|failure| CommandError::Dockerfile { source: failure.source, diagnostics: failure.diagnostics })?;
     // Before any thread exists: an ordinary user's build goes on in a process inside of a user namespace.
     let Some(ownership) = enter(&dockerfile)? else { return Ok(()) };
     let screen = Screen::start(ScreenOptions {
@@ -63,8 +71,12 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
         explain: request.explain,
     });
     let sink = screen.sink();
-    let result = build(request, &input, &dockerfile, ownership, signalled, &sink);
+    let mut found = BTreeSet::new();
+    let result = build(request, &input, &dockerfile, ownership, signalled, &sink, &mut found);
     screen.finish();
+    if matches!(request.progress, ProgressMode::Plain | ProgressMode::Tty) {
+        crate::print_error(&crate::call_command::in_build(&input.source, &found, Style { color: env.color }));
+    }
     let built = result?;
     export_command::report(request, &built)
 }
@@ -130,7 +142,7 @@ fn read_input(request: &BuildRequest) -> Result<Input, CommandError> {
     };
     let bytes = read_limited(&path).map_err(|error| {
         let message = format!("cannot read the Dockerfile `{}`: {error}", path.display());
-        let help = (error.kind() == std::io::ErrorKind::NotFound)
+        let help = matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::IsADirectory)
             .then(|| "name it with -f, or make a file called Dockerfile at the top of the context".to_owned());
         failure(Exit::Dockerfile, &message, help)
     })?;
@@ -204,7 +216,7 @@ fn platforms(request: &BuildRequest) -> Result<Vec<Option<Platform>>, CommandErr
         return Ok(vec![None]);
     }
     let parse = |text: &String| {
-        platform::parse(text, &host).map(Some).map_err(|error| CommandError::new(Exit::Usage, &error, None))
+        platform::parse(text, &host).map(Some).map_err(|error| CommandError::new(Exit::Usage, &error, error.help()))
     };
     request.platforms.iter().map(parse).collect()
 }
@@ -216,27 +228,19 @@ fn build(
     ownership: Ownership,
     signalled: &Arc<AtomicBool>,
     events: &(dyn Fn(Event) + Sync),
+    found: &mut BTreeSet<Warning>,
 ) -> Result<Vec<Built>, CommandError> {
     let store_error = |error| CommandError::new(Exit::Store, &error, None);
     let store = Store::open(&request.store).map_err(store_error)?;
     let store = Arc::new(if ownership == Ownership::SingleId { store.with_single_id() } else { store });
-    let client = Client::new(ClientOptions { credentials: request.docker_config.clone(), ..ClientOptions::default() });
-    let sources = SourceContext {
-        store: store.clone(),
-        client,
-        pull: if request.pull { PullPolicy::Always } else { PullPolicy::Missing },
-        offline: false,
-        limits: Limits::default(),
-        write: WriteOptions { ownership },
-        progress: None,
-    };
-    let workspace = Workspace::new(sources);
+    let workspace = Workspace::new(image_sources(request, store.clone(), ownership));
     let cancel = Cancel::new().map_err(|error| CommandError::new(Exit::Host, &error, None))?;
     let contexts = contexts(request, input, &store)?;
     let mut all = Vec::new();
     for platform in platforms(request)? {
-        let options = options(request, platform)?;
-        let (definition, images) = lowered(input, dockerfile, &options, &workspace, events)?;
+        let mut options = options(request, platform)?;
+        options.ignored = contexts.get("context").and_then(|local| ignored(local.context()));
+        let (definition, images) = lowered(input, dockerfile, &options, &workspace, events, found)?;
         let solve_request = solve::Request {
             contexts: contexts.clone(),
             images,
@@ -249,11 +253,58 @@ fn build(
             // Digests that are not kept are made again: no reason to fail.
             let _ = local.save();
         }
-        let snapshot = snapshot.map_err(|error| solve_error(error, &input.source))?;
+        let steps = blame::Steps { dockerfile, definition: &definition, contexts: &contexts };
+        let snapshot = snapshot.map_err(|error| solve_error(error, &steps))?;
         all.push(Built::new(definition.image, snapshot));
     }
     export_command::export(request, &workspace, &mut all, events)?;
     Ok(all)
+}
+
+/// Where images come from.
+pub(crate) fn image_sources(request: &BuildRequest, store: Arc<Store>, ownership: Ownership) -> SourceContext {
+    let client = Client::new(ClientOptions { credentials: request.docker_config.clone(), ..ClientOptions::default() });
+    SourceContext {
+        store,
+        client,
+        pull: if request.pull { PullPolicy::Always } else { PullPolicy::Missing },
+        offline: false,
+        limits: Limits::default(),
+        write: WriteOptions { ownership },
+        progress: None,
+    }
+}
+
+/// What the build checks need to know of a context. With exceptions nothing is said: what is below an excluded
+/// directory may be there all the same.
+fn ignored(context: &Context) -> Option<IgnoreRules> {
+    let rules = context.ignore_rules();
+    if rules.is_empty() || rules.has_exceptions() {
+        return None;
+    }
+    let rules = rules.clone();
+    Some(IgnoreRules::new(move |path| rules.excluded(path)))
+}
+
+/// A context that cannot be used; a wrong ignore file is shown.
+fn context_error(error: &ContextError) -> CommandError {
+    let mut failure = Failure { exit: Exit::Dockerfile, message: with_causes(error), place: None, help: None };
+    if let ContextError::BadIgnoreFile { path, source } = error {
+        failure.message = source.to_string();
+        failure.help = Some(match source {
+            IgnoreError::EmptyException => "put a pattern behind `!`, or remove the line".to_owned(),
+            IgnoreError::BadPattern { .. } => "close `[` with `]`, or write `[[]` for the character itself".to_owned(),
+        });
+        let text = read_limited(path).map(|bytes| parser::decode(&bytes)).unwrap_or_default();
+        let file = SourceFile::new(path.display().to_string(), text);
+        let wanted = match source {
+            IgnoreError::EmptyException => "!",
+            IgnoreError::BadPattern { pattern } => pattern.as_str(),
+        };
+        let word = blame::line_of(&file.text, wanted);
+        failure.place = Some(Place::word(&file, word));
+    }
+    CommandError::Failure(Box::new(failure))
 }
 
 /// Runs `work` while another thread passes the user's wish to stop on.
@@ -282,7 +333,7 @@ fn contexts(
     store: &Store,
 ) -> Result<BTreeMap<String, Arc<LocalContext>>, CommandError> {
     let open = |directory: &Path, ignore: IgnoreFile<'_>| {
-        let error = |error| CommandError::new(Exit::Dockerfile, &error, None);
+        let error = |error: ContextError| context_error(&error);
         let context = Context::open(directory, ignore).map_err(error)?;
         let name = blake3_name(context.root());
         let digests = DigestCache::load(&store.part("context").join(name)).map_err(error)?;
@@ -312,6 +363,7 @@ fn lowered(
     options: &lower::Options,
     workspace: &Workspace,
     events: &(dyn Fn(Event) + Sync),
+    found: &mut BTreeSet<Warning>,
 ) -> Result<(Definition, Images), CommandError> {
     let mut bases = BaseConfigs::new();
     let mut images = Images::new();
@@ -321,18 +373,23 @@ fn lowered(
         let (result, warnings) = lower::lower(dockerfile, options, &bases).map_err(in_file)?;
         match result {
             Lowered::Graph(definition) => {
-                for warning in warnings {
-                    let line = input.source.line(warning.span.start);
-                    events(Event::Warning {
-                        message: format!("{:?}: {} (line {line})", warning.rule, warning.message),
+                for warning in warnings.into_iter().filter(|warning| found.insert(warning.clone())) {
+                    let (line, column) = input.source.line_column(warning.span.start);
+                    events(Event::Check {
+                        rule: warning.rule.name(),
+                        message: warning.message,
+                        url: warning.url,
+                        file: input.source.name.clone(),
+                        line,
+                        column,
                     });
                 }
                 return Ok((*definition, images));
             }
             Lowered::NeedsBases(needed) => {
-                for base in needed {
+                for (base, span) in needed {
                     let image = resolve_image(&base.source, &base.platform, &workspace.sources)
-                        .map_err(|error| base_error(&error, &base.source, dockerfile))?;
+                        .map_err(|error| base_error(&error, &input.source, span))?;
                     let image = Arc::new(image);
                     let pinned = lower::with_digest(&base.source, image.root_digest.clone());
                     images.insert((pinned, base.platform.clone()), image.clone());
@@ -344,21 +401,12 @@ fn lowered(
     }
 }
 
-/// An image that cannot be had, with the FROM that asks for it.
-fn base_error(error: &SourceError, source: &ImageSource, dockerfile: &Dockerfile) -> CommandError {
-    let from = dockerfile.instructions.iter().find_map(|instruction| match (&instruction.kind, source) {
-        (InstructionKind::From { image, .. }, ImageSource::Reference(wanted)) => {
-            let reference = Reference::parse(&image.value).ok()?;
-            (reference.to_string() == *wanted).then_some((&image.value, instruction.lines))
-        }
-        _ => None,
-    });
-    let message = match from {
-        Some((image, _)) => format!("cannot use base image `{image}`: {}", with_causes(error)),
-        None => with_causes(error),
-    };
-    let place = from.map(|(_, lines)| Place { source: dockerfile.source.clone(), lines });
-    CommandError::Failure(Box::new(Failure { exit: Exit::Source, message, place, help: None }))
+/// A base image that cannot be had; `span` is its name in FROM.
+fn base_error(error: &SourceError, source: &SourceFile, span: Span) -> CommandError {
+    let image = source.text.get(span.start..span.end).unwrap_or_default();
+    let message = format!("cannot use base image `{image}`: {}", with_causes(error));
+    let place = Some(Place::word(source, span));
+    CommandError::Failure(Box::new(Failure { exit: Exit::Source, message, place, help: error.help() }))
 }
 
 fn host(request: &BuildRequest) -> Result<Host, CommandError> {
@@ -382,12 +430,14 @@ fn host(request: &BuildRequest) -> Result<Host, CommandError> {
     Ok(host)
 }
 
-fn solve_error(error: SolveError, source: &SourceFile) -> CommandError {
+fn solve_error(error: SolveError, steps: &blame::Steps<'_>) -> CommandError {
     match error {
         SolveError::Interrupted => CommandError::Interrupted,
         SolveError::Result { source } => CommandError::new(Exit::Dockerfile, &source, None),
-        SolveError::Vertex { name, stage, lines, tail, log, source: cause, .. } => {
-            let place = lines.map(|lines| Place { source: source.clone(), lines });
+        SolveError::Vertex { id, name, stage, lines, tail, log, source: cause, .. } => {
+            let found = steps.blame(id, &cause);
+            let source = steps.dockerfile.source.clone();
+            let place = lines.map(|lines| Place { source, lines, word: found.word });
             let outcome = match &*cause {
                 VertexError::Run(RunError::Exit { code, program }) => Some((StepOutcome::Exit(*code), program.clone())),
                 VertexError::Run(RunError::Signal { signal }) => Some((StepOutcome::Signal(*signal), String::new())),
@@ -407,7 +457,7 @@ fn solve_error(error: SolveError, source: &SourceFile) -> CommandError {
                 _ => Exit::General,
             };
             let message = with_causes(&*cause);
-            CommandError::Failure(Box::new(Failure { exit, message, place, help: None }))
+            CommandError::Failure(Box::new(Failure { exit, message, place, help: found.help }))
         }
     }
 }

@@ -40,6 +40,11 @@ impl LocalContext {
         Self { context, tree: OnceLock::new(), digests: Mutex::new(digests) }
     }
 
+    /// The directory and what it leaves out.
+    pub fn context(&self) -> &Context {
+        &self.context
+    }
+
     /// All files that are not ignored, without digests.
     pub fn tree(&self) -> Result<Arc<Tree>, ContextError> {
         if let Some(tree) = self.tree.get() {
