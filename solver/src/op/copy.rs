@@ -130,8 +130,7 @@ impl CopyError {
     /// A way out, one sentence, as far as it can be told without looking at files.
     pub fn help(&self) -> Option<String> {
         Some(match self {
-            Self::NotFound { path, .. } if path == "/" => return None,
-            Self::NotFound { .. } => "a path is looked up below the top of its source, `..` cannot leave it".to_owned(),
+            Self::NotFound { .. } => return None,
             Self::BadPattern { .. } => "close `[` with `]`, or write `[[]` for the character itself".to_owned(),
             Self::BadExclude(_) => "exclude patterns are those of .dockerignore".to_owned(),
             Self::TooManyLinks { .. } => "the links lead in a circle: remove one of them in an earlier step".to_owned(),
