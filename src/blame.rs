@@ -10,6 +10,7 @@ use nacre_solver::op::run::RunError;
 use nacre_solver::op::user::UserError;
 use nacre_solver::snapshot::SnapshotError;
 use nacre_solver::solve::VertexError;
+use nacre_solver::tree::Kind;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -168,6 +169,10 @@ fn missing_in(local: &LocalContext, path: &str) -> Option<String> {
         });
     }
     let tree = local.tree().ok()?;
+    if let Some(Kind::Symlink { target }) = tree.get(path.as_bytes()).map(|node| &node.entry.kind) {
+        let target = String::from_utf8_lossy(target);
+        return Some(format!("`{path}` is a link to `{target}`, which is ignored or not there"));
+    }
     let paths: Vec<&str> =
         tree.nodes().iter().take(MANY_FILES).filter_map(|node| std::str::from_utf8(&node.entry.path).ok()).collect();
     match similar(path, &paths) {
@@ -201,6 +206,9 @@ fn similar(path: &str, paths: &[&str]) -> Option<String> {
         path.rsplit_once('/').map_or((String::new(), path.to_owned()), |(dir, name)| (dir.to_owned(), name.to_owned()))
     };
     let (dir, name) = split(path);
+    if name.is_empty() {
+        return None;
+    }
     let depth = |path: &str| path.matches('/').count();
     let elsewhere = paths.iter().filter(|other| split(other).1 == name).min_by_key(|other| (depth(other), **other));
     if let Some(found) = elsewhere {
@@ -240,6 +248,10 @@ fn source_word(vertex: &Vertex, at: &Instruction) -> Option<Span> {
     match (&at.kind, &vertex.op) {
         (InstructionKind::From { image, .. }, _) => Some(image.span),
         (InstructionKind::Copy(copy), _) => copy.from.as_ref().map(|from| from.span),
+        (InstructionKind::Run { flags, .. }, _) => {
+            let mut with_source = flags.mounts.iter().filter(|mount| mount.value.contains("from="));
+            with_source.next().filter(|_| with_source.next().is_none()).map(|mount| mount.span)
+        }
         (InstructionKind::Add(copy), Op::Source(Source::Http { url, .. } | Source::Git { remote: url, .. })) => {
             let exact = copy.sources.iter().find(|text| text.value.contains(url.as_str()));
             exact.or(copy.sources.first()).map(|text| text.span)

@@ -296,7 +296,9 @@ fn context_error(error: &ContextError) -> CommandError {
             IgnoreError::BadPattern { .. } => "close `[` with `]`, or write `[[]` for the character itself".to_owned(),
         });
         let text = read_limited(path).map(|bytes| parser::decode(&bytes)).unwrap_or_default();
-        let file = SourceFile::new(path.display().to_string(), text);
+        // Its last component says enough: it lies beside the Dockerfile or at the top of the context.
+        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+        let file = SourceFile::new(name, text);
         let wanted = match source {
             IgnoreError::EmptyException => "!",
             IgnoreError::BadPattern { pattern } => pattern.as_str(),

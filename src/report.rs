@@ -469,22 +469,24 @@ help: did you mean `RUN`?
     #[test]
     fn several_mistakes_in_line_order_with_a_sum() {
         let source = file("FROM a\nRUN b\n");
-        let diagnostics = vec![mistake(7, 10, "second"), mistake(5, 6, "first")];
+        let diagnostics = vec![mistake(7, 10, "//second"), mistake(5, 6, "//first")];
         let text = PLAIN.error(&CommandError::Dockerfile { source, diagnostics });
         let expected = "\
-error: unknown instruction `first`
+error: unknown instruction `//first`
  --> Dockerfile:1:6
   |
 1 | FROM a
   |      ^
+help: comments start with `#`
 
-error: unknown instruction `second`
+error: unknown instruction `//second`
  --> Dockerfile:2:1
   |
 2 | RUN b
   | ^^^
+help: comments start with `#`
 
-2 mistakes in Dockerfile; the first: unknown instruction `first` (line 1)
+2 mistakes in Dockerfile; the first: unknown instruction `//first` (line 1)
 ";
         assert_eq!(text, expected);
         let one = CommandError::Dockerfile { source: file("FROM a\n"), diagnostics: vec![mistake(5, 6, "x")] };
