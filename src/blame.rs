@@ -45,7 +45,16 @@ impl Steps<'_> {
         let mut blame = match error {
             VertexError::Snapshot(SnapshotError::Copy(error)) => self.copy(vertex, instruction, error),
             VertexError::Run(error) => self.run(vertex, instruction, error),
-            VertexError::Source(_) => Blame { word: instruction.and_then(|at| source_word(vertex, at)), help: None },
+            VertexError::Source(_) => {
+                let from = match instruction.map(|at| &at.kind) {
+                    Some(InstructionKind::Copy(copy)) => copy.from.as_ref(),
+                    _ => None,
+                };
+                Blame {
+                    word: instruction.and_then(|at| source_word(vertex, at)),
+                    help: from.and_then(|from| similar_stage(self.dockerfile, &from.value)),
+                }
+            }
             _ => Blame::default(),
         };
         blame.help = blame.help.or_else(|| error.help());
@@ -222,6 +231,17 @@ fn similar(path: &str, paths: &[&str]) -> Option<String> {
     did_you_mean(path, paths.iter().copied().filter(|other| !other.is_empty()))
 }
 
+/// A stage that an image name was probably meant to be.
+pub(crate) fn similar_stage(dockerfile: &Dockerfile, name: &str) -> Option<String> {
+    let names = dockerfile.instructions.iter().filter_map(|one| match &one.kind {
+        InstructionKind::From { name: Some(name), .. } => Some(name.value.as_str()),
+        _ => None,
+    });
+    // The stage itself has the name that its base has, in some files.
+    let guess = did_you_mean(name, names.filter(|stage| !stage.eq_ignore_ascii_case(name)))?;
+    Some(format!("there is no stage `{name}`, so it is an image; did you mean `{guess}`?"))
+}
+
 /// Where the source stands that a test finds. Sources of the op are in the order written, heredocs behind them.
 fn source(op: &CopyOp, copy: &CopyInstruction, is_it: impl Fn(&CopySource) -> bool) -> Option<Span> {
     op.sources.iter().zip(&copy.sources).find(|(source, _)| is_it(source)).map(|(_, text)| text.span)
@@ -297,6 +317,16 @@ mod tests {
         check("doc/guide.md", Some("docs/guide.md"));
         check("Cargo.toml", None);
         check("", None);
+    }
+
+    #[test]
+    fn stages_of_a_similar_name() {
+        let text = "FROM a AS build\nFROM build AS bild2\nCOPY --from=biuld /a /\n";
+        let source = nacre_frontend::source::SourceFile::new("Dockerfile", text);
+        let file = nacre_frontend::parser::parse(source).expect("parses");
+        let help = similar_stage(&file, "biuld").expect("a guess");
+        assert!(help.ends_with("did you mean `build`?"), "{help}");
+        assert_eq!(similar_stage(&file, "debian"), None);
     }
 
     #[test]

@@ -391,7 +391,7 @@ fn lowered(
             Lowered::NeedsBases(needed) => {
                 for (base, span) in needed {
                     let image = resolve_image(&base.source, &base.platform, &workspace.sources)
-                        .map_err(|error| base_error(&error, &input.source, span))?;
+                        .map_err(|error| base_error(&error, dockerfile, span))?;
                     let image = Arc::new(image);
                     let pinned = lower::with_digest(&base.source, image.root_digest.clone());
                     images.insert((pinned, base.platform.clone()), image.clone());
@@ -404,11 +404,13 @@ fn lowered(
 }
 
 /// A base image that cannot be had; `span` is its name in FROM.
-fn base_error(error: &SourceError, source: &SourceFile, span: Span) -> CommandError {
+fn base_error(error: &SourceError, dockerfile: &Dockerfile, span: Span) -> CommandError {
+    let source = &dockerfile.source;
     let image = source.text.get(span.start..span.end).unwrap_or_default();
     let message = format!("cannot use base image `{image}`: {}", with_causes(error));
     let place = Some(Place::word(source, span));
-    CommandError::Failure(Box::new(Failure { exit: Exit::Source, message, place, help: error.help() }))
+    let help = blame::similar_stage(dockerfile, image).or_else(|| error.help());
+    CommandError::Failure(Box::new(Failure { exit: Exit::Source, message, place, help }))
 }
 
 fn host(request: &BuildRequest) -> Result<Host, CommandError> {

@@ -16,6 +16,7 @@ mod image;
 mod process;
 
 mod cache;
+mod checks;
 mod command_line;
 mod context;
 mod interrupt;
