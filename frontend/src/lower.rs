@@ -166,11 +166,14 @@ pub struct BaseImage {
 /// Configurations known so far.
 pub type BaseConfigs = BTreeMap<BaseRequest, BaseImage>;
 
+/// Images whose configurations are needed, each with the place that names it.
+pub type MissingBases = BTreeMap<BaseRequest, Span>;
+
 /// Result of [`lower`].
 #[derive(Debug, Clone, PartialEq)]
 pub enum Lowered {
-    /// These configurations are needed first: all that can be named by now, each with the place that names it.
-    NeedsBases(BTreeMap<BaseRequest, Span>),
+    /// These configurations are needed first: all that can be named by now.
+    NeedsBases(MissingBases),
     /// The graph.
     Graph(Box<Definition>),
 }
@@ -266,7 +269,7 @@ fn reachable(
     options: &Options,
     bases: &BaseConfigs,
     lexer: &Lexer,
-) -> Result<(Vec<bool>, BTreeMap<BaseRequest, Span>), Vec<Diagnostic>> {
+) -> Result<(Vec<bool>, MissingBases), Vec<Diagnostic>> {
     let mut needed = vec![false; plan.stages.len()];
     let mut missing = BTreeMap::new();
     let mut problems = Vec::new();
