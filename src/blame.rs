@@ -4,6 +4,7 @@ use nacre_frontend::diagnostic::did_you_mean;
 use nacre_frontend::instruction::{CopyInstruction, Dockerfile, Instruction, InstructionKind, Text};
 use nacre_frontend::llb::{CopyOp, CopySource, Definition, MountKind, Op, Source, Vertex};
 use nacre_frontend::source::Span;
+use nacre_solver::context::Context;
 use nacre_solver::op::copy::CopyError;
 use nacre_solver::op::file::LocalContext;
 use nacre_solver::op::run::RunError;
@@ -52,7 +53,14 @@ impl Steps<'_> {
                 };
                 Blame {
                     word: instruction.and_then(|at| source_word(vertex, at)),
-                    help: from.and_then(|from| similar_stage(self.dockerfile, &from.value)),
+                    help: from.map(|from| {
+                        similar_stage(self.dockerfile, &from.value).unwrap_or_else(|| {
+                            let name = &from.value;
+                            format!(
+                                "`{name}` is neither a stage of this Dockerfile nor a build context, so it is an image"
+                            )
+                        })
+                    }),
                 }
             }
             _ => Blame::default(),
@@ -164,18 +172,8 @@ impl Steps<'_> {
 
 /// Why a path, relative to a context, is not in its tree.
 fn missing_in(local: &LocalContext, path: &str) -> Option<String> {
-    let context = local.context();
-    if let Some(link) = link_on_the_way(context.root(), path) {
-        return Some(link);
-    }
-    if context.is_ignored(path.as_bytes()) {
-        let file = context.ignore_file()?;
-        let file = file.strip_prefix(context.root()).unwrap_or(file).display().to_string();
-        let there = context.root().join(path).symlink_metadata().is_ok();
-        return Some(match there {
-            true => format!("`{path}` is there, but {file} excludes it; a line `!{path}` at its end keeps it"),
-            false => format!("{file} excludes `{path}`, which does not exist either"),
-        });
+    if let Some(help) = local.context().and_then(|context| left_out(context, path)) {
+        return Some(help);
     }
     let tree = local.tree().ok()?;
     if let Some(Kind::Symlink { target }) = tree.get(path.as_bytes()).map(|node| &node.entry.kind) {
@@ -184,11 +182,28 @@ fn missing_in(local: &LocalContext, path: &str) -> Option<String> {
     }
     let paths: Vec<&str> =
         tree.nodes().iter().take(MANY_FILES).filter_map(|node| std::str::from_utf8(&node.entry.path).ok()).collect();
-    match similar(path, &paths) {
-        Some(guess) => Some(format!("did you mean `{guess}`?")),
-        None if paths.len() <= 1 => Some("the build context is empty".to_owned()),
-        None => Some(format!("paths are those below the build context {}", context.root().display())),
+    match (similar(path, &paths), local.context()) {
+        (Some(guess), _) => Some(format!("did you mean `{guess}`?")),
+        (None, _) if paths.len() <= 1 => Some("the build context is empty".to_owned()),
+        (None, Some(context)) => Some(format!("paths are those below the build context {}", context.root().display())),
+        (None, None) => Some("paths are those below the top of the build context".to_owned()),
     }
+}
+
+/// Why a path of a directory is not in the context.
+fn left_out(context: &Context, path: &str) -> Option<String> {
+    if let Some(link) = link_on_the_way(context.root(), path) {
+        return Some(link);
+    }
+    if !context.is_ignored(path.as_bytes()) {
+        return None;
+    }
+    let file = context.ignore_file()?;
+    let file = file.strip_prefix(context.root()).unwrap_or(file).display().to_string();
+    Some(match context.root().join(path).symlink_metadata().is_ok() {
+        true => format!("`{path}` is there, but {file} excludes it; a line `!{path}` at its end keeps it"),
+        false => format!("{file} excludes `{path}`, which does not exist either"),
+    })
 }
 
 /// A link of the context that leads out of what is there.
@@ -304,7 +319,7 @@ pub(crate) fn line_of(text: &str, pattern: &str) -> Span {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nacre_solver::context::{Context, DigestCache, IgnoreFile};
+    use nacre_solver::context::{DigestCache, IgnoreFile};
 
     #[test]
     fn similar_paths() {

@@ -2,16 +2,17 @@
 
 use crate::blame;
 use crate::export_command::{self, Built};
+use crate::input::{self, Fetcher, Files, Input};
+use crate::interrupt::{Signals, last_words};
 use crate::progress::{Screen, ScreenOptions};
 use crate::report::{CommandError, Exit, Failure, Place, StepFailure, StepOutcome, Style, with_causes};
-use crate::request::{
-    BuildRequest, CacheUse, Call, ContextSource, DockerfileSource, Environment, NamedSource, ProgressMode, SshSource,
-};
+use crate::request::{BuildRequest, CacheUse, Call, Environment, NamedSource, ProgressMode, SshSource};
 use nacre_frontend::check::{IgnoreRules, Warning};
 use nacre_frontend::diagnostic::Diagnostic;
 use nacre_frontend::instruction::{Dockerfile, InstructionKind};
 use nacre_frontend::llb::{Definition, ImageSource, Network, Platform};
 use nacre_frontend::lower::{self, BaseConfigs, BaseImage, Lowered, NamedContext};
+use nacre_frontend::parser::ParseFailure;
 use nacre_frontend::reference::Reference;
 use nacre_frontend::source::{SourceFile, Span};
 use nacre_frontend::{parser, platform};
@@ -19,8 +20,8 @@ use nacre_solver::context::{Context, ContextError, DigestCache, IgnoreFile};
 use nacre_solver::materialize::{Ownership, WriteOptions};
 use nacre_solver::op::file::LocalContext;
 use nacre_solver::op::run::{Host, RunError};
-use nacre_solver::op::source::{PullPolicy, ResolvedImage, SourceContext, SourceError, resolve_image};
-use nacre_solver::registry::{Client, ClientOptions};
+use nacre_solver::op::source::{Progress, PullPolicy, ResolvedImage, SourceContext, SourceError, resolve_image};
+use nacre_solver::registry::Client;
 use nacre_solver::sandbox::{self, Cancel};
 use nacre_solver::snapshot::Workspace;
 use nacre_solver::solve::{self, Event, SolveError, VertexError};
@@ -28,42 +29,31 @@ use nacre_solver::store::Store;
 use nacre_solver::tree::ignore::IgnoreError;
 use nacre_solver::tree::layer::Limits;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 /// Becomes a step's supervisor.
 pub(crate) fn sandbox() -> ExitCode {
     sandbox::sandbox_main()
 }
 
-/// A context on disk and the Dockerfile.
-struct Input {
-    /// The build context.
-    directory: PathBuf,
-    /// The Dockerfile's path, for its own ignore file.
-    dockerfile_path: PathBuf,
-    /// Its text.
-    source: SourceFile,
-}
-
 /// Builds.
 pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<AtomicBool>) -> Result<(), CommandError> {
-    let input = read_input(request)?;
-    let parsed = parser::parse(input.source.clone());
     if !matches!(request.call, Call::Build) {
-        let mut options = options(request, platforms(request)?.into_iter().next().flatten())?;
-        let ignore = IgnoreFile::Dockerfile(&input.dockerfile_path);
-        let context = Context::open(&input.directory, ignore).map_err(|error| context_error(&error))?;
-        options.ignored = ignored(&context);
-        return crate::call_command::run(request, parsed, options);
+        return call(request, env, signalled);
     }
-    let dockerfile = parsed
-        .map_err(|failure| CommandError::Dockerfile { source: failure.source, diagnostics: failure.diagnostics })?;
-    // Before any thread exists: an ordinary user's build goes on in a process inside of a user namespace.
-    let Some(ownership) = enter(&dockerfile)? else { return Ok(()) };
+    let known = match input::on_disk(request)? {
+        Some(input) => Some((parse(&input).map_err(mistakes)?, input)),
+        None => None,
+    };
+    // Before any thread exists, and before standard input is read: an ordinary user's build goes on in a process inside
+    // of a user namespace.
+    let Some(place) = enter(known.as_ref().map(|(dockerfile, _)| dockerfile))? else { return Ok(()) };
+    let host_error = |error: &(dyn std::error::Error + 'static)| CommandError::new(Exit::Host, error, None);
+    let signals = Signals::listen(signalled).map_err(|error| host_error(&error))?;
+    let cancel = Cancel::new().map_err(|error| host_error(&error))?;
     let screen = Screen::start(ScreenOptions {
         mode: request.progress,
         terminal: env.stderr_terminal,
@@ -71,93 +61,126 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
         explain: request.explain,
     });
     let sink = screen.sink();
-    let mut found = BTreeSet::new();
-    let result = build(request, &input, &dockerfile, ownership, signalled, &sink, &mut found);
+    let told = sink.clone();
+    let progress: Progress = Arc::new(move |digest: &str, done_bytes, total: u64| {
+        let short: String = digest.trim_start_matches("sha256:").chars().take(12).collect();
+        told(Event::Transfer { id: None, what: format!("fetching {short}"), done_bytes, total_bytes: Some(total) });
+    });
+    let mut found = Findings::default();
+    let work = || build(request, known, place, env, &cancel, (&sink, progress), &mut found);
+    let result = signals.watched(&cancel, last_words(env.color), work);
     screen.finish();
-    if matches!(request.progress, ProgressMode::Plain | ProgressMode::Tty) {
-        crate::print_error(&crate::call_command::in_build(&input.source, &found, Style { color: env.color }));
+    if let (Some(source), ProgressMode::Plain | ProgressMode::Tty) = (&found.source, request.progress) {
+        let style = Style { color: env.color };
+        crate::print_error(&crate::call_command::in_build(source, &found.warnings, style));
     }
     let built = result?;
     export_command::report(request, &built)
 }
 
-/// Goes into a user namespace if the file needs one and we are not root. `None` when a process inside has done the work.
-fn enter(dockerfile: &Dockerfile) -> Result<Option<Ownership>, CommandError> {
-    let runs = dockerfile.instructions.iter().any(|instruction| match &instruction.kind {
+/// What the build checks found, for the end of a build.
+#[derive(Default)]
+struct Findings {
+    source: Option<SourceFile>,
+    warnings: BTreeSet<Warning>,
+}
+
+/// Answers a `--call` other than build.
+fn call(request: &BuildRequest, env: &Environment, signalled: &Arc<AtomicBool>) -> Result<(), CommandError> {
+    let input = match input::on_disk(request)? {
+        Some(input) => input,
+        None => {
+            let workspace = workspace(request, Ownership::SingleId, None)?;
+            let git = input::git_settings(request, env)?;
+            let stop = || signalled.load(Ordering::SeqCst);
+            Fetcher { workspace: &workspace, git: &git, stop: &stop, events: &|_| {} }.input(request)?
+        }
+    };
+    let mut options = options(request, platforms(request)?.into_iter().next().flatten())?;
+    if let Files::Directory(directory) = &input.context {
+        let ignore = IgnoreFile::Dockerfile(&input.dockerfile_path);
+        let context = Context::open(directory, ignore).map_err(|error| context_error(&error))?;
+        options.ignored = ignored(&context);
+    }
+    crate::call_command::run(request, parse(&input), options)
+}
+
+fn parse(input: &Input) -> Result<Dockerfile, ParseFailure> {
+    parser::parse(input.source.clone())
+}
+
+fn mistakes(failure: ParseFailure) -> CommandError {
+    CommandError::Dockerfile { source: failure.source, diagnostics: failure.diagnostics }
+}
+
+/// Where this process is.
+struct Surroundings {
+    /// What owners of files are.
+    ownership: Ownership,
+    /// Why steps cannot run.
+    refused: Option<CommandError>,
+}
+
+fn has_runs(dockerfile: &Dockerfile) -> bool {
+    dockerfile.instructions.iter().any(|instruction| match &instruction.kind {
         InstructionKind::Run { .. } => true,
         InstructionKind::Onbuild { keyword, .. } => keyword == "RUN",
         _ => false,
-    });
+    })
+}
+
+/// Goes into a user namespace if the file needs one and we are not root; a file that is not known yet may. `None` when
+/// a process inside has done the work.
+fn enter(dockerfile: Option<&Dockerfile>) -> Result<Option<Surroundings>, CommandError> {
+    let runs = dockerfile.is_some_and(has_runs);
     // A base may have triggers that run, and its files have owners.
-    let bases = dockerfile.instructions.iter().any(|instruction| match &instruction.kind {
-        InstructionKind::From { image, .. } => image.value != "scratch",
-        InstructionKind::Copy(copy) => copy.from.is_some(),
-        _ => false,
+    let bases = dockerfile.is_none_or(|dockerfile| {
+        dockerfile.instructions.iter().any(|instruction| match &instruction.kind {
+            InstructionKind::From { image, .. } => image.value != "scratch",
+            InstructionKind::Copy(copy) => copy.from.is_some(),
+            _ => false,
+        })
     });
+    let place = |ownership| Surroundings { ownership, refused: None };
     if !runs && !bases {
-        return Ok(Some(Ownership::SingleId));
+        return Ok(Some(place(Ownership::SingleId)));
     }
     match sandbox::idmap::enter(sandbox::idmap::EnterRequest::Best) {
-        Ok(sandbox::idmap::Entered::Root) => Ok(Some(Ownership::Native)),
-        Ok(sandbox::idmap::Entered::Inside { ownership, notice }) => {
-            if let Some(notice) = notice {
-                crate::print_error(&format!("notice: {notice}\n"));
-            }
-            Ok(Some(match ownership {
-                sandbox::Ownership::Native => Ownership::Native,
-                sandbox::Ownership::SingleId => Ownership::SingleId,
-            }))
+        // Root of a namespace may have no other id than its own, too.
+        Ok(sandbox::idmap::Entered::Root) => {
+            let why = "this user namespace has only one id".to_owned();
+            Ok(Some(place(owners(sandbox::idmap::ownership(), Some(why)))))
         }
+        Ok(sandbox::idmap::Entered::Inside { ownership, notice }) => Ok(Some(place(owners(ownership, notice)))),
         Ok(sandbox::idmap::Entered::Parent { exit_code: 0 }) => Ok(None),
         Ok(sandbox::idmap::Entered::Parent { exit_code }) => {
             Err(CommandError::Inside(u8::try_from(exit_code).unwrap_or(u8::MAX)))
         }
         // Without RUN nothing needs a namespace but the owners of a base's files, which the index holds.
-        Err(_) if !runs => Ok(Some(Ownership::SingleId)),
-        Err(error) => Err(CommandError::new(Exit::Host, &error, None)),
+        Err(error) => {
+            let error = CommandError::new(Exit::Host, &error, None);
+            if runs {
+                Err(error)
+            } else {
+                Ok(Some(Surroundings { ownership: Ownership::SingleId, refused: Some(error) }))
+            }
+        }
     }
 }
 
-fn read_input(request: &BuildRequest) -> Result<Input, CommandError> {
-    let directory = match &request.context {
-        ContextSource::Directory(path) => path.clone(),
-        ContextSource::Stdin | ContextSource::Http(_) | ContextSource::Git(_) => {
-            return Err(failure(Exit::Usage, "only a directory can be the build context so far", None));
+/// Whether files have owners; says so if they do not.
+fn owners(ownership: sandbox::Ownership, notice: Option<String>) -> Ownership {
+    match ownership {
+        sandbox::Ownership::Native => Ownership::Native,
+        sandbox::Ownership::SingleId => {
+            let why = notice.unwrap_or_else(|| "this user namespace has only one id".to_owned());
+            crate::print_error(&format!(
+                "notice: only one user id can be used: what RUN makes belongs to root, other owners come from COPY, ADD \
+                 and base images alone\nhelp: {why}\n"
+            ));
+            Ownership::SingleId
         }
-    };
-    let path = match &request.dockerfile {
-        DockerfileSource::Default => directory.join("Dockerfile"),
-        DockerfileSource::InContext(path) => directory.join(path),
-        DockerfileSource::File(path) => path.clone(),
-        DockerfileSource::Stdin => {
-            let mut bytes = Vec::new();
-            std::io::Read::read_to_end(&mut std::io::Read::take(std::io::stdin(), DOCKERFILE_LIMIT_BYTES), &mut bytes)
-                .map_err(|error| CommandError::new(Exit::Dockerfile, &error, None))?;
-            let source = SourceFile::new("Dockerfile", parser::decode(&bytes));
-            return Ok(Input { dockerfile_path: directory.join("Dockerfile"), directory, source });
-        }
-        DockerfileSource::Http(_) => {
-            return Err(failure(Exit::Usage, "a Dockerfile cannot be fetched by its address so far", None));
-        }
-    };
-    let bytes = read_limited(&path).map_err(|error| {
-        let message = format!("cannot read the Dockerfile `{}`: {error}", path.display());
-        let help = matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::IsADirectory)
-            .then(|| "name it with -f, or make a file called Dockerfile at the top of the context".to_owned());
-        failure(Exit::Dockerfile, &message, help)
-    })?;
-    let name = path.strip_prefix(&directory).unwrap_or(&path).display().to_string();
-    Ok(Input { source: SourceFile::new(name, parser::decode(&bytes)), directory, dockerfile_path: path })
-}
-
-/// No Dockerfile that somebody wrote comes near it.
-const DOCKERFILE_LIMIT_BYTES: u64 = 64 << 20;
-
-fn read_limited(path: &Path) -> std::io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    let file = std::fs::File::open(path)?;
-    std::io::Read::read_to_end(&mut std::io::Read::take(file, DOCKERFILE_LIMIT_BYTES), &mut bytes)?;
-    Ok(bytes)
+    }
 }
 
 pub(crate) fn failure(exit: Exit, message: &str, help: Option<String>) -> CommandError {
@@ -199,10 +222,14 @@ fn options(request: &BuildRequest, platform: Option<Platform>) -> Result<lower::
             }),
             NamedSource::Http(url) => NamedContext::Http(url.clone()),
             NamedSource::Target(stage) => NamedContext::Target(stage.clone()),
-            NamedSource::Git(_) => {
-                let message = format!("build context `{name}`: git repositories cannot be used yet");
-                return Err(failure(Exit::Usage, &message, None));
-            }
+            NamedSource::Git(url) => NamedContext::Git {
+                remote: url.remote.clone(),
+                reference: url.reference.clone(),
+                subdir: url.subdir.clone(),
+                keep_git_dir: input::keeps_git_dir(request, url.keep_git_dir),
+                checksum: url.checksum.clone(),
+                submodules: url.submodules.unwrap_or(true),
+            },
         };
         options.contexts.insert(name.clone(), context);
     }
@@ -221,58 +248,77 @@ fn platforms(request: &BuildRequest) -> Result<Vec<Option<Platform>>, CommandErr
     request.platforms.iter().map(parse).collect()
 }
 
-fn build(
+/// Opens the store.
+pub(crate) fn workspace(
     request: &BuildRequest,
-    input: &Input,
-    dockerfile: &Dockerfile,
     ownership: Ownership,
-    signalled: &Arc<AtomicBool>,
-    events: &(dyn Fn(Event) + Sync),
-    found: &mut BTreeSet<Warning>,
-) -> Result<Vec<Built>, CommandError> {
+    progress: Option<Progress>,
+) -> Result<Workspace, CommandError> {
     let store_error = |error| CommandError::new(Exit::Store, &error, None);
     let store = Store::open(&request.store).map_err(store_error)?;
     let store = Arc::new(if ownership == Ownership::SingleId { store.with_single_id() } else { store });
-    let workspace = Workspace::new(image_sources(request, store.clone(), ownership));
-    let cancel = Cancel::new().map_err(|error| CommandError::new(Exit::Host, &error, None))?;
-    let contexts = contexts(request, input, &store)?;
-    let mut all = Vec::new();
-    for platform in platforms(request)? {
-        let mut options = options(request, platform)?;
-        options.ignored = contexts.get("context").and_then(|local| ignored(local.context()));
-        let (definition, images) = lowered(input, dockerfile, &options, &workspace, events, found)?;
-        let solve_request = solve::Request {
-            contexts: contexts.clone(),
-            images,
-            host: host(request)?,
-            project: format!("{}\n{}", input.directory.display(), input.dockerfile_path.display()),
-        };
-        let snapshot =
-            watched(signalled, &cancel, || solve::solve(&definition, &workspace, &solve_request, &cancel, events));
-        for local in contexts.values() {
-            // Digests that are not kept are made again: no reason to fail.
-            let _ = local.save();
-        }
-        let steps = blame::Steps { dockerfile, definition: &definition, contexts: &contexts };
-        let snapshot = snapshot.map_err(|error| solve_error(error, &steps))?;
-        all.push(Built::new(definition.image, snapshot));
-    }
-    export_command::export(request, &workspace, &mut all, events)?;
-    Ok(all)
-}
-
-/// Where images come from.
-pub(crate) fn image_sources(request: &BuildRequest, store: Arc<Store>, ownership: Ownership) -> SourceContext {
-    let client = Client::new(ClientOptions { credentials: request.docker_config.clone(), ..ClientOptions::default() });
-    SourceContext {
-        store,
+    let client = Client::new(request.registry.clone());
+    let sources = SourceContext {
+        store: store.clone(),
         client,
         pull: if request.pull { PullPolicy::Always } else { PullPolicy::Missing },
         offline: false,
         limits: Limits::default(),
         write: WriteOptions { ownership },
-        progress: None,
+        progress,
+    };
+    Ok(Workspace::new(sources))
+}
+
+fn build(
+    request: &BuildRequest,
+    known: Option<(Dockerfile, Input)>,
+    place: Surroundings,
+    env: &Environment,
+    cancel: &Cancel,
+    (events, progress): (&(dyn Fn(Event) + Sync), Progress),
+    found: &mut Findings,
+) -> Result<Vec<Built>, CommandError> {
+    let workspace = workspace(request, place.ownership, Some(progress))?.with_cancel(cancel.clone());
+    let git = input::git_settings(request, env)?;
+    let host = host(request)?;
+    let (dockerfile, input) = match known {
+        Some(known) => known,
+        None => {
+            let stop = || cancel.is_cancelled();
+            let input = Fetcher { workspace: &workspace, git: &git, stop: &stop, events }.input(request)?;
+            let dockerfile = parse(&input).map_err(mistakes)?;
+            if let (Some(refused), true) = (place.refused, has_runs(&dockerfile)) {
+                return Err(refused);
+            }
+            (dockerfile, input)
+        }
+    };
+    found.source = Some(input.source.clone());
+    let contexts = contexts(request, &input, &workspace.store)?;
+    let mut all = Vec::new();
+    for platform in platforms(request)? {
+        let mut options = options(request, platform)?;
+        options.ignored = contexts.get("context").and_then(|local| ignored(local.context()?));
+        let (definition, images) = lowered(&dockerfile, &options, &workspace, events, &mut found.warnings)?;
+        let solve_request = solve::Request {
+            contexts: contexts.clone(),
+            images,
+            host: host.clone(),
+            git: git.clone(),
+            project: input.project.clone(),
+        };
+        let snapshot = solve::solve(&definition, &workspace, &solve_request, cancel, events);
+        for local in contexts.values() {
+            // Digests that are not kept are made again: no reason to fail.
+            let _ = local.save();
+        }
+        let steps = blame::Steps { dockerfile: &dockerfile, definition: &definition, contexts: &contexts };
+        let snapshot = snapshot.map_err(|error| solve_error(error, &steps))?;
+        all.push(Built::new(definition.image, snapshot));
     }
+    export_command::export(request, &workspace, &mut all, events, &|| cancel.is_cancelled())?;
+    Ok(all)
 }
 
 /// What the build checks need to know of a context. With exceptions nothing is said: what is below an excluded
@@ -295,7 +341,7 @@ fn context_error(error: &ContextError) -> CommandError {
             IgnoreError::EmptyException => "put a pattern behind `!`, or remove the line".to_owned(),
             IgnoreError::BadPattern { .. } => "close `[` with `]`, or write `[[]` for the character itself".to_owned(),
         });
-        let text = read_limited(path).map(|bytes| parser::decode(&bytes)).unwrap_or_default();
+        let text = std::fs::read(path).map(|bytes| parser::decode(&bytes)).unwrap_or_default();
         // Its last component says enough: it lies beside the Dockerfile or at the top of the context.
         let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
         let file = SourceFile::new(name, text);
@@ -307,26 +353,6 @@ fn context_error(error: &ContextError) -> CommandError {
         failure.place = Some(Place::word(&file, word));
     }
     CommandError::Failure(Box::new(failure))
-}
-
-/// Runs `work` while another thread passes the user's wish to stop on.
-fn watched<T>(signalled: &AtomicBool, cancel: &Cancel, work: impl FnOnce() -> T) -> T {
-    let done = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let watcher = scope.spawn(|| {
-            while !done.load(Ordering::SeqCst) {
-                if signalled.load(Ordering::SeqCst) {
-                    cancel.cancel();
-                    return;
-                }
-                std::thread::park_timeout(Duration::from_millis(50));
-            }
-        });
-        let result = work();
-        done.store(true, Ordering::SeqCst);
-        watcher.thread().unpark();
-        result
-    })
 }
 
 fn contexts(
@@ -342,7 +368,11 @@ fn contexts(
         Ok::<_, CommandError>(Arc::new(LocalContext::new(context, digests)))
     };
     let mut contexts = BTreeMap::new();
-    contexts.insert("context".to_owned(), open(&input.directory, IgnoreFile::Dockerfile(&input.dockerfile_path))?);
+    let main = match &input.context {
+        Files::Directory(directory) => open(directory, IgnoreFile::Dockerfile(&input.dockerfile_path))?,
+        Files::Tree(tree) => Arc::new(LocalContext::of_tree(tree.clone())),
+    };
+    contexts.insert("context".to_owned(), main);
     for (name, source) in &request.named_contexts {
         if let NamedSource::Directory(directory) = source {
             contexts.insert(name.clone(), open(directory, IgnoreFile::Directory)?);
@@ -360,28 +390,27 @@ type Images = BTreeMap<(ImageSource, Platform), Arc<ResolvedImage>>;
 
 /// Lowers until all base images' configurations are known.
 fn lowered(
-    input: &Input,
     dockerfile: &Dockerfile,
     options: &lower::Options,
     workspace: &Workspace,
     events: &(dyn Fn(Event) + Sync),
     found: &mut BTreeSet<Warning>,
 ) -> Result<(Definition, Images), CommandError> {
+    let source = &dockerfile.source;
     let mut bases = BaseConfigs::new();
     let mut images = Images::new();
     loop {
-        let in_file =
-            |diagnostics: Vec<Diagnostic>| CommandError::Dockerfile { source: input.source.clone(), diagnostics };
+        let in_file = |diagnostics: Vec<Diagnostic>| CommandError::Dockerfile { source: source.clone(), diagnostics };
         let (result, warnings) = lower::lower(dockerfile, options, &bases).map_err(in_file)?;
         match result {
             Lowered::Graph(definition) => {
                 for warning in warnings.into_iter().filter(|warning| found.insert(warning.clone())) {
-                    let (line, column) = input.source.line_column(warning.span.start);
+                    let (line, column) = source.line_column(warning.span.start);
                     events(Event::Check {
                         rule: warning.rule.name(),
                         message: warning.message,
                         url: warning.url,
-                        file: input.source.name.clone(),
+                        file: source.name.clone(),
                         line,
                         column,
                     });
@@ -453,9 +482,10 @@ fn solve_error(error: SolveError, steps: &blame::Steps<'_>) -> CommandError {
             }
             let exit = match &*cause {
                 VertexError::Run(RunError::Sandbox(_)) => Exit::Host,
+                VertexError::Run(RunError::Snapshot(error)) => export_command::snapshot_exit(error),
                 VertexError::Run(RunError::Store(_) | RunError::Io { .. }) | VertexError::Store(_) => Exit::Store,
                 VertexError::Run(_) => Exit::Step,
-                VertexError::Source(_) => Exit::Source,
+                VertexError::Source(_) | VertexError::Git(_) | VertexError::Unpack(_) => Exit::Source,
                 VertexError::Snapshot(error) => export_command::snapshot_exit(error),
                 VertexError::Context(_) | VertexError::NoContext(_) => Exit::Dockerfile,
                 _ => Exit::General,

@@ -3,7 +3,7 @@
 //! The answer goes to standard output. Base images are asked for their configuration as in a build, because it may
 //! hold variables, triggers and a shell; one that cannot be had is no reason to fail.
 
-use crate::build_command::{failure, image_sources};
+use crate::build_command::{failure, workspace};
 use crate::report::{CommandError, Exit, Severity, Style, printable};
 use crate::request::{BuildRequest, Call, CallFormat};
 use nacre_frontend::check::{Rule, Warning};
@@ -15,11 +15,10 @@ use nacre_frontend::parser::ParseFailure;
 use nacre_frontend::source::{SourceFile, Span};
 use nacre_frontend::stage::{self, Target};
 use nacre_solver::materialize::Ownership;
-use nacre_solver::op::source::{SourceContext, resolve_image};
-use nacre_solver::store::Store;
+use nacre_solver::op::source::resolve_image;
+use nacre_solver::snapshot::Workspace;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 
 /// Findings that a build shows with their places; the rest is counted.
 const SHOWN_IN_BUILD: usize = 5;
@@ -76,27 +75,24 @@ fn broken(call: Call, source: SourceFile, diagnostics: Vec<Diagnostic>) -> Resul
 fn bases(request: &BuildRequest, dockerfile: &Dockerfile, options: &lower::Options) -> BaseConfigs {
     let mut bases = BaseConfigs::new();
     let mut gone: BTreeSet<BaseRequest> = BTreeSet::new();
-    let mut sources: Option<SourceContext> = None;
+    let mut opened: Option<Workspace> = None;
     // Triggers of a base may name further images. A file with mistakes needs none: they are told by the caller.
     while let Ok((Lowered::NeedsBases(mut missing), _)) = lower::lower(dockerfile, options, &bases) {
         missing.retain(|base, _| !gone.contains(base));
         if missing.is_empty() {
             break;
         }
-        if sources.is_none() {
-            match Store::open(&request.store) {
-                Ok(store) => sources = Some(image_sources(request, Arc::new(store), Ownership::SingleId)),
-                Err(error) => {
-                    notice(&format!("base images are not looked at: {}", crate::report::with_causes(&error)));
-                    break;
-                }
-            }
+        if opened.is_none() {
+            opened = workspace(request, Ownership::SingleId, None).ok();
         }
-        let Some(sources) = &sources else { break };
+        let Some(opened) = &opened else {
+            notice("the store cannot be used: base images are not looked at, what they hold may be missed");
+            break;
+        };
         // All at once: one that nobody answers for takes its time.
         let found: Vec<_> = std::thread::scope(|scope| {
             let ask = |base: BaseRequest| {
-                let image = resolve_image(&base.source, &base.platform, sources);
+                let image = resolve_image(&base.source, &base.platform, &opened.sources);
                 (base, image)
             };
             let threads: Vec<_> = missing.into_keys().map(|base| scope.spawn(move || ask(base))).collect();

@@ -269,6 +269,13 @@ impl Dump {
 }
 
 impl InstructionKind {
+    /// All that it says, places aside.
+    pub(crate) fn text(&self) -> String {
+        let mut out = Dump(format!("{:?}\n", std::mem::discriminant(self)));
+        self.dump(&mut out);
+        out.0
+    }
+
     fn dump(&self, out: &mut Dump) {
         match self {
             InstructionKind::From { platform, image, name } => {

@@ -13,6 +13,7 @@ pub mod mode;
 pub mod outline;
 pub mod parser;
 pub mod platform;
+mod print;
 pub mod reference;
 pub mod source;
 pub mod stage;

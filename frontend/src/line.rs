@@ -372,6 +372,11 @@ fn parse_directive(comment: &str) -> Option<(String, Range<usize>)> {
     (end > start).then(|| (known.to_owned(), start..end))
 }
 
+/// Whether a comment would be a directive if it stood at the start of a file.
+pub(crate) fn is_directive(comment: &str) -> bool {
+    parse_directive(comment).is_some()
+}
+
 /// Front end that a file asks for with `# syntax=`, `// syntax=` or `{"syntax": …}`, where the last two are for files
 /// that are no Dockerfiles; a `#!` line before it is skipped.
 pub fn detect_syntax(text: &str) -> Option<String> {

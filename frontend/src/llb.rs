@@ -97,6 +97,8 @@ pub enum Source {
         keep_git_dir: bool,
         /// `--checksum`: the commit must start with these hex digits.
         checksum: Option<String>,
+        /// Fetch submodules.
+        submodules: bool,
     },
 }
 

@@ -21,7 +21,7 @@ mod run;
 mod text;
 mod vertices;
 
-pub use git_url::{GitUrl, GitUrlError};
+pub use git_url::{GitUrl, GitUrlError, without_credentials};
 pub use vertices::with_digest;
 
 use crate::check::{self, IgnoreRules, Reporter, Rule, Selection, Warning};
@@ -138,8 +138,10 @@ pub enum NamedContext {
         keep_git_dir: bool,
         /// Digits that the commit must start with.
         checksum: Option<String>,
+        /// Fetch submodules.
+        submodules: bool,
     },
-    /// The result of another target of a bake file; the caller puts its image in place before it lowers.
+    /// A stage of the same file.
     Target(String),
     /// An input that the caller gives in another way; not usable yet.
     Input,
@@ -610,8 +612,8 @@ impl<'s, 'g> StageLowering<'s, 'g> {
                 }
                 self.state.unrecorded_layers.push(match source {
                     Source::Local { name } => format!("local source for {name}"),
-                    Source::Http { url, .. } => url.clone(),
-                    Source::Git { remote, .. } => remote.clone(),
+                    Source::Http { url, .. } => without_credentials(url),
+                    Source::Git { remote, .. } => without_credentials(remote),
                     Source::Image(_) => context.clone(),
                 });
                 self.state.top = Some(self.files_vertex(source, context));

@@ -56,9 +56,19 @@ pub enum LowerProblem {
     /// STOPSIGNAL that is no signal.
     #[error(transparent)]
     Signal(#[from] UnitError),
-    /// A named context that this builder cannot use.
-    #[error("build context `{0}` cannot be used here: the result of another target was not given")]
+    /// A context that cannot be used in this place: a stage as the main one.
+    #[error("build context `{0}` cannot be used here: a stage cannot take the place of the main context")]
     UnresolvedContext(String),
+    /// A named context that stands for a stage which is not there.
+    #[error("build context `{context}` is stage `{stage}`, which is not defined before it is used")]
+    ContextTarget {
+        /// Name of the context.
+        context: String,
+        /// Name behind `target:`.
+        stage: String,
+        /// A stage of a similar name.
+        similar: Option<String>,
+    },
     /// `--from=$X`.
     #[error("variable expansion is not supported in --from ({0})")]
     VariableInFrom(String),
@@ -220,6 +230,7 @@ impl LowerProblem {
             }
             Self::Platform(error) => return error.help(),
             Self::Reference { error, similar: name, .. } => return similar(name).or_else(|| error.help()),
+            Self::ContextTarget { similar: name, .. } => return similar(name),
             Self::Mode(error) => return error.help(),
             Self::Signal(error) => return error.help(),
             Self::VariableInFrom(_) => {

@@ -151,6 +151,15 @@ pub(crate) enum SourceRef {
     External(External),
 }
 
+impl From<SourceRef> for Base {
+    fn from(source: SourceRef) -> Self {
+        match source {
+            SourceRef::Stage(index) => Self::Stage(index),
+            SourceRef::External(external) => Self::External(external),
+        }
+    }
+}
+
 pub(crate) fn problem(span: Span, problem: LowerProblem) -> Diagnostic {
     Diagnostic::at(span, Problem::Lower(problem))
 }
@@ -270,9 +279,42 @@ impl<'a> Plan<'a> {
     fn by_name(&self, name: &str, span: Span, options: &Options) -> Result<SourceRef, Diagnostic> {
         match self.names.get(&name.to_lowercase()) {
             Some(index) => Ok(SourceRef::Stage(*index)),
-            None => external(name, &self.target_platform, options)
-                .map(SourceRef::External)
+            None => self
+                .external(name, &self.target_platform, options)
                 .map_err(|error| problem(span, self.with_similar_stage(error))),
+        }
+    }
+
+    /// What a name that is no stage means.
+    fn external(&self, name: &str, platform: &Platform, options: &Options) -> Result<SourceRef, LowerProblem> {
+        if name == "scratch" {
+            return Ok(SourceRef::External(External::Scratch));
+        }
+        let reference = Reference::parse(name).map_err(|error| LowerProblem::Reference {
+            name: name.to_owned(),
+            error,
+            similar: None,
+        })?;
+        if let Some((key, context)) = named_context(name, platform, options) {
+            return self.context(key, context, platform);
+        }
+        let name = reference.to_string();
+        let source = ImageSource::Reference(name.clone());
+        Ok(SourceRef::External(External::Image { source, platform: platform.clone(), name }))
+    }
+
+    /// What a named context means: `target:` names one of the stages known so far.
+    fn context(&self, key: &str, context: &NamedContext, platform: &Platform) -> Result<SourceRef, LowerProblem> {
+        let NamedContext::Target(stage) = context else {
+            return from_context(key, context, platform).map(SourceRef::External);
+        };
+        match self.names.get(&stage.to_lowercase()) {
+            Some(index) => Ok(SourceRef::Stage(*index)),
+            None => Err(LowerProblem::ContextTarget {
+                context: key.to_owned(),
+                stage: stage.clone(),
+                similar: did_you_mean(stage, self.names.keys().map(String::as_str)),
+            }),
         }
     }
 
@@ -442,12 +484,12 @@ impl Builder<'_, '_> {
         let replacement = name.as_ref().and_then(|name| named_context(name, &lookup_platform, self.options));
         let replaced = replacement.is_some();
         let base = match (replacement, &base_name) {
-            (Some((key, context)), _) => from_context(key, context, &lookup_platform).map(Base::External),
+            (Some((key, context)), _) => plan.context(key, context, &lookup_platform).map(Base::from),
             // A blank name is reported already.
             (None, None) => Ok(Base::External(External::Scratch)),
             (None, Some(base)) => match plan.names.get(base) {
                 Some(index) => Ok(Base::Stage(*index)),
-                None => external(base, &lookup_platform, self.options).map(Base::External),
+                None => plan.external(base, &lookup_platform, self.options).map(Base::from),
             },
         };
         let base = base.unwrap_or_else(|error| {
@@ -613,24 +655,6 @@ fn has_variable(text: &str) -> bool {
     text.find('$').is_some_and(|at| at + 1 < text.len())
 }
 
-/// What a name that is no stage means.
-fn external(name: &str, platform: &Platform, options: &Options) -> Result<External, LowerProblem> {
-    if name == "scratch" {
-        return Ok(External::Scratch);
-    }
-    let reference = Reference::parse(name).map_err(|error| LowerProblem::Reference {
-        name: name.to_owned(),
-        error,
-        similar: None,
-    })?;
-    if let Some((key, context)) = named_context(name, platform, options) {
-        return from_context(key, context, platform);
-    }
-    let name = reference.to_string();
-    let source = ImageSource::Reference(name.clone());
-    Ok(External::Image { source, platform: platform.clone(), name })
-}
-
 /// The named context for a name: one for exactly this platform (`name::os/arch`) before a general one. Names are
 /// compared as image names, so that `busybox` also stands for `docker.io/library/busybox:latest`.
 fn named_context<'o>(name: &str, platform: &Platform, options: &'o Options) -> Option<(&'o str, &'o NamedContext)> {
@@ -654,12 +678,13 @@ pub(crate) fn from_context(key: &str, context: &NamedContext, platform: &Platfor
     match context {
         NamedContext::Local => files(Source::Local { name: key.to_owned() }),
         NamedContext::Http(url) => files(Source::Http { url: url.clone(), checksum: None }),
-        NamedContext::Git { remote, reference, subdir, keep_git_dir, checksum } => files(Source::Git {
+        NamedContext::Git { remote, reference, subdir, keep_git_dir, checksum, submodules } => files(Source::Git {
             remote: remote.clone(),
             reference: reference.clone(),
             subdir: subdir.clone(),
             keep_git_dir: *keep_git_dir,
             checksum: checksum.clone(),
+            submodules: *submodules,
         }),
         NamedContext::Image(ImageSource::Reference(name))
             if name == "scratch" || name == "docker.io/library/scratch:latest" =>

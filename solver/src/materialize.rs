@@ -679,7 +679,7 @@ mod tests {
             other("d", Kind::Dir { opaque: true }, 0o500),
             file("d/f", "content", 1),
             file("d/g", "", 0),
-            other("d/sub", DIR, 0),
+            other("d/sub", DIR, 0o500),
             file("implied/x/y", "content", 1),
             other("gone", Kind::Whiteout, 0),
             other("link", links_to("/nowhere"), 0o777),

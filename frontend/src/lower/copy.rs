@@ -232,6 +232,7 @@ fn remote(
             subdir: url.subdir,
             keep_git_dir: url.keep_git_dir.or(copy.keep_git_dir).unwrap_or(false),
             checksum: url.checksum.or_else(|| checksum.map(str::to_owned)),
+            submodules: url.submodules.unwrap_or(true),
         }));
     }
     if !is_url(path) {

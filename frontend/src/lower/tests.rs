@@ -335,8 +335,8 @@ fn copies() {
         &format!(
             r#"0 Http {{ url: "http://x/y/z?q", checksum: Some("{sum}") }}
         1 [scratch 0] add 1:http:z -> /
-        2 Git {{ remote: "https://x/r.git", reference: "v1", subdir: "sub", keep_git_dir: true, checksum: None }}
-        3 Git {{ remote: "git@h:p", reference: "", subdir: "", keep_git_dir: true, checksum: None }}
+        2 Git {{ remote: "https://x/r.git", reference: "v1", subdir: "sub", keep_git_dir: true, checksum: None, submodules: true }}
+        3 Git {{ remote: "git@h:p", reference: "", subdir: "", keep_git_dir: true, checksum: None, submodules: true }}
         4 [1 2 3] add 1:git 2:git -> /g
         top 4"#
         ),
@@ -369,6 +369,32 @@ fn named_contexts() {
         &options,
         "0 Local { name: \"context\" }\n1 [scratch 0] copy 1:a -> /b\ntop 1",
     );
+}
+
+#[test]
+fn stages_as_named_contexts() {
+    let mut options = Options::new(amd64());
+    options.contexts.insert("base".to_owned(), NamedContext::Target("Made".to_owned()));
+    options.contexts.insert("old".to_owned(), NamedContext::Target("made".to_owned()));
+    check_with(
+        "FROM scratch AS made\nCOPY a b\nFROM scratch AS old\nRUN exit 1\nFROM base\nCOPY --from=base b c\n\
+         COPY --from=old b d\n",
+        &options,
+        r#"0 Local { name: "context" }
+        1 [scratch 0] copy 1:a -> /b
+        2 [1 1] copy 1:b -> /c stage
+        3 [2 1] copy 1:b -> /d stage
+        top 3"#,
+    );
+    options.contexts.insert("base".to_owned(), NamedContext::Target("mad".to_owned()));
+    let dockerfile = "FROM scratch AS made\nFROM base\n";
+    let file = crate::parser::parse(crate::source::SourceFile::new("Dockerfile", dockerfile)).expect("it parses");
+    let found = lower(&file, &options, &BaseConfigs::new()).expect_err("no such stage");
+    assert_eq!(
+        found[0].problem.to_string(),
+        "build context `base` is stage `mad`, which is not defined before it is used"
+    );
+    assert_eq!(found[0].problem.help().as_deref(), Some("did you mean `made`?"));
 }
 
 #[test]

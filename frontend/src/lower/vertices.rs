@@ -1,6 +1,6 @@
 //! Vertices of sources and steps, and what they are called.
 
-use super::{BaseConfigs, BaseRequest, StageLowering, text};
+use super::{BaseConfigs, BaseRequest, StageLowering, text, without_credentials};
 use crate::diagnostic::Diagnostic;
 use crate::instruction::Instruction;
 use crate::llb::{ImageSource, Op, Platform, Source, Vertex, VertexId};
@@ -38,8 +38,8 @@ impl StageLowering<'_, '_> {
         let name = match source {
             Source::Local { .. } if context == "context" => "[internal] load build context".to_owned(),
             Source::Local { .. } => format!("[context {context}] load from client"),
-            Source::Http { url, .. } => format!("[context {context}] {url}"),
-            Source::Git { remote, .. } => format!("[context {context}] {remote}"),
+            Source::Http { url, .. } => format!("[context {context}] {}", without_credentials(url)),
+            Source::Git { remote, .. } => format!("[context {context}] {}", without_credentials(remote)),
             Source::Image(_) => format!("[context {context}]"),
         };
         let platform = self.shared.plan.target_platform.clone();
