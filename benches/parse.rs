@@ -80,7 +80,7 @@ fn run(text: &str, runs: usize) -> (Duration, usize) {
                 }
                 Ok((Lowered::NeedsBases(missing), _)) => {
                     let image = BaseImage { config: ImageConfig::scratch(&host), digest: None };
-                    bases.extend(missing.into_iter().map(|request| (request, image.clone())));
+                    bases.extend(missing.into_keys().map(|request| (request, image.clone())));
                 }
                 Err(found) => panic!("{:?}", found.first()),
             }

@@ -1,19 +1,22 @@
 //! `nacre build`: read the Dockerfile, lower it, solve the graph, export. The one place that knows both crates.
 
+use crate::blame;
 use crate::export_command::{self, Built};
 use crate::input::{self, Fetcher, Files, Input};
 use crate::interrupt::{Signals, last_words};
 use crate::progress::{Screen, ScreenOptions};
-use crate::report::{CommandError, Exit, Failure, Place, StepFailure, StepOutcome, with_causes};
-use crate::request::{BuildRequest, CacheUse, Call, Environment, NamedSource, SshSource};
+use crate::report::{CommandError, Exit, Failure, Place, StepFailure, StepOutcome, Style, with_causes};
+use crate::request::{BuildRequest, CacheUse, Call, Environment, NamedSource, ProgressMode, SshSource};
+use nacre_frontend::check::{IgnoreRules, Warning};
 use nacre_frontend::diagnostic::Diagnostic;
 use nacre_frontend::instruction::{Dockerfile, InstructionKind};
 use nacre_frontend::llb::{Definition, ImageSource, Network, Platform};
 use nacre_frontend::lower::{self, BaseConfigs, BaseImage, Lowered, NamedContext};
+use nacre_frontend::parser::ParseFailure;
 use nacre_frontend::reference::Reference;
-use nacre_frontend::source::SourceFile;
+use nacre_frontend::source::{SourceFile, Span};
 use nacre_frontend::{parser, platform};
-use nacre_solver::context::{Context, DigestCache, IgnoreFile};
+use nacre_solver::context::{Context, ContextError, DigestCache, IgnoreFile};
 use nacre_solver::materialize::{Ownership, WriteOptions};
 use nacre_solver::op::file::LocalContext;
 use nacre_solver::op::run::{Host, RunError};
@@ -23,8 +26,9 @@ use nacre_solver::sandbox::{self, Cancel};
 use nacre_solver::snapshot::Workspace;
 use nacre_solver::solve::{self, Event, SolveError, VertexError};
 use nacre_solver::store::Store;
+use nacre_solver::tree::ignore::IgnoreError;
 use nacre_solver::tree::layer::Limits;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -37,21 +41,13 @@ pub(crate) fn sandbox() -> ExitCode {
 
 /// Builds.
 pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<AtomicBool>) -> Result<(), CommandError> {
-    let building = matches!(request.call, Call::Build);
+    if !matches!(request.call, Call::Build) {
+        return call(request, env, signalled);
+    }
     let known = match input::on_disk(request)? {
-        Some(input) => Some((parse(&input)?, input)),
+        Some(input) => Some((parse(&input).map_err(mistakes)?, input)),
         None => None,
     };
-    if let (Some((dockerfile, _)), false) = (&known, building) {
-        return crate::call_command::run(request, dockerfile, &options(request, None)?);
-    }
-    if !building {
-        let workspace = workspace(request, Ownership::SingleId, None)?;
-        let git = input::git_settings(request, env)?;
-        let stop = || signalled.load(Ordering::SeqCst);
-        let input = Fetcher { workspace: &workspace, git: &git, stop: &stop, events: &|_| {} }.input(request)?;
-        return crate::call_command::run(request, &parse(&input)?, &options(request, None)?);
-    }
     // Before any thread exists, and before standard input is read: an ordinary user's build goes on in a process inside
     // of a user namespace.
     let Some(place) = enter(known.as_ref().map(|(dockerfile, _)| dockerfile))? else { return Ok(()) };
@@ -70,16 +66,51 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
         let short: String = digest.trim_start_matches("sha256:").chars().take(12).collect();
         told(Event::Transfer { id: None, what: format!("fetching {short}"), done_bytes, total_bytes: Some(total) });
     });
-    let result = signals
-        .watched(&cancel, last_words(env.color), || build(request, known, place, env, &cancel, (&sink, progress)));
+    let mut found = Findings::default();
+    let work = || build(request, known, place, env, &cancel, (&sink, progress), &mut found);
+    let result = signals.watched(&cancel, last_words(env.color), work);
     screen.finish();
+    if let (Some(source), ProgressMode::Plain | ProgressMode::Tty) = (&found.source, request.progress) {
+        let style = Style { color: env.color };
+        crate::print_error(&crate::call_command::in_build(source, &found.warnings, style));
+    }
     let built = result?;
     export_command::report(request, &built)
 }
 
-fn parse(input: &Input) -> Result<Dockerfile, CommandError> {
+/// What the build checks found, for the end of a build.
+#[derive(Default)]
+struct Findings {
+    source: Option<SourceFile>,
+    warnings: BTreeSet<Warning>,
+}
+
+/// Answers a `--call` other than build.
+fn call(request: &BuildRequest, env: &Environment, signalled: &Arc<AtomicBool>) -> Result<(), CommandError> {
+    let input = match input::on_disk(request)? {
+        Some(input) => input,
+        None => {
+            let workspace = workspace(request, Ownership::SingleId, None)?;
+            let git = input::git_settings(request, env)?;
+            let stop = || signalled.load(Ordering::SeqCst);
+            Fetcher { workspace: &workspace, git: &git, stop: &stop, events: &|_| {} }.input(request)?
+        }
+    };
+    let mut options = options(request, platforms(request)?.into_iter().next().flatten())?;
+    if let Files::Directory(directory) = &input.context {
+        let ignore = IgnoreFile::Dockerfile(&input.dockerfile_path);
+        let context = Context::open(directory, ignore).map_err(|error| context_error(&error))?;
+        options.ignored = ignored(&context);
+    }
+    crate::call_command::run(request, parse(&input), options)
+}
+
+fn parse(input: &Input) -> Result<Dockerfile, ParseFailure> {
     parser::parse(input.source.clone())
-        .map_err(|failure| CommandError::Dockerfile { source: failure.source, diagnostics: failure.diagnostics })
+}
+
+fn mistakes(failure: ParseFailure) -> CommandError {
+    CommandError::Dockerfile { source: failure.source, diagnostics: failure.diagnostics }
 }
 
 /// Where this process is.
@@ -212,13 +243,13 @@ fn platforms(request: &BuildRequest) -> Result<Vec<Option<Platform>>, CommandErr
         return Ok(vec![None]);
     }
     let parse = |text: &String| {
-        platform::parse(text, &host).map(Some).map_err(|error| CommandError::new(Exit::Usage, &error, None))
+        platform::parse(text, &host).map(Some).map_err(|error| CommandError::new(Exit::Usage, &error, error.help()))
     };
     request.platforms.iter().map(parse).collect()
 }
 
 /// Opens the store.
-fn workspace(
+pub(crate) fn workspace(
     request: &BuildRequest,
     ownership: Ownership,
     progress: Option<Progress>,
@@ -246,6 +277,7 @@ fn build(
     env: &Environment,
     cancel: &Cancel,
     (events, progress): (&(dyn Fn(Event) + Sync), Progress),
+    found: &mut Findings,
 ) -> Result<Vec<Built>, CommandError> {
     let workspace = workspace(request, place.ownership, Some(progress))?.with_cancel(cancel.clone());
     let git = input::git_settings(request, env)?;
@@ -255,18 +287,20 @@ fn build(
         None => {
             let stop = || cancel.is_cancelled();
             let input = Fetcher { workspace: &workspace, git: &git, stop: &stop, events }.input(request)?;
-            let dockerfile = parse(&input)?;
+            let dockerfile = parse(&input).map_err(mistakes)?;
             if let (Some(refused), true) = (place.refused, has_runs(&dockerfile)) {
                 return Err(refused);
             }
             (dockerfile, input)
         }
     };
+    found.source = Some(input.source.clone());
     let contexts = contexts(request, &input, &workspace.store)?;
     let mut all = Vec::new();
     for platform in platforms(request)? {
-        let options = options(request, platform)?;
-        let (definition, images) = lowered(&input, &dockerfile, &options, &workspace, events)?;
+        let mut options = options(request, platform)?;
+        options.ignored = contexts.get("context").and_then(|local| ignored(local.context()?));
+        let (definition, images) = lowered(&dockerfile, &options, &workspace, events, &mut found.warnings)?;
         let solve_request = solve::Request {
             contexts: contexts.clone(),
             images,
@@ -279,11 +313,46 @@ fn build(
             // Digests that are not kept are made again: no reason to fail.
             let _ = local.save();
         }
-        let snapshot = snapshot.map_err(|error| solve_error(error, &input.source))?;
+        let steps = blame::Steps { dockerfile: &dockerfile, definition: &definition, contexts: &contexts };
+        let snapshot = snapshot.map_err(|error| solve_error(error, &steps))?;
         all.push(Built::new(definition.image, snapshot));
     }
     export_command::export(request, &workspace, &mut all, events, &|| cancel.is_cancelled())?;
     Ok(all)
+}
+
+/// What the build checks need to know of a context. With exceptions nothing is said: what is below an excluded
+/// directory may be there all the same.
+fn ignored(context: &Context) -> Option<IgnoreRules> {
+    let rules = context.ignore_rules();
+    if rules.is_empty() || rules.has_exceptions() {
+        return None;
+    }
+    let rules = rules.clone();
+    Some(IgnoreRules::new(move |path| rules.excluded(path)))
+}
+
+/// A context that cannot be used; a wrong ignore file is shown.
+fn context_error(error: &ContextError) -> CommandError {
+    let mut failure = Failure { exit: Exit::Dockerfile, message: with_causes(error), place: None, help: None };
+    if let ContextError::BadIgnoreFile { path, source } = error {
+        failure.message = source.to_string();
+        failure.help = Some(match source {
+            IgnoreError::EmptyException => "put a pattern behind `!`, or remove the line".to_owned(),
+            IgnoreError::BadPattern { .. } => "close `[` with `]`, or write `[[]` for the character itself".to_owned(),
+        });
+        let text = std::fs::read(path).map(|bytes| parser::decode(&bytes)).unwrap_or_default();
+        // Its last component says enough: it lies beside the Dockerfile or at the top of the context.
+        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+        let file = SourceFile::new(name, text);
+        let wanted = match source {
+            IgnoreError::EmptyException => "!",
+            IgnoreError::BadPattern { pattern } => pattern.as_str(),
+        };
+        let word = blame::line_of(&file.text, wanted);
+        failure.place = Some(Place::word(&file, word));
+    }
+    CommandError::Failure(Box::new(failure))
 }
 
 fn contexts(
@@ -292,7 +361,7 @@ fn contexts(
     store: &Store,
 ) -> Result<BTreeMap<String, Arc<LocalContext>>, CommandError> {
     let open = |directory: &Path, ignore: IgnoreFile<'_>| {
-        let error = |error| CommandError::new(Exit::Dockerfile, &error, None);
+        let error = |error: ContextError| context_error(&error);
         let context = Context::open(directory, ignore).map_err(error)?;
         let name = blake3_name(context.root());
         let digests = DigestCache::load(&store.part("context").join(name)).map_err(error)?;
@@ -321,32 +390,37 @@ type Images = BTreeMap<(ImageSource, Platform), Arc<ResolvedImage>>;
 
 /// Lowers until all base images' configurations are known.
 fn lowered(
-    input: &Input,
     dockerfile: &Dockerfile,
     options: &lower::Options,
     workspace: &Workspace,
     events: &(dyn Fn(Event) + Sync),
+    found: &mut BTreeSet<Warning>,
 ) -> Result<(Definition, Images), CommandError> {
+    let source = &dockerfile.source;
     let mut bases = BaseConfigs::new();
     let mut images = Images::new();
     loop {
-        let in_file =
-            |diagnostics: Vec<Diagnostic>| CommandError::Dockerfile { source: input.source.clone(), diagnostics };
+        let in_file = |diagnostics: Vec<Diagnostic>| CommandError::Dockerfile { source: source.clone(), diagnostics };
         let (result, warnings) = lower::lower(dockerfile, options, &bases).map_err(in_file)?;
         match result {
             Lowered::Graph(definition) => {
-                for warning in warnings {
-                    let line = input.source.line(warning.span.start);
-                    events(Event::Warning {
-                        message: format!("{:?}: {} (line {line})", warning.rule, warning.message),
+                for warning in warnings.into_iter().filter(|warning| found.insert(warning.clone())) {
+                    let (line, column) = source.line_column(warning.span.start);
+                    events(Event::Check {
+                        rule: warning.rule.name(),
+                        message: warning.message,
+                        url: warning.url,
+                        file: source.name.clone(),
+                        line,
+                        column,
                     });
                 }
                 return Ok((*definition, images));
             }
             Lowered::NeedsBases(needed) => {
-                for (base, _) in needed {
+                for (base, span) in needed {
                     let image = resolve_image(&base.source, &base.platform, &workspace.sources)
-                        .map_err(|error| base_error(&error, &base.source, dockerfile))?;
+                        .map_err(|error| base_error(&error, dockerfile, span))?;
                     let image = Arc::new(image);
                     let pinned = lower::with_digest(&base.source, image.root_digest.clone());
                     images.insert((pinned, base.platform.clone()), image.clone());
@@ -358,21 +432,14 @@ fn lowered(
     }
 }
 
-/// An image that cannot be had, with the FROM that asks for it.
-fn base_error(error: &SourceError, source: &ImageSource, dockerfile: &Dockerfile) -> CommandError {
-    let from = dockerfile.instructions.iter().find_map(|instruction| match (&instruction.kind, source) {
-        (InstructionKind::From { image, .. }, ImageSource::Reference(wanted)) => {
-            let reference = Reference::parse(&image.value).ok()?;
-            (reference.to_string() == *wanted).then_some((&image.value, instruction.lines))
-        }
-        _ => None,
-    });
-    let message = match from {
-        Some((image, _)) => format!("cannot use base image `{image}`: {}", with_causes(error)),
-        None => with_causes(error),
-    };
-    let place = from.map(|(_, lines)| Place { source: dockerfile.source.clone(), lines });
-    CommandError::Failure(Box::new(Failure { exit: Exit::Source, message, place, help: None }))
+/// A base image that cannot be had; `span` is its name in FROM.
+fn base_error(error: &SourceError, dockerfile: &Dockerfile, span: Span) -> CommandError {
+    let source = &dockerfile.source;
+    let image = source.text.get(span.start..span.end).unwrap_or_default();
+    let message = format!("cannot use base image `{image}`: {}", with_causes(error));
+    let place = Some(Place::word(source, span));
+    let help = blame::similar_stage(dockerfile, image).or_else(|| error.help());
+    CommandError::Failure(Box::new(Failure { exit: Exit::Source, message, place, help }))
 }
 
 fn host(request: &BuildRequest) -> Result<Host, CommandError> {
@@ -396,12 +463,14 @@ fn host(request: &BuildRequest) -> Result<Host, CommandError> {
     Ok(host)
 }
 
-fn solve_error(error: SolveError, source: &SourceFile) -> CommandError {
+fn solve_error(error: SolveError, steps: &blame::Steps<'_>) -> CommandError {
     match error {
         SolveError::Interrupted => CommandError::Interrupted,
         SolveError::Result { source } => CommandError::new(Exit::Dockerfile, &source, None),
-        SolveError::Vertex { name, stage, text, lines, tail, log, source: cause, .. } => {
-            let place = lines.map(|lines| Place { source: source.clone(), lines });
+        SolveError::Vertex { id, name, stage, lines, tail, log, source: cause, .. } => {
+            let found = steps.blame(id, &cause);
+            let source = steps.dockerfile.source.clone();
+            let place = lines.map(|lines| Place { source, lines, word: found.word });
             let outcome = match &*cause {
                 VertexError::Run(RunError::Exit { code, program }) => Some((StepOutcome::Exit(*code), program.clone())),
                 VertexError::Run(RunError::Signal { signal }) => Some((StepOutcome::Signal(*signal), String::new())),
@@ -422,16 +491,7 @@ fn solve_error(error: SolveError, source: &SourceFile) -> CommandError {
                 _ => Exit::General,
             };
             let message = with_causes(&*cause);
-            // An image that no FROM names is one of --from, and stages are named there, too.
-            let help = match (&*cause, lines) {
-                (VertexError::Git(error), _) => error.help().map(str::to_owned),
-                (VertexError::Source(_), None) if text.starts_with("FROM ") => Some(format!(
-                    "`{}` is neither a stage of this Dockerfile nor a build context, so it was looked for as an image",
-                    text.trim_start_matches("FROM ")
-                )),
-                _ => None,
-            };
-            CommandError::Failure(Box::new(Failure { exit, message, place, help }))
+            CommandError::Failure(Box::new(Failure { exit, message, place, help: found.help }))
         }
     }
 }

@@ -66,7 +66,11 @@ fn read_dockerfile(path: &Path, name: &Path) -> Result<SourceFile, CommandError>
     let read = std::fs::File::open(path).and_then(|file| file.take(DOCKERFILE_LIMIT_BYTES).read_to_end(&mut bytes));
     read.map_err(|error| {
         let message = format!("cannot read the Dockerfile `{}`: {error}", path.display());
-        failure(Exit::Dockerfile, &message, (error.kind() == std::io::ErrorKind::NotFound).then(no_dockerfile))
+        failure(
+            Exit::Dockerfile,
+            &message,
+            matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::IsADirectory).then(no_dockerfile),
+        )
     })?;
     Ok(SourceFile::new(name.display().to_string(), parser::decode(&bytes)))
 }

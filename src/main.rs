@@ -2,6 +2,7 @@
 //!
 //! Only this crate prints, reads the environment or exits. Standard output carries results, standard error the rest.
 
+mod blame;
 mod build_command;
 mod call_command;
 mod cli;

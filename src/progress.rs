@@ -153,6 +153,7 @@ impl<W: Write + Send> Painter for JsonLines<W> {
 /// {"time":0.32,"event":"exporting","what":"OCI archive out.tar"}
 /// {"time":0.40,"event":"exported","what":"OCI archive out.tar","seconds":0.08}
 /// {"time":0.40,"event":"warning","message":"…"}
+/// {"time":0.01,"event":"check","rule":"StageNameCasing","message":"…","url":"…","file":"Dockerfile","line":1,"column":6}
 /// ```
 fn json(at: Duration, event: &Event) -> Value {
     let mut value = match event {
@@ -187,6 +188,9 @@ fn json(at: Duration, event: &Event) -> Value {
         Event::Exported { what, duration } => {
             json!({"event": "exported", "what": what, "seconds": duration.as_secs_f64()})
         }
+        Event::Check { rule, message, url, file, line, column } => json!({
+            "event": "check", "rule": rule, "message": message, "url": url, "file": file, "line": line, "column": column
+        }),
         Event::Warning { message } => json!({"event": "warning", "message": message}),
     };
     // First in the line: what reads along wants to see it there.
@@ -398,6 +402,8 @@ impl<W: Write + Send> Painter for Plain<W> {
             }
             Event::Exporting { what } => self.line(&format!("exporting {what}")),
             Event::Exported { what, duration } => self.line(&format!("exporting {what} DONE {}", seconds(*duration))),
+            // Shown with their places when the steps are done.
+            Event::Check { .. } => {}
             Event::Warning { message } => self.line(&format!("warning: {}", sanitised(message.as_bytes(), false))),
         }
     }
@@ -446,7 +452,7 @@ impl LiveModel {
     fn event(&mut self, at: Duration, event: &Event) -> Vec<String> {
         self.totals.event(event);
         match event {
-            Event::Planned { .. } | Event::Cached { .. } => Vec::new(),
+            Event::Planned { .. } | Event::Cached { .. } | Event::Check { .. } => Vec::new(),
             Event::Started { id } => {
                 self.running.insert(*id, (at, String::new()));
                 Vec::new()

@@ -92,6 +92,8 @@ pub(crate) struct Place {
     pub(crate) source: SourceFile,
     /// First and last line, counted from 1.
     pub(crate) lines: (u32, u32),
+    /// The word that it is about, if that is known.
+    pub(crate) word: Option<Span>,
 }
 
 /// A RUN that did not end well.
@@ -328,8 +330,17 @@ fn signal_name(number: i32) -> String {
 }
 
 impl Place {
-    /// From the first line's first character to the last line's end.
+    /// A word of a file.
+    pub(crate) fn word(source: &SourceFile, word: Span) -> Self {
+        let last = word.end.max(word.start + 1) - 1;
+        Self { source: source.clone(), lines: (source.line(word.start), source.line(last)), word: Some(word) }
+    }
+
+    /// The word; else from the first line's first character to the last line's end.
     fn span(&self) -> Option<Span> {
+        if self.word.is_some() {
+            return self.word;
+        }
         let (first, last) = self.lines;
         let mut start = None;
         let mut at = 0;
@@ -415,7 +426,7 @@ fn one_line(text: &str) -> String {
 }
 
 /// Text from files and steps without what a terminal would obey; line ends and tabs stay.
-fn printable(text: &str) -> String {
+pub(crate) fn printable(text: &str) -> String {
     text.chars().map(|c| if unsafe_to_print(c) && !matches!(c, '\n' | '\t') { '\u{fffd}' } else { c }).collect()
 }
 
@@ -458,22 +469,24 @@ help: did you mean `RUN`?
     #[test]
     fn several_mistakes_in_line_order_with_a_sum() {
         let source = file("FROM a\nRUN b\n");
-        let diagnostics = vec![mistake(7, 10, "second"), mistake(5, 6, "first")];
+        let diagnostics = vec![mistake(7, 10, "//second"), mistake(5, 6, "//first")];
         let text = PLAIN.error(&CommandError::Dockerfile { source, diagnostics });
         let expected = "\
-error: unknown instruction `first`
+error: unknown instruction `//first`
  --> Dockerfile:1:6
   |
 1 | FROM a
   |      ^
+help: comments start with `#`
 
-error: unknown instruction `second`
+error: unknown instruction `//second`
  --> Dockerfile:2:1
   |
 2 | RUN b
   | ^^^
+help: comments start with `#`
 
-2 mistakes in Dockerfile; the first: unknown instruction `first` (line 1)
+2 mistakes in Dockerfile; the first: unknown instruction `//first` (line 1)
 ";
         assert_eq!(text, expected);
         let one = CommandError::Dockerfile { source: file("FROM a\n"), diagnostics: vec![mistake(5, 6, "x")] };
@@ -499,7 +512,7 @@ error: unknown instruction `second`
             stage: "builder".to_owned(),
             program: "/bin/sh".to_owned(),
             outcome: StepOutcome::Exit(127),
-            place: Some(Place { source, lines: (2, 3) }),
+            place: Some(Place { source, lines: (2, 3), word: None }),
             tail: (0..30).map(|n| format!("error: line {n}\u{1b}[2J")).collect(),
             log: Some("/store/logs/1".into()),
         };
@@ -574,7 +587,7 @@ note: all of its output is in /store/logs/1
                 }
             }
             for lines in [(0, 0), (1, 1), (1, 9), (2, 1), (7, 9)] {
-                let place = Place { source: source.clone(), lines };
+                let place = Place { source: source.clone(), lines, word: None };
                 PLAIN.block(Severity::Warning, "m", Some((&source, place.span())), &[], None);
             }
         }

@@ -83,8 +83,9 @@ pub struct Options {
     pub allow_network_host: bool,
     /// What the main context leaves out, for the check CopyIgnoredFile; `None` when that is nothing or not known.
     pub ignored: Option<IgnoreRules>,
-    /// Go on without configurations that are not given: for checks. What depends on them is not reported.
-    pub unknown_bases: bool,
+    /// Only look: go on without configurations that are not given, and report nothing that may come from them. What the
+    /// checks find stays a warning, whatever the file says.
+    pub check_only: bool,
 }
 
 impl Options {
@@ -111,7 +112,7 @@ impl Options {
             allow_insecure: false,
             allow_network_host: false,
             ignored: None,
-            unknown_bases: false,
+            check_only: false,
         }
     }
 }
@@ -167,11 +168,14 @@ pub struct BaseImage {
 /// Configurations known so far.
 pub type BaseConfigs = BTreeMap<BaseRequest, BaseImage>;
 
+/// Images whose configurations are needed, each with the place that names it.
+pub type MissingBases = BTreeMap<BaseRequest, Span>;
+
 /// Result of [`lower`].
 #[derive(Debug, Clone, PartialEq)]
 pub enum Lowered {
-    /// These configurations are needed first: all that can be named by now, each with the place that names it.
-    NeedsBases(BTreeMap<BaseRequest, Span>),
+    /// These configurations are needed first: all that can be named by now.
+    NeedsBases(MissingBases),
     /// The graph.
     Graph(Box<Definition>),
 }
@@ -204,7 +208,7 @@ pub fn lower_and_outline(
     }
     let checks = build_args.get("BUILDKIT_DOCKERFILE_CHECK").map(String::as_str);
     let selection = Selection::of(file, checks);
-    let checks_are_errors = selection.is_error();
+    let checks_are_errors = selection.is_error() && !options.check_only;
     let mut reporter = Reporter::new(selection);
     check::static_checks(file, &mut reporter);
     let mut plan = Plan::new(file, options, &build_args, &mut reporter)?;
@@ -267,7 +271,7 @@ fn reachable(
     options: &Options,
     bases: &BaseConfigs,
     lexer: &Lexer,
-) -> Result<(Vec<bool>, BTreeMap<BaseRequest, Span>), Vec<Diagnostic>> {
+) -> Result<(Vec<bool>, MissingBases), Vec<Diagnostic>> {
     let mut needed = vec![false; plan.stages.len()];
     let mut missing = BTreeMap::new();
     let mut problems = Vec::new();
@@ -288,7 +292,7 @@ fn reachable(
                 match bases.get(&request) {
                     Some(base) => base.config.config.on_build.clone(),
                     None => {
-                        if !options.unknown_bases {
+                        if !options.check_only {
                             missing.insert(request, stage.image_span());
                         }
                         Vec::new()

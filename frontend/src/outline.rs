@@ -177,7 +177,7 @@ RUN --mount=type=secret,id=npm,required --mount=type=ssh true
     fn everything_the_target_needs() {
         let host = Platform { os: "linux".to_owned(), architecture: "amd64".to_owned(), variant: String::new() };
         let args = [("VERSION".to_owned(), Some("7".to_owned()))].into();
-        let options = Options { unknown_bases: true, build_args: args, ..Options::new(host) };
+        let options = Options { check_only: true, build_args: args, ..Options::new(host) };
         let found = outline(&options);
         assert_eq!((found.name.as_deref(), found.description.as_deref()), (Some("app"), Some("is what runs")));
         let args: Vec<(&str, Option<&str>, Option<&str>)> = found

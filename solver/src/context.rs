@@ -95,6 +95,8 @@ pub struct Context {
     root: PathBuf,
     fd: OwnedFd,
     matcher: Matcher,
+    /// The file that the patterns come from.
+    ignore_file: Option<PathBuf>,
     walked: OnceLock<Walked>,
 }
 
@@ -167,19 +169,33 @@ impl Context {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd = openat(CWD, &root, flags, Mode::empty()).map_err(|error| failed(error.into()))?;
         let general = root.join(".dockerignore");
-        let matcher = match ignore {
-            IgnoreFile::None => None,
-            IgnoreFile::Directory => read_ignore_file(&general)?,
-            IgnoreFile::Dockerfile(path) => {
-                let mut own = path.as_os_str().to_owned();
-                own.push(".dockerignore");
-                match read_ignore_file(Path::new(&own))? {
-                    Some(matcher) => Some(matcher),
-                    None => read_ignore_file(&general)?,
-                }
+        let mut files = Vec::new();
+        if let IgnoreFile::Dockerfile(path) = ignore {
+            let mut own = path.as_os_str().to_owned();
+            own.push(".dockerignore");
+            files.push(PathBuf::from(own));
+        }
+        if ignore != IgnoreFile::None {
+            files.push(general);
+        }
+        let mut context = Self { root, fd, matcher: Matcher::default(), ignore_file: None, walked: OnceLock::new() };
+        for file in files {
+            if let Some(matcher) = read_ignore_file(&file)? {
+                (context.matcher, context.ignore_file) = (matcher, Some(file));
+                break;
             }
-        };
-        Ok(Self { root, fd, matcher: matcher.unwrap_or_default(), walked: OnceLock::new() })
+        }
+        Ok(context)
+    }
+
+    /// The file that says what is left out, if there is one.
+    pub fn ignore_file(&self) -> Option<&Path> {
+        self.ignore_file.as_deref()
+    }
+
+    /// The patterns. Paths are relative to the context.
+    pub fn ignore_rules(&self) -> &Matcher {
+        &self.matcher
     }
 
     /// The directory, free of symlinks.

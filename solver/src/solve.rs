@@ -122,6 +122,21 @@ pub enum Event {
         /// How long it took.
         duration: Duration,
     },
+    /// Something that a build check found in the Dockerfile.
+    Check {
+        /// Name of the rule.
+        rule: &'static str,
+        /// What it found, in words.
+        message: String,
+        /// Page about the rule.
+        url: String,
+        /// Name of the file.
+        file: String,
+        /// Line, counted from 1.
+        line: u32,
+        /// Column, counted from 1.
+        column: u32,
+    },
     /// Something the user should know.
     Warning {
         /// In words.
@@ -204,6 +219,21 @@ pub enum VertexError {
     /// A fault of ours.
     #[error("internal error: {0}")]
     Panic(String),
+}
+
+impl VertexError {
+    /// A way out, one sentence.
+    pub fn help(&self) -> Option<String> {
+        match self {
+            Self::Run(error) => error.help(),
+            Self::Source(error) | Self::Snapshot(SnapshotError::Source(error)) => error.help(),
+            Self::Snapshot(SnapshotError::Copy(error)) => error.help(),
+            Self::Git(error) => error.help().map(str::to_owned),
+            Self::Snapshot(SnapshotError::Changed { .. }) => Some("build again when nothing writes to it".to_owned()),
+            Self::NoContext(name) => Some(format!("give it with `--build-context {name}=DIRECTORY`")),
+            _ => None,
+        }
+    }
 }
 
 /// What a build is given besides its graph.

@@ -18,6 +18,7 @@ mod image;
 mod process;
 
 mod cache;
+mod checks;
 mod command_line;
 mod context;
 mod context_git;

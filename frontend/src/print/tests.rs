@@ -152,7 +152,7 @@ fn line(random: &mut Random, escape: &str) -> String {
     match random.below(8) {
         0 => line.push_str(&format!(" {escape}\n  # comment\n\n more")),
         1 => line.push_str(&format!("{escape}{escape}")),
-        2 => line.push_str("\u{b}"),
+        2 => line.push('\u{b}'),
         _ => {}
     }
     // Bodies for markers, where there are some; else lines that are wrong.

@@ -127,6 +127,27 @@ pub enum CopyError {
     },
 }
 
+impl CopyError {
+    /// A way out, one sentence, as far as it can be told without looking at files.
+    pub fn help(&self) -> Option<String> {
+        Some(match self {
+            Self::NotFound { .. } => return None,
+            Self::BadPattern { .. } => "close `[` with `]`, or write `[[]` for the character itself".to_owned(),
+            Self::BadExclude(_) => "exclude patterns are those of .dockerignore".to_owned(),
+            Self::TooManyLinks { .. } => "the links lead in a circle: remove one of them in an earlier step".to_owned(),
+            Self::NotADirectory { path } => {
+                format!("`{path}` is a file in the image: use another path, or remove it first")
+            }
+            Self::DirectoryOntoOther { path } | Self::FileOntoDirectory { path } => {
+                format!("copy to another place, or remove `{path}` in an earlier step")
+            }
+            Self::NoUsers { .. } => "write numbers, like `--chown=1000:1000`".to_owned(),
+            Self::Archive { .. } => "COPY, or ADD --unpack=false, takes the file as it is".to_owned(),
+            Self::Users { .. } | Self::Staging { .. } | Self::NoInput { .. } => return None,
+        })
+    }
+}
+
 /// What COPY or ADD puts onto `dest`. `inputs` stand as in the vertex; `staging` is a directory for the content of
 /// archives; `now` is the time of directories that are made and of heredocs; `read` reads files of `dest`, and of inputs
 /// that are archives.

@@ -47,6 +47,11 @@ impl LocalContext {
         Self { directory: None, tree: OnceLock::from(tree) }
     }
 
+    /// The directory and what it leaves out; `None` for files from an archive or a repository.
+    pub fn context(&self) -> Option<&Context> {
+        self.directory.as_ref().map(|(context, _)| context)
+    }
+
     /// All files that are not ignored, without digests.
     pub fn tree(&self) -> Result<Arc<Tree>, ContextError> {
         if let Some(tree) = self.tree.get() {

@@ -97,6 +97,28 @@ pub enum RunError {
     CacheMount(#[source] MaterializeError),
 }
 
+impl RunError {
+    /// A way out, one sentence, as far as it can be told without looking at files.
+    pub fn help(&self) -> Option<String> {
+        Some(match self {
+            Self::User(UserError::NoUser { name }) => {
+                format!("make user `{name}` in an earlier step, or give a number: `USER 1000`")
+            }
+            Self::User(UserError::NoGroup { name }) => {
+                format!("make group `{name}` in an earlier step, or give a number: `USER name:1000`")
+            }
+            Self::NoSecret(id) => {
+                format!("give it with `--secret id={id},src=FILE` or `--secret id={id},env=VARIABLE`")
+            }
+            Self::SecretNotText(_) => "remove env=, and read the file that the mount makes".to_owned(),
+            Self::NoSsh(id) => {
+                format!("give one with `--ssh {id}` (the agent of SSH_AUTH_SOCK) or `--ssh {id}=SOCKET`")
+            }
+            _ => return None,
+        })
+    }
+}
+
 /// The parts of the key, without those of the root file system.
 pub fn parts(
     workspace: &Workspace,

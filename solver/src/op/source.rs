@@ -22,6 +22,7 @@ use crate::store::{Store, StoreError, hex};
 use crate::tree::blob::decompress;
 use crate::tree::layer::{LayerError, LayerSink, Limits, NoSink, read_tar};
 use crate::tree::{ContentDigest, Entry, Kind, LayerId, Node, Tree};
+use nacre_frontend::diagnostic::did_you_mean;
 use nacre_frontend::image_config::ImageConfig;
 use nacre_frontend::llb::{ImageSource, Platform};
 use sha2::{Digest, Sha256};
@@ -252,6 +253,26 @@ pub enum SourceError {
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+}
+
+impl SourceError {
+    /// A way out, one sentence.
+    pub fn help(&self) -> Option<String> {
+        let near = |wanted: &str, there: &[String]| did_you_mean(wanted, there.iter().map(String::as_str));
+        Some(match self {
+            Self::NotALayout { .. } => "`skopeo copy IMAGE oci:DIR` makes one".to_owned(),
+            Self::NoSuchTag { wanted, available, .. } => format!("did you mean `{}`?", near(wanted, available)?),
+            Self::WhichImage { .. } => "write `oci-layout://DIR:TAG`".to_owned(),
+            Self::NoSuchPlatform { available, .. } if !available.is_empty() => {
+                "choose one of these with --platform".to_owned()
+            }
+            Self::Registry(RegistryError::DigestMismatch { found, .. }) => {
+                format!("if the new content is right, the checksum is {found}")
+            }
+            Self::Registry(RegistryError::NotFound { .. }) => "look for a mistake in the name or the tag".to_owned(),
+            _ => return None,
+        })
+    }
 }
 
 fn listed(available: &[String]) -> String {

@@ -159,6 +159,11 @@ impl Matcher {
         self.patterns.is_empty()
     }
 
+    /// Does a pattern start with `!`? Then what is below an excluded path may be there all the same.
+    pub fn has_exceptions(&self) -> bool {
+        self.patterns.iter().any(|pattern| pattern.exception)
+    }
+
     /// Is the path, judged alone, excluded? The root never is.
     pub fn excluded(&self, path: impl AsRef<[u8]>) -> bool {
         let path = decode(path.as_ref());
