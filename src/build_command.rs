@@ -1,11 +1,11 @@
 //! `nacre build`: read the Dockerfile, lower it, solve the graph, export. The one place that knows both crates.
 
 use crate::export_command::{self, Built};
+use crate::input::{self, Fetcher, Files, Input};
+use crate::interrupt::{Signals, last_words};
 use crate::progress::{Screen, ScreenOptions};
 use crate::report::{CommandError, Exit, Failure, Place, StepFailure, StepOutcome, with_causes};
-use crate::request::{
-    BuildRequest, CacheUse, Call, ContextSource, DockerfileSource, Environment, NamedSource, SshSource,
-};
+use crate::request::{BuildRequest, CacheUse, Call, Environment, NamedSource, SshSource};
 use nacre_frontend::diagnostic::Diagnostic;
 use nacre_frontend::instruction::{Dockerfile, InstructionKind};
 use nacre_frontend::llb::{Definition, ImageSource, Network, Platform};
@@ -17,48 +17,47 @@ use nacre_solver::context::{Context, DigestCache, IgnoreFile};
 use nacre_solver::materialize::{Ownership, WriteOptions};
 use nacre_solver::op::file::LocalContext;
 use nacre_solver::op::run::{Host, RunError};
-use nacre_solver::op::source::{PullPolicy, ResolvedImage, SourceContext, resolve_image};
-use nacre_solver::registry::{Client, ClientOptions};
+use nacre_solver::op::source::{Progress, PullPolicy, ResolvedImage, SourceContext, SourceError, resolve_image};
+use nacre_solver::registry::Client;
 use nacre_solver::sandbox::{self, Cancel};
 use nacre_solver::snapshot::Workspace;
 use nacre_solver::solve::{self, Event, SolveError, VertexError};
 use nacre_solver::store::Store;
 use nacre_solver::tree::layer::Limits;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 /// Becomes a step's supervisor.
 pub(crate) fn sandbox() -> ExitCode {
     sandbox::sandbox_main()
 }
 
-/// A context on disk and the Dockerfile.
-struct Input {
-    /// The build context.
-    directory: PathBuf,
-    /// The Dockerfile's path, for its own ignore file.
-    dockerfile_path: PathBuf,
-    /// Its text.
-    source: SourceFile,
-}
-
 /// Builds.
 pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<AtomicBool>) -> Result<(), CommandError> {
-    let input = read_input(request)?;
-    let dockerfile = parser::parse(input.source.clone())
-        .map_err(|failure| CommandError::Dockerfile { source: failure.source, diagnostics: failure.diagnostics })?;
-    if !matches!(request.call, Call::Build) {
-        return crate::call_command::run(request, &dockerfile, &options(request, None)?);
-    }
-    // Before any thread exists: an ordinary user's build goes on in a process inside of a user namespace.
-    let ownership = match enter(&dockerfile)? {
-        Ok(ownership) => ownership,
-        Err(code) => std::process::exit(code),
+    let building = matches!(request.call, Call::Build);
+    let known = match input::on_disk(request)? {
+        Some(input) => Some((parse(&input)?, input)),
+        None => None,
     };
+    if let (Some((dockerfile, _)), false) = (&known, building) {
+        return crate::call_command::run(request, dockerfile, &options(request, None)?);
+    }
+    if !building {
+        let workspace = workspace(request, Ownership::SingleId, None)?;
+        let git = input::git_settings(request, env)?;
+        let stop = || signalled.load(Ordering::SeqCst);
+        let input = Fetcher { workspace: &workspace, git: &git, stop: &stop, events: &|_| {} }.input(request)?;
+        return crate::call_command::run(request, &parse(&input)?, &options(request, None)?);
+    }
+    // Before any thread exists, and before standard input is read: an ordinary user's build goes on in a process inside
+    // of a user namespace.
+    let Some(place) = enter(known.as_ref().map(|(dockerfile, _)| dockerfile))? else { return Ok(()) };
+    let host_error = |error: &(dyn std::error::Error + 'static)| CommandError::new(Exit::Host, error, None);
+    let signals = Signals::listen(signalled).map_err(|error| host_error(&error))?;
+    let cancel = Cancel::new().map_err(|error| host_error(&error))?;
     let screen = Screen::start(ScreenOptions {
         mode: request.progress,
         terminal: env.stderr_terminal,
@@ -66,87 +65,91 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
         explain: request.explain,
     });
     let sink = screen.sink();
-    let result = build(request, &input, &dockerfile, ownership, signalled, &sink);
+    let told = sink.clone();
+    let progress: Progress = Arc::new(move |digest: &str, done_bytes, total: u64| {
+        let short: String = digest.trim_start_matches("sha256:").chars().take(12).collect();
+        told(Event::Transfer { id: None, what: format!("fetching {short}"), done_bytes, total_bytes: Some(total) });
+    });
+    let result = signals
+        .watched(&cancel, last_words(env.color), || build(request, known, place, env, &cancel, (&sink, progress)));
     screen.finish();
     let built = result?;
     export_command::report(request, &built)
 }
 
-/// Goes into a user namespace if the file needs one and we are not root. `Err` is the exit code of the process inside.
-#[expect(clippy::type_complexity, reason = "a namespace, an exit code, or an error: each ends in another place")]
-fn enter(dockerfile: &Dockerfile) -> Result<Result<Ownership, i32>, CommandError> {
-    let runs = dockerfile.instructions.iter().any(|instruction| match &instruction.kind {
+fn parse(input: &Input) -> Result<Dockerfile, CommandError> {
+    parser::parse(input.source.clone())
+        .map_err(|failure| CommandError::Dockerfile { source: failure.source, diagnostics: failure.diagnostics })
+}
+
+/// Where this process is.
+struct Surroundings {
+    /// What owners of files are.
+    ownership: Ownership,
+    /// Why steps cannot run.
+    refused: Option<CommandError>,
+}
+
+fn has_runs(dockerfile: &Dockerfile) -> bool {
+    dockerfile.instructions.iter().any(|instruction| match &instruction.kind {
         InstructionKind::Run { .. } => true,
         InstructionKind::Onbuild { keyword, .. } => keyword == "RUN",
         _ => false,
-    });
+    })
+}
+
+/// Goes into a user namespace if the file needs one and we are not root; a file that is not known yet may. `None` when
+/// a process inside has done the work.
+fn enter(dockerfile: Option<&Dockerfile>) -> Result<Option<Surroundings>, CommandError> {
+    let runs = dockerfile.is_some_and(has_runs);
     // A base may have triggers that run, and its files have owners.
-    let bases = dockerfile.instructions.iter().any(|instruction| match &instruction.kind {
-        InstructionKind::From { image, .. } => image.value != "scratch",
-        InstructionKind::Copy(copy) => copy.from.is_some(),
-        _ => false,
+    let bases = dockerfile.is_none_or(|dockerfile| {
+        dockerfile.instructions.iter().any(|instruction| match &instruction.kind {
+            InstructionKind::From { image, .. } => image.value != "scratch",
+            InstructionKind::Copy(copy) => copy.from.is_some(),
+            _ => false,
+        })
     });
+    let place = |ownership| Surroundings { ownership, refused: None };
     if !runs && !bases {
-        return Ok(Ok(Ownership::SingleId));
+        return Ok(Some(place(Ownership::SingleId)));
     }
     match sandbox::idmap::enter(sandbox::idmap::EnterRequest::Best) {
-        Ok(sandbox::idmap::Entered::Root) => Ok(Ok(Ownership::Native)),
-        Ok(sandbox::idmap::Entered::Inside { ownership, notice }) => {
-            if let Some(notice) = notice {
-                crate::print_error(&format!("notice: {notice}\n"));
-            }
-            Ok(Ok(match ownership {
-                sandbox::Ownership::Native => Ownership::Native,
-                sandbox::Ownership::SingleId => Ownership::SingleId,
-            }))
+        // Root of a namespace may have no other id than its own, too.
+        Ok(sandbox::idmap::Entered::Root) => {
+            let why = "this user namespace has only one id".to_owned();
+            Ok(Some(place(owners(sandbox::idmap::ownership(), Some(why)))))
         }
-        Ok(sandbox::idmap::Entered::Parent { exit_code }) => Ok(Err(exit_code)),
+        Ok(sandbox::idmap::Entered::Inside { ownership, notice }) => Ok(Some(place(owners(ownership, notice)))),
+        Ok(sandbox::idmap::Entered::Parent { exit_code: 0 }) => Ok(None),
+        Ok(sandbox::idmap::Entered::Parent { exit_code }) => {
+            Err(CommandError::Inside(u8::try_from(exit_code).unwrap_or(u8::MAX)))
+        }
         // Without RUN nothing needs a namespace but the owners of a base's files, which the index holds.
-        Err(_) if !runs => Ok(Ok(Ownership::SingleId)),
-        Err(error) => Err(CommandError::new(Exit::Host, &error, None)),
+        Err(error) => {
+            let error = CommandError::new(Exit::Host, &error, None);
+            if runs {
+                Err(error)
+            } else {
+                Ok(Some(Surroundings { ownership: Ownership::SingleId, refused: Some(error) }))
+            }
+        }
     }
 }
 
-fn read_input(request: &BuildRequest) -> Result<Input, CommandError> {
-    let directory = match &request.context {
-        ContextSource::Directory(path) => path.clone(),
-        ContextSource::Stdin | ContextSource::Http(_) | ContextSource::Git(_) => {
-            return Err(failure(Exit::Usage, "only a directory can be the build context so far", None));
+/// Whether files have owners; says so if they do not.
+fn owners(ownership: sandbox::Ownership, notice: Option<String>) -> Ownership {
+    match ownership {
+        sandbox::Ownership::Native => Ownership::Native,
+        sandbox::Ownership::SingleId => {
+            let why = notice.unwrap_or_else(|| "this user namespace has only one id".to_owned());
+            crate::print_error(&format!(
+                "notice: only one user id can be used: what RUN makes belongs to root, other owners come from COPY, ADD \
+                 and base images alone\nhelp: {why}\n"
+            ));
+            Ownership::SingleId
         }
-    };
-    let path = match &request.dockerfile {
-        DockerfileSource::Default => directory.join("Dockerfile"),
-        DockerfileSource::InContext(path) => directory.join(path),
-        DockerfileSource::File(path) => path.clone(),
-        DockerfileSource::Stdin => {
-            let mut bytes = Vec::new();
-            std::io::Read::read_to_end(&mut std::io::Read::take(std::io::stdin(), DOCKERFILE_LIMIT_BYTES), &mut bytes)
-                .map_err(|error| CommandError::new(Exit::Dockerfile, &error, None))?;
-            let source = SourceFile::new("Dockerfile", parser::decode(&bytes));
-            return Ok(Input { dockerfile_path: directory.join("Dockerfile"), directory, source });
-        }
-        DockerfileSource::Http(_) => {
-            return Err(failure(Exit::Usage, "a Dockerfile cannot be fetched by its address so far", None));
-        }
-    };
-    let bytes = read_limited(&path).map_err(|error| {
-        let message = format!("cannot read the Dockerfile `{}`: {error}", path.display());
-        let help = (error.kind() == std::io::ErrorKind::NotFound)
-            .then(|| "name it with -f, or make a file called Dockerfile at the top of the context".to_owned());
-        failure(Exit::Dockerfile, &message, help)
-    })?;
-    let name = path.strip_prefix(&directory).unwrap_or(&path).display().to_string();
-    Ok(Input { source: SourceFile::new(name, parser::decode(&bytes)), directory, dockerfile_path: path })
-}
-
-/// No Dockerfile that somebody wrote comes near it.
-const DOCKERFILE_LIMIT_BYTES: u64 = 64 << 20;
-
-fn read_limited(path: &Path) -> std::io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    let file = std::fs::File::open(path)?;
-    std::io::Read::read_to_end(&mut std::io::Read::take(file, DOCKERFILE_LIMIT_BYTES), &mut bytes)?;
-    Ok(bytes)
+    }
 }
 
 pub(crate) fn failure(exit: Exit, message: &str, help: Option<String>) -> CommandError {
@@ -188,10 +191,14 @@ fn options(request: &BuildRequest, platform: Option<Platform>) -> Result<lower::
             }),
             NamedSource::Http(url) => NamedContext::Http(url.clone()),
             NamedSource::Target(stage) => NamedContext::Target(stage.clone()),
-            NamedSource::Git(_) => {
-                let message = format!("build context `{name}`: git repositories cannot be used yet");
-                return Err(failure(Exit::Usage, &message, None));
-            }
+            NamedSource::Git(url) => NamedContext::Git {
+                remote: url.remote.clone(),
+                reference: url.reference.clone(),
+                subdir: url.subdir.clone(),
+                keep_git_dir: input::keeps_git_dir(request, url.keep_git_dir),
+                checksum: url.checksum.clone(),
+                submodules: url.submodules.unwrap_or(true),
+            },
         };
         options.contexts.insert(name.clone(), context);
     }
@@ -210,18 +217,16 @@ fn platforms(request: &BuildRequest) -> Result<Vec<Option<Platform>>, CommandErr
     request.platforms.iter().map(parse).collect()
 }
 
-fn build(
+/// Opens the store.
+fn workspace(
     request: &BuildRequest,
-    input: &Input,
-    dockerfile: &Dockerfile,
     ownership: Ownership,
-    signalled: &Arc<AtomicBool>,
-    events: &(dyn Fn(Event) + Sync),
-) -> Result<Vec<Built>, CommandError> {
+    progress: Option<Progress>,
+) -> Result<Workspace, CommandError> {
     let store_error = |error| CommandError::new(Exit::Store, &error, None);
     let store = Store::open(&request.store).map_err(store_error)?;
     let store = Arc::new(if ownership == Ownership::SingleId { store.with_single_id() } else { store });
-    let client = Client::new(ClientOptions { credentials: request.docker_config.clone(), ..ClientOptions::default() });
+    let client = Client::new(request.registry.clone());
     let sources = SourceContext {
         store: store.clone(),
         client,
@@ -229,23 +234,47 @@ fn build(
         offline: false,
         limits: Limits::default(),
         write: WriteOptions { ownership },
-        progress: None,
+        progress,
     };
-    let workspace = Workspace::new(sources);
-    let cancel = Cancel::new().map_err(|error| CommandError::new(Exit::Host, &error, None))?;
-    let contexts = contexts(request, input, &store)?;
+    Ok(Workspace::new(sources))
+}
+
+fn build(
+    request: &BuildRequest,
+    known: Option<(Dockerfile, Input)>,
+    place: Surroundings,
+    env: &Environment,
+    cancel: &Cancel,
+    (events, progress): (&(dyn Fn(Event) + Sync), Progress),
+) -> Result<Vec<Built>, CommandError> {
+    let workspace = workspace(request, place.ownership, Some(progress))?.with_cancel(cancel.clone());
+    let git = input::git_settings(request, env)?;
+    let host = host(request)?;
+    let (dockerfile, input) = match known {
+        Some(known) => known,
+        None => {
+            let stop = || cancel.is_cancelled();
+            let input = Fetcher { workspace: &workspace, git: &git, stop: &stop, events }.input(request)?;
+            let dockerfile = parse(&input)?;
+            if let (Some(refused), true) = (place.refused, has_runs(&dockerfile)) {
+                return Err(refused);
+            }
+            (dockerfile, input)
+        }
+    };
+    let contexts = contexts(request, &input, &workspace.store)?;
     let mut all = Vec::new();
     for platform in platforms(request)? {
         let options = options(request, platform)?;
-        let (definition, images) = lowered(input, dockerfile, &options, &workspace, events)?;
+        let (definition, images) = lowered(&input, &dockerfile, &options, &workspace, events)?;
         let solve_request = solve::Request {
             contexts: contexts.clone(),
             images,
-            host: host(request)?,
-            project: format!("{}\n{}", input.directory.display(), input.dockerfile_path.display()),
+            host: host.clone(),
+            git: git.clone(),
+            project: input.project.clone(),
         };
-        let snapshot =
-            watched(signalled, &cancel, || solve::solve(&definition, &workspace, &solve_request, &cancel, events));
+        let snapshot = solve::solve(&definition, &workspace, &solve_request, cancel, events);
         for local in contexts.values() {
             // Digests that are not kept are made again: no reason to fail.
             let _ = local.save();
@@ -253,28 +282,8 @@ fn build(
         let snapshot = snapshot.map_err(|error| solve_error(error, &input.source))?;
         all.push(Built::new(definition.image, snapshot));
     }
-    export_command::export(request, &workspace, &mut all, events)?;
+    export_command::export(request, &workspace, &mut all, events, &|| cancel.is_cancelled())?;
     Ok(all)
-}
-
-/// Runs `work` while another thread passes the user's wish to stop on.
-fn watched<T>(signalled: &AtomicBool, cancel: &Cancel, work: impl FnOnce() -> T) -> T {
-    let done = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let watcher = scope.spawn(|| {
-            while !done.load(Ordering::SeqCst) {
-                if signalled.load(Ordering::SeqCst) {
-                    cancel.cancel();
-                    return;
-                }
-                std::thread::park_timeout(Duration::from_millis(50));
-            }
-        });
-        let result = work();
-        done.store(true, Ordering::SeqCst);
-        watcher.thread().unpark();
-        result
-    })
 }
 
 fn contexts(
@@ -290,7 +299,11 @@ fn contexts(
         Ok::<_, CommandError>(Arc::new(LocalContext::new(context, digests)))
     };
     let mut contexts = BTreeMap::new();
-    contexts.insert("context".to_owned(), open(&input.directory, IgnoreFile::Dockerfile(&input.dockerfile_path))?);
+    let main = match &input.context {
+        Files::Directory(directory) => open(directory, IgnoreFile::Dockerfile(&input.dockerfile_path))?,
+        Files::Tree(tree) => Arc::new(LocalContext::of_tree(tree.clone())),
+    };
+    contexts.insert("context".to_owned(), main);
     for (name, source) in &request.named_contexts {
         if let NamedSource::Directory(directory) = source {
             contexts.insert(name.clone(), open(directory, IgnoreFile::Directory)?);
@@ -331,9 +344,9 @@ fn lowered(
                 return Ok((*definition, images));
             }
             Lowered::NeedsBases(needed) => {
-                for base in needed {
+                for (base, _) in needed {
                     let image = resolve_image(&base.source, &base.platform, &workspace.sources)
-                        .map_err(|error| CommandError::new(Exit::Source, &error, None))?;
+                        .map_err(|error| base_error(&error, &base.source, dockerfile))?;
                     let image = Arc::new(image);
                     let pinned = lower::with_digest(&base.source, image.root_digest.clone());
                     images.insert((pinned, base.platform.clone()), image.clone());
@@ -343,6 +356,23 @@ fn lowered(
             }
         }
     }
+}
+
+/// An image that cannot be had, with the FROM that asks for it.
+fn base_error(error: &SourceError, source: &ImageSource, dockerfile: &Dockerfile) -> CommandError {
+    let from = dockerfile.instructions.iter().find_map(|instruction| match (&instruction.kind, source) {
+        (InstructionKind::From { image, .. }, ImageSource::Reference(wanted)) => {
+            let reference = Reference::parse(&image.value).ok()?;
+            (reference.to_string() == *wanted).then_some((&image.value, instruction.lines))
+        }
+        _ => None,
+    });
+    let message = match from {
+        Some((image, _)) => format!("cannot use base image `{image}`: {}", with_causes(error)),
+        None => with_causes(error),
+    };
+    let place = from.map(|(_, lines)| Place { source: dockerfile.source.clone(), lines });
+    CommandError::Failure(Box::new(Failure { exit: Exit::Source, message, place, help: None }))
 }
 
 fn host(request: &BuildRequest) -> Result<Host, CommandError> {
@@ -370,7 +400,7 @@ fn solve_error(error: SolveError, source: &SourceFile) -> CommandError {
     match error {
         SolveError::Interrupted => CommandError::Interrupted,
         SolveError::Result { source } => CommandError::new(Exit::Dockerfile, &source, None),
-        SolveError::Vertex { name, stage, lines, tail, log, source: cause, .. } => {
+        SolveError::Vertex { name, stage, text, lines, tail, log, source: cause, .. } => {
             let place = lines.map(|lines| Place { source: source.clone(), lines });
             let outcome = match &*cause {
                 VertexError::Run(RunError::Exit { code, program }) => Some((StepOutcome::Exit(*code), program.clone())),
@@ -383,15 +413,25 @@ fn solve_error(error: SolveError, source: &SourceFile) -> CommandError {
             }
             let exit = match &*cause {
                 VertexError::Run(RunError::Sandbox(_)) => Exit::Host,
+                VertexError::Run(RunError::Snapshot(error)) => export_command::snapshot_exit(error),
                 VertexError::Run(RunError::Store(_) | RunError::Io { .. }) | VertexError::Store(_) => Exit::Store,
                 VertexError::Run(_) => Exit::Step,
-                VertexError::Source(_) => Exit::Source,
+                VertexError::Source(_) | VertexError::Git(_) | VertexError::Unpack(_) => Exit::Source,
                 VertexError::Snapshot(error) => export_command::snapshot_exit(error),
                 VertexError::Context(_) | VertexError::NoContext(_) => Exit::Dockerfile,
                 _ => Exit::General,
             };
             let message = with_causes(&*cause);
-            CommandError::Failure(Box::new(Failure { exit, message, place, help: None }))
+            // An image that no FROM names is one of --from, and stages are named there, too.
+            let help = match (&*cause, lines) {
+                (VertexError::Git(error), _) => error.help().map(str::to_owned),
+                (VertexError::Source(_), None) if text.starts_with("FROM ") => Some(format!(
+                    "`{}` is neither a stage of this Dockerfile nor a build context, so it was looked for as an image",
+                    text.trim_start_matches("FROM ")
+                )),
+                _ => None,
+            };
+            CommandError::Failure(Box::new(Failure { exit, message, place, help }))
         }
     }
 }

@@ -15,7 +15,7 @@ Exit codes:
   2    the command line makes no sense
   3    a mistake in the Dockerfile, or in what it names in the context
   4    a RUN step failed
-  5    a base image, git repository or download could not be had
+  5    a base image, git repository or download could not be had, or a registry refused
   6    this machine does not allow what the build needs
   7    the store or an output could not be read or written
   130  interrupted
@@ -28,7 +28,9 @@ Environment:
   NO_COLOR           no colours
   SSH_AUTH_SOCK      agent of --ssh default
   DOCKER_CONFIG      directory of config.json: credentials, and proxies for RUN
-  HTTP_PROXY, HTTPS_PROXY, NO_PROXY   for nacre's own downloads";
+  REGISTRY_AUTH_FILE file with credentials in its place
+  SSL_CERT_FILE      certificates of authorities in place of the system's
+  HTTP_PROXY, HTTPS_PROXY, NO_PROXY   for nacre's own requests";
 
 const IGNORED_FLAGS: &str = "\
 Accepted for docker build's sake, without effect: --rm, --force-rm, --compress, --squash, --builder, --isolation, \
@@ -53,8 +55,27 @@ pub(crate) enum Command {
     /// List the images in the store
     #[command(visible_alias = "ls")]
     Images(ImagesArgs),
+    /// Fetch an image into the store
+    Pull(PullArgs),
+    /// Send an image of the store to its registry
+    Push(PushArgs),
+    /// Give an image of the store another name
+    Tag(TagArgs),
+    /// Take names away from images; `prune` frees the space
+    Rmi(RmiArgs),
+    /// Print what is known of an image, as JSON
+    Inspect(InspectArgs),
+    /// Write images of the store into an archive that docker and podman load
+    Save(SaveArgs),
+    /// Keep credentials for a registry
+    Login(LoginArgs),
+    /// Forget the credentials for a registry
+    Logout(LogoutArgs),
     /// Remove what the cache no longer needs
     Prune(PruneArgs),
+    /// Show how much space the store takes
+    #[command(name = "du")]
+    Usage(UsageArgs),
     /// Print the version
     Version,
     /// Become a build step's first process; only nacre itself calls this
@@ -101,14 +122,15 @@ pub(crate) struct BuildArgs {
     /// Annotation of the manifest, as [manifest|index|manifest-descriptor|index-descriptor:]NAME=VALUE
     #[arg(long = "annotation", value_name = "NAME=VALUE", help_heading = "Image and outputs")]
     pub(crate) annotations: Vec<String>,
-    /// Where the result goes: type=oci|docker|tar,dest=FILE, type=local,dest=DIR, or a directory; may be repeated
+    /// Where the result goes: type=oci|docker|tar,dest=FILE, type=local,dest=DIR, type=registry, type=image,push=true,
+    /// or a directory; may be repeated
     /// [default: the store]
     #[arg(short, long = "output", value_name = "OUTPUT", help_heading = "Image and outputs")]
     pub(crate) outputs: Vec<String>,
     /// Put the image into the store, also beside other outputs
     #[arg(long, help_heading = "Image and outputs", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", value_parser = boolean, value_name = "BOOL", hide_default_value = true)]
     pub(crate) load: bool,
-    /// Push the image to its registry (not yet possible)
+    /// Push the image to its registry, as --output type=registry
     #[arg(long, help_heading = "Image and outputs", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", value_parser = boolean, value_name = "BOOL", hide_default_value = true)]
     pub(crate) push: bool,
     /// Write the image's digest to a file
@@ -172,6 +194,8 @@ pub(crate) struct BuildArgs {
     #[arg(short, long, help_heading = "Display", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", value_parser = boolean, value_name = "BOOL", hide_default_value = true)]
     pub(crate) quiet: bool,
 
+    #[command(flatten)]
+    pub(crate) registry: RegistryArgs,
     #[command(flatten)]
     docker: DockerOnlyArgs,
 }
@@ -245,18 +269,171 @@ pub(crate) enum ListFormat {
     Json,
 }
 
+/// How to talk to registries.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Registries")]
+pub(crate) struct RegistryArgs {
+    /// Registry (with port) whose certificate is not checked and that may speak plain HTTP; may be repeated
+    #[arg(long = "insecure-registry", value_name = "HOST")]
+    pub(crate) insecure: Vec<String>,
+    /// Certificates (PEM) of authorities to trust besides the system's; may be repeated
+    #[arg(long = "tls-ca", value_name = "FILE")]
+    pub(crate) authorities: Vec<PathBuf>,
+}
+
+/// `nacre pull`.
+#[derive(Debug, Args)]
+pub(crate) struct PullArgs {
+    /// Image to fetch
+    #[arg(value_name = "NAME")]
+    pub(crate) name: String,
+    /// Platform of an image that is for several [default: this machine's]
+    #[arg(long, value_name = "PLATFORM")]
+    pub(crate) platform: Option<String>,
+    /// Print only the digest
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// Directory of cache and images
+    #[arg(long, value_name = "DIR")]
+    pub(crate) store: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) registry: RegistryArgs,
+}
+
+/// `nacre push`.
+#[derive(Debug, Args)]
+pub(crate) struct PushArgs {
+    /// Images to send
+    #[arg(value_name = "NAME", required = true)]
+    pub(crate) names: Vec<String>,
+    /// Print only digests
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// Form of the result
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: ListFormat,
+    /// Directory of cache and images
+    #[arg(long, value_name = "DIR")]
+    pub(crate) store: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) registry: RegistryArgs,
+}
+
+/// `nacre tag`.
+#[derive(Debug, Args)]
+pub(crate) struct TagArgs {
+    /// Name or digest of the image
+    #[arg(value_name = "IMAGE")]
+    pub(crate) image: String,
+    /// Name to give it
+    #[arg(value_name = "NAME")]
+    pub(crate) name: String,
+    /// Directory of cache and images
+    #[arg(long, value_name = "DIR")]
+    pub(crate) store: Option<PathBuf>,
+}
+
+/// `nacre rmi`.
+#[derive(Debug, Args)]
+pub(crate) struct RmiArgs {
+    /// Names to take away
+    #[arg(value_name = "NAME", required = true)]
+    pub(crate) names: Vec<String>,
+    /// A name that is not there is no error
+    #[arg(short, long)]
+    pub(crate) force: bool,
+    /// Directory of cache and images
+    #[arg(long, value_name = "DIR")]
+    pub(crate) store: Option<PathBuf>,
+}
+
+/// `nacre inspect`.
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// Names or digests
+    #[arg(value_name = "IMAGE", required = true)]
+    pub(crate) images: Vec<String>,
+    /// Accepted for symmetry; the result is always JSON
+    #[arg(long, hide = true)]
+    pub(crate) format: Option<String>,
+    /// Directory of cache and images
+    #[arg(long, value_name = "DIR")]
+    pub(crate) store: Option<PathBuf>,
+}
+
+/// `nacre save`.
+#[derive(Debug, Args)]
+pub(crate) struct SaveArgs {
+    /// Image to write
+    #[arg(value_name = "IMAGE")]
+    pub(crate) image: String,
+    /// File to write to [default: standard output]
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+    /// Directory of cache and images
+    #[arg(long, value_name = "DIR")]
+    pub(crate) store: Option<PathBuf>,
+}
+
+/// `nacre login`.
+#[derive(Debug, Args)]
+pub(crate) struct LoginArgs {
+    /// Registry, with port [default: docker.io]
+    #[arg(value_name = "HOST")]
+    pub(crate) host: Option<String>,
+    /// User name
+    #[arg(short, long, value_name = "NAME")]
+    pub(crate) username: Option<String>,
+    /// Read the password from standard input
+    #[arg(long)]
+    pub(crate) password_stdin: bool,
+    /// Password; other users of the machine can see it
+    #[arg(short, long, value_name = "PASSWORD", conflicts_with = "password_stdin")]
+    pub(crate) password: Option<String>,
+    #[command(flatten)]
+    pub(crate) registry: RegistryArgs,
+}
+
+/// `nacre logout`.
+#[derive(Debug, Args)]
+pub(crate) struct LogoutArgs {
+    /// Registry, with port [default: docker.io]
+    #[arg(value_name = "HOST")]
+    pub(crate) host: Option<String>,
+}
+
 /// `nacre prune`.
 #[derive(Debug, Args)]
 pub(crate) struct PruneArgs {
     /// Directory of cache and images
     #[arg(long, value_name = "DIR")]
     pub(crate) store: Option<PathBuf>,
-    /// Also what the newest builds used
+    /// All of the cache, also what the newest builds used; images with names stay
     #[arg(short, long)]
     pub(crate) all: bool,
-    /// Do not ask
-    #[arg(short, long)]
+    /// Remove only until the store is no larger, as 10GB; what was not used for longest goes first
+    #[arg(long, visible_alias = "max-used-space", value_name = "SIZE")]
+    pub(crate) keep_storage: Option<String>,
+    /// until=24h: only what was not used for so long
+    #[arg(long = "filter", value_name = "FILTER")]
+    pub(crate) filters: Vec<String>,
+    /// Accepted for docker's sake; there is no question
+    #[arg(short, long, hide = true)]
     pub(crate) force: bool,
+    /// How to print the result
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: ListFormat,
+}
+
+/// `nacre du`.
+#[derive(Debug, Args)]
+pub(crate) struct UsageArgs {
+    /// Directory of cache and images
+    #[arg(long, value_name = "DIR")]
+    pub(crate) store: Option<PathBuf>,
+    /// How to print the list
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: ListFormat,
 }
 
 impl BuildArgs {
@@ -312,12 +489,15 @@ pub(crate) fn without_docker_groups(mut args: Vec<OsString>) -> Vec<OsString> {
         (word(1), word(2)),
         ("buildx", "build" | "b" | "version" | "prune")
             | ("builder", "build" | "prune")
-            | ("image", "build" | "ls" | "list")
+            | ("builder" | "buildx", "du")
+            | ("image", "build" | "ls" | "list" | "pull" | "push" | "tag" | "rm" | "inspect" | "save" | "prune")
     );
     if grouped {
         args.remove(1);
         if args[1] == "list" {
             args[1] = "ls".into();
+        } else if args[1] == "rm" {
+            args[1] = "rmi".into();
         }
     }
     args
@@ -405,6 +585,10 @@ mod tests {
         for line in ["images", "image ls", "image list", "ls", "images -a -q"] {
             assert!(matches!(parse(line), Ok(Command::Images(_))), "{line}");
         }
+        assert!(matches!(parse("image rm a"), Ok(Command::Rmi(_))));
+        assert!(matches!(parse("builder du"), Ok(Command::Usage(_))));
+        assert!(matches!(parse("image push a b"), Ok(Command::Push(_))));
+        assert!(matches!(parse("login -u me --password-stdin localhost:5000"), Ok(Command::Login(_))));
         for line in ["prune", "builder prune -af", "buildx prune --all"] {
             assert!(matches!(parse(line), Ok(Command::Prune(_))), "{line}");
         }

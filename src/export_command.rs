@@ -2,11 +2,14 @@
 
 use crate::build_command::failure;
 use crate::report::{CommandError, Exit};
-use crate::request::{AnnotationPlace, BuildRequest, Compression, Destination, Output, OutputKind};
+use crate::request::{AnnotationPlace, BuildRequest, Compression, Destination, Output, OutputKind, Push};
 use nacre_frontend::llb::Image;
 use nacre_frontend::reference::Reference;
 use nacre_solver::export::{self, Dest, ExportError, ExportImage};
 use nacre_solver::image::{Annotations, Assembled, Descriptor, Media, Timestamp, assemble, assemble_index};
+use nacre_solver::op::source::{ResolvedImage, SourceContext};
+use nacre_solver::push::{PushBlob, PushError, PushImage, PushReport, push};
+use nacre_solver::registry::{RegistryError, RemoteImage};
 use nacre_solver::snapshot::{self, LayerBlob, Snapshot, SnapshotError, Workspace};
 use nacre_solver::solve::Event;
 use nacre_solver::tree::Node;
@@ -53,18 +56,47 @@ fn export_error(error: ExportError) -> CommandError {
     CommandError::new(Exit::Store, &error, None)
 }
 
+/// Who is told of bytes that go, and who may end it.
+struct Live<'a> {
+    events: &'a (dyn Fn(Event) + Sync),
+    stop: &'a (dyn Fn() -> bool + Sync),
+}
+
+/// The exit code and text for a push that failed.
+pub(crate) fn push_error(error: &PushError) -> CommandError {
+    let (exit, help) = match error {
+        PushError::Interrupted => return CommandError::Interrupted,
+        PushError::Store(_) | PushError::BadDocument { .. } | PushError::Missing { .. } => (Exit::Store, None),
+        PushError::Registry(error) => (Exit::Source, registry_help(error)),
+        PushError::Source(_) => (Exit::Source, None),
+    };
+    CommandError::new(exit, error, help)
+}
+
+/// A way out of a registry's refusal.
+pub(crate) fn registry_help(error: &RegistryError) -> Option<String> {
+    match error {
+        RegistryError::Denied { host, .. } => Some(format!("log in with: nacre login {host}")),
+        _ => None,
+    }
+}
+
 /// Writes all outputs.
 pub(crate) fn export(
     request: &BuildRequest,
     workspace: &Workspace,
     built: &mut [Built],
     events: &(dyn Fn(Event) + Sync),
+    stop: &(dyn Fn() -> bool + Sync),
 ) -> Result<(), CommandError> {
     for output in &request.outputs {
+        if stop() {
+            return Err(CommandError::Interrupted);
+        }
         let what = describe(output);
         let started = Instant::now();
         events(Event::Exporting { what: what.clone() });
-        write(request, workspace, built, output)?;
+        write(request, workspace, built, output, &Live { events, stop })?;
         events(Event::Exported { what, duration: started.elapsed() });
     }
     Ok(())
@@ -78,7 +110,11 @@ fn describe(output: &Output) -> String {
     };
     match &output.kind {
         OutputKind::Store if output.names.is_empty() => "to the store, without a name".to_owned(),
+        OutputKind::Store if output.push.is_some() => {
+            format!("to the store and registries as {}", output.names.join(", "))
+        }
         OutputKind::Store => format!("to the store as {}", output.names.join(", ")),
+        OutputKind::Registry => format!("to registries as {}", output.names.join(", ")),
         OutputKind::Oci { .. } => format!("OCI image to {dest}"),
         OutputKind::Docker { .. } => format!("docker archive to {dest}"),
         OutputKind::Local { dest, .. } => format!("files to {}", dest.display()),
@@ -92,6 +128,7 @@ fn write(
     workspace: &Workspace,
     built: &mut [Built],
     output: &Output,
+    live: &Live<'_>,
 ) -> Result<(), CommandError> {
     let clamp_mtime = if output.rewrite_timestamp { request.source_date_epoch } else { None };
     if output.rewrite_timestamp && clamp_mtime.is_none() {
@@ -104,8 +141,8 @@ fn write(
             let several = built.len() > 1;
             built.iter().try_for_each(|built| write_files(workspace, built, output, clamp_mtime, several))
         }
-        OutputKind::Store | OutputKind::Oci { .. } | OutputKind::Docker { .. } => {
-            write_image(request, workspace, built, output, clamp_mtime)
+        OutputKind::Store | OutputKind::Registry | OutputKind::Oci { .. } | OutputKind::Docker { .. } => {
+            write_image(request, workspace, built, output, clamp_mtime, live)
         }
     }
 }
@@ -156,6 +193,7 @@ fn write_image(
     built: &mut [Built],
     output: &Output,
     clamp_mtime: Option<i64>,
+    live: &Live<'_>,
 ) -> Result<(), CommandError> {
     let (codec, level) = match output.compression {
         Compression::Uncompressed => (Codec::None, None),
@@ -175,7 +213,7 @@ fn write_image(
     };
     let mut images = Vec::new();
     for one in built.iter() {
-        let layers = blobs(workspace, &one.snapshot, compression)?;
+        let layers = blobs(workspace, &one.snapshot, compression, output.kind == OutputKind::Registry)?;
         let layers: Vec<(Descriptor, String)> =
             layers.into_iter().map(|layer| (layer.descriptor, layer.diff_id)).collect();
         let (config, created) = dated(one, request.source_date_epoch);
@@ -198,13 +236,73 @@ fn write_image(
         }
         _ => export::Output::Store,
     };
-    export::export(&image, &workspace.store, &target, &mut io::stdout().lock()).map_err(export_error)?;
+    if output.kind == OutputKind::Registry {
+        // Only documents: the base's layers may never be needed here.
+        let nameless = ExportImage { names: &[], ..image };
+        export::put_in_store(&nameless, &workspace.store).map_err(export_error)?;
+    } else {
+        export::export(&image, &workspace.store, &target, &mut io::stdout().lock()).map_err(export_error)?;
+    }
+    if let Some(how) = output.push {
+        push_image(workspace, built, &images, index.as_ref(), (&names, how), live)?;
+    }
     let root = index.as_ref().map_or_else(|| images[0].manifest_descriptor.clone(), |(_, root)| root.clone());
     for (one, assembled) in built.iter_mut().zip(images) {
         one.assembled.get_or_insert(assembled);
         one.root.get_or_insert_with(|| root.clone());
     }
     Ok(())
+}
+
+/// Pushes what was assembled. Base layers know where they come from, so that they can be mounted.
+fn push_image(
+    workspace: &Workspace,
+    built: &[Built],
+    images: &[Assembled],
+    index: Option<&(Vec<u8>, Descriptor)>,
+    (names, how): (&[String], Push),
+    live: &Live<'_>,
+) -> Result<(), CommandError> {
+    let mut image = PushImage::default();
+    for (one, assembled) in built.iter().zip(images) {
+        for (layer, descriptor) in one.snapshot.layers().iter().zip(&assembled.layers) {
+            let base = layer.image().map(|(base, at)| (base.clone(), at));
+            let same = |(base, at): &(std::sync::Arc<ResolvedImage>, usize)| {
+                base.layers.get(*at).is_some_and(|layer| layer.descriptor.digest == descriptor.digest)
+            };
+            image.add_blob(PushBlob { descriptor: descriptor.clone(), base: base.filter(same) });
+        }
+        image.add_blob(PushBlob { descriptor: assembled.config_descriptor.clone(), base: None });
+        let manifest =
+            Descriptor { annotations: BTreeMap::new(), platform: None, ..assembled.manifest_descriptor.clone() };
+        image.manifests.push((manifest, assembled.manifest_bytes.clone()));
+    }
+    image.manifests.extend(index.map(|(bytes, descriptor)| (descriptor.clone(), bytes.clone())));
+    let target = |name: &String| {
+        let target = RemoteImage::parse(name)
+            .ok_or_else(|| failure(Exit::Usage, &format!("`{name}` is no name in a registry"), None))?;
+        Ok(match (how, image.root()) {
+            (Push::ByDigest, Some(root)) => RemoteImage { tag: None, digest: Some(root.digest.clone()), ..target },
+            _ => target,
+        })
+    };
+    let targets = names.iter().map(target).collect::<Result<Vec<_>, CommandError>>()?;
+    send(&image, &targets, &workspace.sources, live.events, live.stop).map(drop)
+}
+
+/// Pushes, and shows the layers that are under way.
+pub(crate) fn send(
+    image: &PushImage,
+    targets: &[RemoteImage],
+    sources: &SourceContext,
+    events: &(dyn Fn(Event) + Sync),
+    stop: &(dyn Fn() -> bool + Sync),
+) -> Result<PushReport, CommandError> {
+    let progress = |digest: &str, done_bytes: u64, total: u64| {
+        let short: String = digest.trim_start_matches("sha256:").chars().take(12).collect();
+        events(Event::Transfer { id: None, what: format!("pushing {short}"), done_bytes, total_bytes: Some(total) });
+    };
+    push(image, targets, sources, &progress, stop).map_err(|error| push_error(&error))
 }
 
 fn canonical_names(names: &[String]) -> Result<Vec<String>, CommandError> {
@@ -216,11 +314,12 @@ fn canonical_names(names: &[String]) -> Result<Vec<String>, CommandError> {
     names.iter().map(canonical).collect()
 }
 
-/// The layers as blobs, several made at once.
+/// The layers as blobs, several made at once. With `later`, base layers are only named.
 fn blobs(
     workspace: &Workspace,
     snapshot: &Snapshot,
     compression: snapshot::Compression,
+    later: bool,
 ) -> Result<Vec<LayerBlob>, CommandError> {
     let layers = snapshot.layers();
     let next = AtomicUsize::new(0);
@@ -231,7 +330,9 @@ fn blobs(
                 loop {
                     let at = next.fetch_add(1, Ordering::Relaxed);
                     let Some(layer) = layers.get(at) else { return };
-                    let result = workspace.blob(layer, compression);
+                    // A layer that a registry gave may be in the one where it is to go.
+                    let known = if later { workspace.original_blob(layer, compression) } else { None };
+                    let result = known.map_or_else(|| workspace.blob(layer, compression), Ok);
                     results.lock().unwrap_or_else(PoisonError::into_inner).insert(at, result);
                 }
             });

@@ -6,8 +6,13 @@ mod build_command;
 mod call_command;
 mod cli;
 mod export_command;
+mod image_commands;
 mod images_command;
+mod input;
+mod interrupt;
+mod login_command;
 mod progress;
+mod prune_command;
 mod report;
 mod request;
 
@@ -33,13 +38,10 @@ fn main() -> ExitCode {
     let style = Style { color: env.color };
     report_panics();
     let cancel = Arc::new(AtomicBool::new(false));
-    if let Err(error) = listen_to_signals(&cancel) {
-        print_error(&style.error(&CommandError::new(Exit::Host, &error, None)));
-        return Exit::Host.into();
-    }
     let result = std::panic::catch_unwind(|| run(cli.command, &env, &cancel));
     match result {
         Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(CommandError::Inside(code))) => ExitCode::from(code),
         Ok(Err(error)) => {
             // Whatever a cancelled build stumbled over, the user's wish is the cause.
             let error = if cancel.load(Ordering::SeqCst) { CommandError::Interrupted } else { error };
@@ -62,31 +64,19 @@ fn run(command: Command, env: &Environment, cancel: &Arc<AtomicBool>) -> Result<
             build_command::run(&request, env, cancel)
         }
         Command::Images(args) => images_command::run(&args, &env.store(args.store.as_deref())?),
-        Command::Prune(args) => {
-            let store = env.store(args.store.as_deref())?;
-            Err(CommandError::Failure(Box::new(Failure {
-                exit: Exit::General,
-                message: "prune is not possible yet".to_owned(),
-                place: None,
-                help: Some(format!(
-                    "the store is {}; it may be removed as a whole when no build runs",
-                    store.display()
-                )),
-            })))
-        }
+        Command::Pull(args) => image_commands::pull(&args, env),
+        Command::Push(args) => image_commands::push(&args, env, cancel),
+        Command::Tag(args) => image_commands::tag(&args, env),
+        Command::Rmi(args) => image_commands::remove(&args, env),
+        Command::Inspect(args) => image_commands::inspect(&args, env),
+        Command::Save(args) => image_commands::save(&args, env),
+        Command::Login(args) => login_command::login(&args, env),
+        Command::Logout(args) => login_command::logout(&args, env),
+        Command::Prune(args) => prune_command::prune(&args, env, cancel),
+        Command::Usage(args) => prune_command::usage(&args, env),
         Command::Version => print_result(&format!("nacre {}\n", env!("CARGO_PKG_VERSION"))),
         Command::Sandbox => unreachable!("dispatched before the command line is read"),
     }
-}
-
-/// The first SIGINT or SIGTERM asks the build to stop, the second ends the process.
-fn listen_to_signals(cancel: &Arc<AtomicBool>) -> std::io::Result<()> {
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        // Order matters: the flag must still be unset when the first signal passes the shutdown handler.
-        signal_hook::flag::register_conditional_shutdown(signal, Exit::Interrupted as i32, Arc::clone(cancel))?;
-        signal_hook::flag::register(signal, Arc::clone(cancel))?;
-    }
-    Ok(())
 }
 
 /// A panic is a mistake in nacre; say so in the form of every other error.

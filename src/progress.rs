@@ -148,6 +148,8 @@ impl<W: Write + Send> Painter for JsonLines<W> {
 /// {"time":0.31,"event":"finished","id":1,"seconds":0.29}
 /// {"time":0.31,"event":"failed","id":1,"message":"exit code 1"}
 /// {"time":0.31,"event":"canceled","id":2}
+/// {"time":0.01,"event":"loading","what":"https://example.com/repository.git"}
+/// {"time":0.02,"event":"loaded","what":"https://example.com/repository.git","seconds":0.01}
 /// {"time":0.32,"event":"exporting","what":"OCI archive out.tar"}
 /// {"time":0.40,"event":"exported","what":"OCI archive out.tar","seconds":0.08}
 /// {"time":0.40,"event":"warning","message":"…"}
@@ -177,6 +179,10 @@ fn json(at: Duration, event: &Event) -> Value {
         Event::Finished { id, duration } => json!({"event": "finished", "id": id, "seconds": duration.as_secs_f64()}),
         Event::Failed { id, message } => json!({"event": "failed", "id": id, "message": message}),
         Event::Canceled { id } => json!({"event": "canceled", "id": id}),
+        Event::Loading { what } => json!({"event": "loading", "what": what}),
+        Event::Loaded { what, duration } => {
+            json!({"event": "loaded", "what": what, "seconds": duration.as_secs_f64()})
+        }
         Event::Exporting { what } => json!({"event": "exporting", "what": what}),
         Event::Exported { what, duration } => {
             json!({"event": "exported", "what": what, "seconds": duration.as_secs_f64()})
@@ -385,6 +391,11 @@ impl<W: Write + Send> Painter for Plain<W> {
                 self.output(at, *id, rest);
                 self.step(at, *id, "CANCELED");
             }
+            Event::Loading { what } => self.line(&sanitised(format!("loading {what}").as_bytes(), false)),
+            Event::Loaded { what, duration } => {
+                let text = format!("loading {what} DONE {}", seconds(*duration));
+                self.line(&sanitised(text.as_bytes(), false));
+            }
             Event::Exporting { what } => self.line(&format!("exporting {what}")),
             Event::Exported { what, duration } => self.line(&format!("exporting {what} DONE {}", seconds(*duration))),
             Event::Warning { message } => self.line(&format!("warning: {}", sanitised(message.as_bytes(), false))),
@@ -414,6 +425,7 @@ struct LiveModel {
     /// When a step started, and its last line of output.
     running: BTreeMap<usize, (Duration, String)>,
     transfers: Vec<(String, u64, Option<u64>)>,
+    loading: Vec<(String, Duration)>,
     exporting: Vec<(String, Duration)>,
 }
 
@@ -425,6 +437,7 @@ impl LiveModel {
             lines: Lines::default(),
             running: BTreeMap::new(),
             transfers: Vec::new(),
+            loading: Vec::new(),
             exporting: Vec::new(),
         }
     }
@@ -472,6 +485,15 @@ impl LiveModel {
                 self.ended(*id);
                 Vec::new()
             }
+            Event::Loading { what } => {
+                self.loading.push((sanitised(what.as_bytes(), false), at));
+                Vec::new()
+            }
+            Event::Loaded { what, duration } => {
+                let what = sanitised(what.as_bytes(), false);
+                self.loading.retain(|(other, _)| *other != what);
+                vec![format!("{:>7} loading {what}", seconds(*duration))]
+            }
             Event::Exporting { what } => {
                 self.exporting.push((what.clone(), at));
                 Vec::new()
@@ -512,6 +534,9 @@ impl LiveModel {
         }
         for (what, done, total) in &self.transfers {
             rows.push(format!("        {} {}", sanitised(what.as_bytes(), false), amount(*done, *total)));
+        }
+        for (what, start) in &self.loading {
+            rows.push(format!("{:>7} loading {what}", seconds(at.saturating_sub(*start))));
         }
         for (what, start) in &self.exporting {
             rows.push(format!("{:>7} exporting {what}", seconds(at.saturating_sub(*start))));

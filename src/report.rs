@@ -68,6 +68,8 @@ pub(crate) enum CommandError {
     Failure(Box<Failure>),
     /// The user stopped it.
     Interrupted,
+    /// The process that did the work in a user namespace ended with this code, and has said why.
+    Inside(u8),
 }
 
 /// Something went wrong outside of the Dockerfile's text.
@@ -133,6 +135,7 @@ impl CommandError {
             Self::Step(_) => Exit::Step,
             Self::Failure(failure) => failure.exit,
             Self::Interrupted => Exit::Interrupted,
+            Self::Inside(_) => Exit::General,
         }
     }
 }
@@ -184,6 +187,7 @@ impl Style {
                 let place = failure.place.as_ref().map(|place| (&place.source, place.span()));
                 self.block(Severity::Error, &failure.message, place, &[], failure.help.as_deref())
             }
+            CommandError::Inside(_) => String::new(),
             CommandError::Interrupted => {
                 self.block(Severity::Error, "interrupted", None, &[], Some("finished steps are kept in the cache"))
             }
@@ -510,6 +514,7 @@ error: unknown instruction `second`
 2 | / RUN make \\
 3 | |   all
   | |_____^
+note: `/bin/sh`, or a command that it was given, is not in the image or no program
 note: all of its output is in /store/logs/1
 ";
         assert_eq!(end, expected);
@@ -523,7 +528,6 @@ note: all of its output is in /store/logs/1
             (StepOutcome::Signal(40), "was killed by signal 40"),
             (StepOutcome::Exit(137), "exit code 137 (killed by SIGKILL)"),
             (StepOutcome::Exit(1), "exit code 1 (stage 0)"),
-            (StepOutcome::NotStarted("no /bin/sh".to_owned()), "could not be started: no /bin/sh"),
         ] {
             let step = StepFailure {
                 name: "RUN x".into(),

@@ -4,10 +4,12 @@
 //! looked at on disk is only what a flag's meaning depends on (is the context a directory, is the ssh source a socket,
 //! is there a secret file); contents are read when the build needs them.
 
-use crate::cli::{self, BuildArgs};
+use crate::cli::{self, BuildArgs, RegistryArgs};
 use nacre_frontend::llb::Network;
 use nacre_frontend::lower::{GitUrl, GitUrlError};
+use nacre_frontend::reference::Reference;
 use nacre_frontend::units;
+use nacre_solver::registry::{ClientOptions, Proxies};
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -58,8 +60,6 @@ pub(crate) struct BuildRequest {
     pub(crate) platforms: Vec<String>,
     /// `--build-context`, names unique.
     pub(crate) named_contexts: Vec<(String, NamedSource)>,
-    /// `-t` as typed.
-    pub(crate) tags: Vec<String>,
     /// Where the result goes; never empty for [`Call::Build`].
     pub(crate) outputs: Vec<Output>,
     /// `--iidfile`.
@@ -98,10 +98,8 @@ pub(crate) struct BuildRequest {
     pub(crate) progress: ProgressMode,
     /// `-q`: print only the image's digest.
     pub(crate) quiet: bool,
-    /// Proxies for nacre's own downloads.
-    pub(crate) proxies: Proxies,
-    /// docker's `config.json`, whether it exists or not.
-    pub(crate) docker_config: Option<PathBuf>,
+    /// How to talk to registries and web servers: credentials, certificates, proxies.
+    pub(crate) registry: ClientOptions,
     /// Sentences about flags that do nothing here.
     pub(crate) notices: Vec<String>,
 }
@@ -234,6 +232,10 @@ pub(crate) struct Output {
     pub(crate) kind: OutputKind,
     /// Names of the image: `name=` of the output, else those of `-t`.
     pub(crate) names: Vec<String>,
+    /// Push the image, and how.
+    pub(crate) push: Option<Push>,
+    /// The registry's certificate is not checked.
+    pub(crate) insecure: bool,
     /// How layers are compressed.
     pub(crate) compression: Compression,
     /// Compress layers of the base again when they are compressed otherwise.
@@ -246,11 +248,22 @@ pub(crate) struct Output {
     pub(crate) annotations: Vec<Annotation>,
 }
 
+/// How an image is pushed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Push {
+    /// Under its tags.
+    ByName,
+    /// Under its digest alone.
+    ByDigest,
+}
+
 /// What is written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum OutputKind {
     /// The image, into the store.
     Store,
+    /// The image, into registries only.
+    Registry,
     /// An OCI layout.
     Oci {
         /// Where.
@@ -360,17 +373,6 @@ pub(crate) enum SshSource {
     Keys(Vec<PathBuf>),
 }
 
-/// Proxies for downloads, as the environment has them.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(crate) struct Proxies {
-    /// For `http:`.
-    pub(crate) http: Option<String>,
-    /// For `https:`.
-    pub(crate) https: Option<String>,
-    /// Hosts that need none.
-    pub(crate) no_proxy: Option<String>,
-}
-
 /// How to show what happens; `auto` is already decided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ProgressMode {
@@ -441,6 +443,42 @@ impl Environment {
         Ok(self.current_dir.join(path))
     }
 
+    /// Returns the user's home directory.
+    pub(crate) fn home(&self) -> Option<&Path> {
+        self.get("HOME").map(Path::new)
+    }
+
+    /// Returns what git may know of the environment: how to reach servers, nothing that changes what it does.
+    pub(crate) fn for_git(&self) -> Vec<(OsString, OsString)> {
+        const NAMES: [&str; 24] = [
+            "PATH",
+            "HOME",
+            "USER",
+            "LOGNAME",
+            "TMPDIR",
+            "LD_LIBRARY_PATH",
+            "GIT_EXEC_PATH",
+            "SSH_AUTH_SOCK",
+            "GIT_SSH",
+            "GIT_SSH_COMMAND",
+            "GIT_SSH_VARIANT",
+            "SSL_CERT_FILE",
+            "SSL_CERT_DIR",
+            "GIT_SSL_CAINFO",
+            "GIT_SSL_CAPATH",
+            "GIT_SSL_NO_VERIFY",
+            "http_proxy",
+            "https_proxy",
+            "HTTPS_PROXY",
+            "no_proxy",
+            "NO_PROXY",
+            "all_proxy",
+            "ALL_PROXY",
+            "HTTP_PROXY",
+        ];
+        NAMES.iter().filter_map(|name| Some((OsString::from(name), self.get(name)?.to_owned()))).collect()
+    }
+
     fn docker_config(&self) -> Option<PathBuf> {
         let dir = match (self.get("DOCKER_CONFIG"), self.get("HOME")) {
             (Some(dir), _) => PathBuf::from(dir),
@@ -450,6 +488,45 @@ impl Environment {
         Some(dir.join("config.json"))
     }
 
+    /// Returns the file that a login goes to.
+    pub(crate) fn login_file(&self) -> Result<PathBuf, RequestError> {
+        let named = self.get("REGISTRY_AUTH_FILE").map(PathBuf::from);
+        named.or_else(|| self.docker_config()).map(|path| self.current_dir.join(path)).ok_or(RequestError::NoHome)
+    }
+
+    /// Returns how to talk to registries.
+    pub(crate) fn registry(&self, args: &RegistryArgs) -> ClientOptions {
+        let home = |rest: &str| self.get("HOME").map(|home| Path::new(home).join(rest));
+        let below = |variable: &str, rest: &str| self.get(variable).map(|directory| Path::new(directory).join(rest));
+        let credentials = match self.get("REGISTRY_AUTH_FILE") {
+            Some(file) => vec![PathBuf::from(file)],
+            None => [
+                self.docker_config(),
+                below("XDG_RUNTIME_DIR", "containers/auth.json"),
+                below("XDG_CONFIG_HOME", "containers/auth.json").or_else(|| home(".config/containers/auth.json")),
+            ]
+            .into_iter()
+            .flatten()
+            .collect(),
+        };
+        let certificates = [
+            home(".docker/certs.d"),
+            home(".config/containers/certs.d"),
+            Some("/etc/containers/certs.d".into()),
+            Some("/etc/docker/certs.d".into()),
+        ];
+        // Steps are run elsewhere; paths must not depend on the directory we were started in.
+        let absolute = |paths: Vec<PathBuf>| paths.into_iter().map(|path| self.current_dir.join(path)).collect();
+        ClientOptions {
+            credentials: absolute(credentials),
+            certificates: certificates.into_iter().flatten().collect(),
+            authorities: absolute(args.authorities.clone()),
+            insecure: args.insecure.clone(),
+            proxies: self.proxies(),
+            ..ClientOptions::default()
+        }
+    }
+
     fn proxies(&self) -> Proxies {
         let either = |lower: &str, upper: &str| {
             self.get(lower).or_else(|| self.get(upper)).and_then(OsStr::to_str).map(str::to_owned)
@@ -457,7 +534,7 @@ impl Environment {
         Proxies {
             http: either("http_proxy", "HTTP_PROXY"),
             https: either("https_proxy", "HTTPS_PROXY"),
-            no_proxy: either("no_proxy", "NO_PROXY"),
+            exceptions: either("no_proxy", "NO_PROXY"),
         }
     }
 }
@@ -607,9 +684,23 @@ pub(crate) enum RequestError {
     /// Several results in one stream.
     #[error("more than one output goes to standard output")]
     StdoutTwice,
-    /// A registry is needed.
-    #[error("{0}: pushing to a registry is not possible yet")]
-    NoPush(String),
+    /// Nothing says where to push to.
+    #[error("{0} needs the name of an image")]
+    PushWithoutName(String),
+    /// A tag makes no sense.
+    #[error("`{0}` has a tag and is to be pushed by its digest")]
+    TagByDigest(String),
+    /// Not a name.
+    #[error("invalid image name `{name}`: {reason}")]
+    BadName {
+        /// As typed.
+        name: String,
+        /// Why.
+        reason: String,
+    },
+    /// No home for credentials.
+    #[error("no place for credentials: neither REGISTRY_AUTH_FILE, DOCKER_CONFIG nor HOME is set")]
+    NoHome,
     /// No home.
     #[error("no directory for the store: neither --store, NACRE_STORE, XDG_DATA_HOME nor HOME is set")]
     NoStore,
@@ -644,9 +735,9 @@ impl RequestError {
             Self::UnknownCall(_) => "there are build, check, outline and targets".to_owned(),
             Self::UnknownProgress { .. } => "there are auto, tty, plain, rawjson and quiet".to_owned(),
             Self::OutputToTerminal(_) => "give dest=FILE, or pipe the output into a program".to_owned(),
-            Self::NoPush(_) => {
-                "build into the store and copy from there: skopeo copy oci:STORE:NAME docker://NAME".to_owned()
-            }
+            Self::PushWithoutName(_) => "give one: -t REGISTRY/REPOSITORY:TAG".to_owned(),
+            Self::TagByDigest(_) => "name the repository alone".to_owned(),
+            Self::NoHome => "set DOCKER_CONFIG to a directory".to_owned(),
             Self::NoStore | Self::EmptyStore => "give a directory: --store DIR".to_owned(),
             Self::BadEpoch(_) => "use a Unix time, as `git log -1 --pretty=%ct` prints it".to_owned(),
             _ => return None,
@@ -728,6 +819,12 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
     let ulimits = args.ulimits.iter().map(|text| ulimit(text)).collect::<Result<_, _>>()?;
     let shm_size_bytes = args.shm_size.as_deref().map(size_bytes).transpose()?;
     let progress = progress_mode(&args, env)?;
+    let mut registry = env.registry(&args.registry);
+    for output in outputs.iter().filter(|output| output.insecure) {
+        for name in &output.names {
+            registry.insecure.extend(Reference::parse(name).map(|reference| reference.host));
+        }
+    }
 
     Ok(BuildRequest {
         context,
@@ -743,7 +840,6 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
             .filter(|text| !text.is_empty())
             .collect(),
         named_contexts,
-        tags: args.tags,
         outputs,
         iid_file: args.iid_file,
         metadata_file: args.metadata_file,
@@ -763,8 +859,7 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
         source_date_epoch,
         progress,
         quiet: args.quiet,
-        proxies: env.proxies(),
-        docker_config,
+        registry,
         notices,
     })
 }
@@ -958,12 +1053,41 @@ fn outputs(
     call: Call,
     notices: &mut Vec<String>,
 ) -> Result<Vec<Output>, RequestError> {
-    if args.push {
-        return Err(RequestError::NoPush("--push".to_owned()));
-    }
     let mut outputs = Vec::new();
     for text in &args.outputs {
         outputs.push(output(text, &args.tags, env, notices)?);
+    }
+    if args.push && !outputs.iter().any(|output| output.push.is_some()) {
+        // As buildx: an image output is pushed; without one there is one more output.
+        let named = args
+            .outputs
+            .iter()
+            .zip(&mut outputs)
+            .find(|(text, output)| output.kind == OutputKind::Store && text.contains("type=image"));
+        match named {
+            Some((_, output)) => output.push = Some(Push::ByName),
+            None => {
+                let output = Output { push: Some(Push::ByName), ..Output::of_kind(OutputKind::Registry, &args.tags) };
+                outputs.push(output);
+            }
+        }
+    }
+    for output in outputs.iter().filter(|output| output.push.is_some()) {
+        let what = if output.kind == OutputKind::Registry { "a push" } else { "--output type=image,push=true" };
+        if output.names.is_empty() {
+            return Err(RequestError::PushWithoutName(what.to_owned()));
+        }
+        for name in &output.names {
+            let bad = |reason: String| RequestError::BadName { name: name.clone(), reason };
+            Reference::parse(name).map_err(|error| bad(error.to_string()))?;
+            let last = name.rsplit('/').next().unwrap_or_default();
+            if output.push == Some(Push::ByDigest) && last.contains(':') {
+                return Err(RequestError::TagByDigest(name.clone()));
+            }
+            if name.contains('@') {
+                return Err(bad("a digest cannot be given to an image that is to be built".to_owned()));
+            }
+        }
     }
     let in_store = |output: &Output| output.kind == OutputKind::Store;
     if (outputs.is_empty() || args.load) && !outputs.iter().any(in_store) && call == Call::Build {
@@ -982,6 +1106,8 @@ impl Output {
             docker_media_types: matches!(kind, OutputKind::Docker { .. }),
             kind,
             names: names.to_vec(),
+            push: None,
+            insecure: false,
             compression: Compression::Gzip(None),
             force_compression: false,
             rewrite_timestamp: false,
@@ -993,7 +1119,7 @@ impl Output {
     pub(crate) fn dest(&self) -> Option<&Destination> {
         match &self.kind {
             OutputKind::Oci { dest, .. } | OutputKind::Docker { dest, .. } | OutputKind::Tar { dest, .. } => Some(dest),
-            OutputKind::Store | OutputKind::Local { .. } | OutputKind::CacheOnly => None,
+            OutputKind::Store | OutputKind::Registry | OutputKind::Local { .. } | OutputKind::CacheOnly => None,
         }
     }
 }
@@ -1037,18 +1163,28 @@ fn output(text: &str, tags: &[String], env: &Environment, notices: &mut Vec<Stri
             platform_split,
         },
         "tar" => OutputKind::Tar { dest: dest()?, platform_split },
-        "image" if flag("push")? == Some(true) => return Err(RequestError::NoPush(format!("--output {text}"))),
         "image" => OutputKind::Store,
-        "registry" => return Err(RequestError::NoPush(format!("--output {text}"))),
+        "registry" => OutputKind::Registry,
         "cacheonly" => OutputKind::CacheOnly,
         "" => return Err(RequestError::MissingAttribute { flag: FLAG, value: text.to_owned(), attribute: "type=…" }),
-        _ => return Err(bad("there are the types oci, docker, local, tar, image and cacheonly")),
+        _ => return Err(bad("there are the types oci, docker, local, tar, image, registry and cacheonly")),
     };
     let mut output = Output::of_kind(kind, tags);
     if let Some(names) = find("name").filter(|names| !names.is_empty()) {
         output.names = names.split(',').map(|name| name.trim().to_owned()).collect();
     }
     output.compression = compression(find("compression"), find("compression-level")).map_err(bad)?;
+    let by_digest = flag("push-by-digest")?.unwrap_or(false);
+    let push = match kind_name.as_str() {
+        "registry" => flag("push")?.unwrap_or(true),
+        "image" => flag("push")?.unwrap_or(false),
+        _ => false,
+    };
+    if output.kind == OutputKind::Registry && !push {
+        return Err(bad("type=registry is there to push"));
+    }
+    output.push = push.then_some(if by_digest { Push::ByDigest } else { Push::ByName });
+    output.insecure = flag("registry.insecure")?.unwrap_or(false);
     output.force_compression = flag("force-compression")?.unwrap_or(false);
     output.rewrite_timestamp = flag("rewrite-timestamp")?.unwrap_or(false);
     if let Some(oci) = flag("oci-mediatypes")? {
@@ -1058,6 +1194,8 @@ fn output(text: &str, tags: &[String], env: &Environment, notices: &mut Vec<Stri
         match name.as_str() {
             "type" | "dest" | "tar" | "name" | "platform-split" | "push" | "compression" | "compression-level"
             | "force-compression" | "rewrite-timestamp" | "oci-mediatypes" => {}
+            // What is pushed has its canonical name, `NAME@DIGEST`, in the registry anyway.
+            "push-by-digest" | "registry.insecure" | "name-canonical" if output.push.is_some() => {}
             name if name.starts_with("annotation") => {
                 // `annotation.NAME=VALUE`, `annotation-index.NAME=VALUE`
                 let name = name.trim_start_matches("annotation");
@@ -1086,8 +1224,8 @@ fn output(text: &str, tags: &[String], env: &Environment, notices: &mut Vec<Stri
                     flag: FLAG,
                     value: text.to_owned(),
                     attribute: name.clone(),
-                    known: "type, dest, name, tar, compression, compression-level, force-compression, \
-                            oci-mediatypes, rewrite-timestamp, platform-split and annotation",
+                    known: "type, dest, name, tar, push, push-by-digest, compression, compression-level, \
+                            force-compression, oci-mediatypes, rewrite-timestamp, platform-split and annotation",
                 });
             }
         }
@@ -1506,9 +1644,23 @@ mod tests {
         refused(&["-o", "type=local", "."], "needs dest=");
         refused(&["-o", "type=oci,dset=x", "."], "unknown attribute `dset`");
         refused(&["-o", "-", "-o", "type=oci", "."], "more than one output");
-        refused(&["--push", "."], "not possible yet");
-        refused(&["-o", "type=image,push=true", "."], "not possible yet");
-        refused(&["-o", "type=registry", "."], "not possible yet");
+        let pushed = |args: &[&str]| {
+            let outputs = ok(args).outputs;
+            outputs.iter().map(|output| (output.kind.clone(), output.push)).collect::<Vec<_>>()
+        };
+        let (store, registry) = (OutputKind::Store, OutputKind::Registry);
+        assert_eq!(pushed(&["--push", "-t", "h.io/a:1", "."]), [(registry.clone(), Some(Push::ByName))]);
+        let both = [(registry.clone(), Some(Push::ByName)), (store.clone(), None)];
+        assert_eq!(pushed(&["--push", "--load", "-t", "h.io/a:1", "."]), both);
+        assert_eq!(pushed(&["-o", "type=image,push=true,name=h.io/a", "."]), [(store.clone(), Some(Push::ByName))]);
+        assert_eq!(pushed(&["--push", "-o", "type=image,name=h.io/a", "."]), [(store, Some(Push::ByName))]);
+        let by_digest = pushed(&["-o", "type=registry,push-by-digest=true,name-canonical=true,name=h.io/a", "."]);
+        assert_eq!(by_digest, [(registry, Some(Push::ByDigest))]);
+        assert!(ok(&["-o", "type=registry,name=h.io/a,registry.insecure=true", "."]).registry.insecure == ["h.io"]);
+        refused(&["--push", "."], "needs the name");
+        refused(&["-o", "type=registry", "."], "needs the name");
+        refused(&["--push", "-t", "h.io/A", "."], "lowercase");
+        refused(&["-t", "h.io/a:1", "-o", "type=image,push=true,push-by-digest=true", "."], "by its digest");
     }
 
     #[test]

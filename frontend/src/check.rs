@@ -1,8 +1,8 @@
 //! Build checks: things that a Dockerfile may do but better should not.
 //!
 //! The rules carry the names that users know and put into `# check=skip=…`. Lowering finds most of them on its way, as
-//! they need the variables in force; what the bare file shows is found here ([`static_checks`]). `CopyIgnoredFile` is
-//! the one rule that this crate cannot find, because it does not see the build context.
+//! they need the variables in force; what the bare file shows is found here ([`static_checks`]). `CopyIgnoredFile` needs
+//! to know what the build context leaves out: the caller hands a function over ([`IgnoreRules`]).
 //!
 //! A `check` directive (`skip=RULE,…;error=true;experimental=RULE,…`), the build arg BUILDKIT_DOCKERFILE_CHECK in its
 //! place, and a comment `# check=skip=RULE` above an instruction select what is reported.
@@ -10,6 +10,38 @@
 use crate::instruction::{Dockerfile, Instruction, InstructionKind};
 use crate::source::Span;
 use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::Arc;
+
+/// Tells whether the build context leaves a path out.
+///
+/// This crate sees no files; whoever does gives the answer. An ignore file with exceptions (`!pattern`) is better not
+/// given at all: what is excluded there may come back in part.
+#[derive(Clone)]
+pub struct IgnoreRules(Arc<dyn Fn(&str) -> bool + Send + Sync>);
+
+impl IgnoreRules {
+    /// `ignored` gets paths relative to the context, without `.` and `..`.
+    pub fn new(ignored: impl Fn(&str) -> bool + Send + Sync + 'static) -> Self {
+        Self(Arc::new(ignored))
+    }
+
+    pub(crate) fn ignores(&self, path: &str) -> bool {
+        (self.0)(path)
+    }
+}
+
+impl fmt::Debug for IgnoreRules {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("IgnoreRules")
+    }
+}
+
+impl PartialEq for IgnoreRules {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
 
 /// What was found.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -185,6 +217,7 @@ pub(crate) fn static_checks(file: &Dockerfile, reporter: &mut Reporter) {
         match &instruction.kind {
             InstructionKind::From { name: Some(name), .. } => {
                 stage_name(instruction, name.value.as_str(), name.span, &mut names, reporter);
+                from_as_casing(file, instruction, name.span, reporter);
                 description(instruction, &[name.value.to_lowercase()], reporter);
             }
             InstructionKind::Arg(pairs) => {
@@ -195,10 +228,11 @@ pub(crate) fn static_checks(file: &Dockerfile, reporter: &mut Reporter) {
                 let message = "MAINTAINER is deprecated; use a label, as org.opencontainers.image.authors".to_owned();
                 reporter.report(Rule::MaintainerDeprecated, instruction, instruction.keyword.span, message);
             }
-            InstructionKind::Env { legacy: true, .. } | InstructionKind::Label { legacy: true, .. } => {
+            InstructionKind::Env { legacy: true, pairs } | InstructionKind::Label { legacy: true, pairs } => {
                 let keyword = instruction.keyword.value.to_uppercase();
                 let message = format!("write `{keyword} key=value` instead of `{keyword} key value`");
-                reporter.report(Rule::LegacyKeyValueFormat, instruction, instruction.span, message);
+                let span = pairs.first().map_or(instruction.span, |(key, value)| key.span.to(value.span));
+                reporter.report(Rule::LegacyKeyValueFormat, instruction, span, message);
             }
             _ => {}
         }
@@ -212,14 +246,6 @@ fn stage_name(at: &Instruction, name: &str, span: Span, names: &mut BTreeSet<Str
     }
     if matches!(lower.as_str(), "scratch" | "context") {
         reporter.report(Rule::ReservedStageName, at, span, format!("`{lower}` is reserved and no name for a stage"));
-    }
-    let words: Vec<&str> = at.original.split_whitespace().collect();
-    if let [.., keyword, _] = words.as_slice()
-        && keyword.eq_ignore_ascii_case("as")
-        && is_lower(keyword) != is_lower(&at.keyword.value)
-    {
-        let message = format!("`{keyword}` and `{}` differ in case", at.keyword.value);
-        reporter.report(Rule::FromAsCasing, at, at.span, message);
     }
     if !names.insert(lower) {
         reporter.report(Rule::DuplicateStageName, at, span, format!("there is more than one stage `{name}`"));
@@ -237,8 +263,20 @@ fn description(at: &Instruction, names: &[String], reporter: &mut Reporter) {
     }
 }
 
-fn is_lower(word: &str) -> bool {
-    word == word.to_lowercase()
+/// AS in another case than FROM. A FROM that is in neither case is another rule's matter.
+fn from_as_casing(file: &Dockerfile, at: &Instruction, name: Span, reporter: &mut Reporter) {
+    let from = at.keyword.value.as_str();
+    let words: Vec<&str> = at.original.split_whitespace().collect();
+    let [.., word, _] = words.as_slice() else { return };
+    let (lower, upper) = (from == from.to_lowercase(), from == from.to_uppercase());
+    let fits = (lower && *word == "as") || (upper && *word == "AS");
+    if fits || !word.eq_ignore_ascii_case("as") || !(lower || upper) {
+        return;
+    }
+    // Only blanks and continuations stand between it and the name.
+    let before = file.source.text.get(at.span.start..name.start).and_then(|text| text.rfind(word));
+    let span = before.map_or(name, |start| Span::new(at.span.start + start, at.span.start + start + word.len()));
+    reporter.report(Rule::FromAsCasing, at, span, format!("`{word}` and `{from}` differ in case"));
 }
 
 fn casing(file: &Dockerfile, reporter: &mut Reporter) {
@@ -275,10 +313,10 @@ fn empty_continuation(file: &Dockerfile, instruction: &Instruction, reporter: &m
     if let Some(start) = heredocs.iter().map(|one| one.span.start).min() {
         last = last.min(file.source.line(start).saturating_sub(1));
     }
-    // The last line cannot be the empty one, except at the end of the file.
-    if (first..last).any(|line| file.source.line_text(line).trim().is_empty()) {
+    if let Some(line) = (first..=last).find(|line| file.source.line_text(*line).trim().is_empty()) {
         let message = "empty line in a continued instruction".to_owned();
-        reporter.report(Rule::NoEmptyContinuation, instruction, instruction.span, message);
+        let start = file.source.line_start(line);
+        reporter.report(Rule::NoEmptyContinuation, instruction, Span::new(start, start), message);
     }
 }
 
@@ -293,36 +331,4 @@ pub(crate) fn is_secret_name(name: &str) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn secret_names() {
-        fn check(name: &str, expected: bool) {
-            assert_eq!(is_secret_name(name), expected, "{name}");
-        }
-        check("API_KEY", true);
-        check("apikey", true);
-        check("GITHUB_TOKEN", true);
-        check("secret_MESSAGE", true);
-        check("PUBLIC_KEY", false);
-        check("TOKEN_FILE", false);
-        check("KEYBOARD", false);
-        check("monkey", false);
-    }
-
-    #[test]
-    fn selections() {
-        fn check(text: &str, rule: Rule, expected: bool) {
-            assert_eq!(Selection::parse(text).reports(rule), expected, "{text} {rule:?}");
-        }
-        check("", Rule::UndefinedVar, true);
-        check("skip=UndefinedVar", Rule::UndefinedVar, false);
-        check("skip=StageNameCasing, undefinedvar;error=true", Rule::UndefinedVar, false);
-        check("skip=all", Rule::StageNameCasing, false);
-        check("", Rule::InvalidDefinitionDescription, false);
-        check("experimental=all", Rule::InvalidDefinitionDescription, true);
-        check("experimental=InvalidDefinitionDescription;skip=all", Rule::InvalidDefinitionDescription, false);
-        assert!(Selection::parse("skip=all;error=true").is_error());
-    }
-}
+mod tests;

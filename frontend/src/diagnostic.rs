@@ -323,7 +323,7 @@ fn unknown_instruction_help(keyword: &str) -> Option<String> {
     if !keyword.starts_with(|first: char| first.is_ascii_alphabetic()) {
         return Some("if it continues the line above, that line has to end with the escape character".to_owned());
     }
-    None
+    Some(format!("instructions are {}", INSTRUCTIONS.join(", ")))
 }
 
 fn unknown_flag_help(keyword: &str, name: &str) -> Option<String> {

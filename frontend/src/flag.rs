@@ -3,10 +3,11 @@
 //! Flags stand between the keyword and the first word that does not start with `--`; a lone `--` ends them. Quotes and
 //! escapes in a flag are resolved here, so that a value may hold blanks. Variables are expanded later.
 
-use crate::diagnostic::{did_you_mean, one_of};
+use crate::diagnostic::{Diagnostic, did_you_mean, one_of};
 use crate::instruction::Text;
 use crate::line::Slice;
 use crate::llb::Sharing;
+use crate::source::Span;
 use crate::units;
 use crate::word::WordError;
 
@@ -251,6 +252,23 @@ pub enum MountError {
 }
 
 impl MountError {
+    /// The option that is wrong, as it stands in the text (or only its value or its name).
+    pub fn culprit(&self) -> Option<String> {
+        Some(match self {
+            MountError::UnknownKey { field, .. } | MountError::FieldWithoutValue(field) => field.clone(),
+            MountError::Type(value) | MountError::Sharing(value) | MountError::FromVariable(value) => value.clone(),
+            MountError::Value { value, .. } => value.clone(),
+            MountError::KeyOfOtherType { key, .. } => key.clone(),
+            MountError::OwnerNotAllowed { key, .. } => (*key).to_owned(),
+            MountError::SharingNotCache(_) | MountError::SecretSharing => "sharing".to_owned(),
+            MountError::SecretFrom => "from".to_owned(),
+            MountError::SecretSourceAndId => "source".to_owned(),
+            MountError::Empty | MountError::Quote(_) | MountError::SecretWithoutName | MountError::Word(_) => {
+                return None;
+            }
+        })
+    }
+
     /// A way out, one sentence.
     pub fn help(&self) -> Option<String> {
         let help = match self {
@@ -260,8 +278,9 @@ impl MountError {
             }
             MountError::Type(kind) => one_of(kind, &MountType::ALL.map(|(name, _)| name)),
             MountError::UnknownKey { key, .. } => {
-                let guess = did_you_mean(key, KEYS)?;
-                format!("did you mean `{guess}`?")
+                let all = "options are type, target, source, from, id, sharing, required, size, mode, uid, gid, env, \
+                           readonly and readwrite";
+                did_you_mean(key, KEYS).map_or(all.to_owned(), |guess| format!("did you mean `{guess}`?"))
             }
             MountError::KeyOfOtherType { key, .. } => match key.as_str() {
                 "size" => "size is for type=tmpfs; write type= before it".to_owned(),
@@ -395,6 +414,27 @@ pub fn check_mount(text: &str) -> Result<(), MountError> {
         }
     }
     Ok(())
+}
+
+/// A mistake in a mount, at the option that is wrong.
+pub(crate) fn in_mount(mount: &Text, error: MountError) -> Diagnostic {
+    let span = error.culprit().map_or(mount.span, |culprit| option_span(mount, &culprit));
+    Diagnostic::at(span, error.into())
+}
+
+/// Where an option of a `--mount` stands; all of the mount when that is not clear.
+pub(crate) fn option_span(mount: &Text, option: &str) -> Span {
+    // Places in a text that a continuation interrupts are not those in the file.
+    if option.is_empty() || mount.span.end - mount.span.start != mount.value.len() {
+        return mount.span;
+    }
+    let is_edge = |byte: Option<&u8>| byte.is_none_or(|byte| b",=\"".contains(byte));
+    let bytes = mount.value.as_bytes();
+    let mut places = mount.value.match_indices(option).map(|(start, _)| (start, start + option.len()));
+    let found = places.find(|(start, end)| {
+        is_edge(start.checked_sub(1).and_then(|before| bytes.get(before))) && is_edge(bytes.get(*end))
+    });
+    found.map_or(mount.span, |(start, end)| Span::new(mount.span.start + start, mount.span.start + end))
 }
 
 fn validate(spec: &MountSpec) -> Result<(), MountError> {

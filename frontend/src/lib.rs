@@ -10,6 +10,7 @@ pub mod llb;
 pub mod lower;
 pub mod lower_problem;
 pub mod mode;
+pub mod outline;
 pub mod parser;
 pub mod platform;
 mod print;

@@ -248,6 +248,8 @@ impl<'a> Reader<'a> {
             }
             self.state = Directives::Done;
             if trimmed.is_empty() {
+                // An empty line parts a comment from the instruction: it describes something else.
+                self.comments.clear();
                 continue;
             }
             return Some(self.logical(start..range.end));
@@ -469,6 +471,9 @@ mod tests {
         let mut reader = Reader::new("# syntax=x\n# gone\n#\n# one\n  #two\nA\nB");
         assert_eq!(reader.next_line().unwrap().comments, ["one", "two"]);
         assert!(reader.next_line().unwrap().comments.is_empty());
+        let mut reader = Reader::new("# apart\n \nA\n# one\nB");
+        assert!(reader.next_line().unwrap().comments.is_empty());
+        assert_eq!(reader.next_line().unwrap().comments, ["one"]);
     }
 
     #[test]

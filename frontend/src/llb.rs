@@ -47,7 +47,7 @@ pub struct Vertex {
     pub stage: String,
     /// The instruction, expanded, on one line; identifies "the same step" between builds together with `stage`.
     pub text: String,
-    /// First and last line in the Dockerfile, counted from 1; `None` for triggers of a base image.
+    /// First and last line in the Dockerfile, counted from 1: of FROM, for triggers of a base; `None` for contexts.
     pub lines: Option<(u32, u32)>,
     /// Platform it runs for.
     pub platform: Platform,
@@ -97,6 +97,8 @@ pub enum Source {
         keep_git_dir: bool,
         /// `--checksum`: the commit must start with these hex digits.
         checksum: Option<String>,
+        /// Fetch submodules.
+        submodules: bool,
     },
 }
 

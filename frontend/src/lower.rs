@@ -22,15 +22,16 @@ mod run;
 mod text;
 mod vertices;
 
-pub use git_url::{GitUrl, GitUrlError};
+pub use git_url::{GitUrl, GitUrlError, without_credentials};
 pub use vertices::with_digest;
 
-use crate::check::{self, Reporter, Rule, Selection, Warning};
+use crate::check::{self, IgnoreRules, Reporter, Rule, Selection, Warning};
 use crate::diagnostic::{Diagnostic, Problem, did_you_mean};
 use crate::image_config::{DEFAULT_PATH, ImageConfig, split_env};
 use crate::instruction::{Dockerfile, Instruction, InstructionKind, Text};
 use crate::llb::{Definition, Image, ImageSource, Network, Op, Platform, Source, Vertex, VertexId};
 use crate::lower_problem::LowerProblem;
+use crate::outline::Outline;
 use crate::parser;
 use crate::platform;
 use crate::source::Span;
@@ -40,7 +41,7 @@ use crate::word::{Lexer, Variables, WordError};
 use environment::Environment;
 use std::borrow::Cow;
 use std::cell::Cell;
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::rc::Rc;
 
 /// What the caller asks for.
@@ -84,6 +85,10 @@ pub struct Options {
     pub allow_insecure: bool,
     /// `--allow network.host`.
     pub allow_network_host: bool,
+    /// What the main context leaves out, for the check CopyIgnoredFile; `None` when that is nothing or not known.
+    pub ignored: Option<IgnoreRules>,
+    /// Go on without configurations that are not given: for checks. What depends on them is not reported.
+    pub unknown_bases: bool,
 }
 
 impl Options {
@@ -109,6 +114,8 @@ impl Options {
             multi_platform: false,
             allow_insecure: false,
             allow_network_host: false,
+            ignored: None,
+            unknown_bases: false,
         }
     }
 }
@@ -134,8 +141,10 @@ pub enum NamedContext {
         keep_git_dir: bool,
         /// Digits that the commit must start with.
         checksum: Option<String>,
+        /// Fetch submodules.
+        submodules: bool,
     },
-    /// The result of another target of a bake file; the caller puts its image in place before it lowers.
+    /// A stage of the same file.
     Target(String),
     /// An input that the caller gives in another way; not usable yet.
     Input,
@@ -165,8 +174,8 @@ pub type BaseConfigs = BTreeMap<BaseRequest, BaseImage>;
 /// Result of [`lower`].
 #[derive(Debug, Clone, PartialEq)]
 pub enum Lowered {
-    /// These configurations are needed first: all that can be named by now.
-    NeedsBases(BTreeSet<BaseRequest>),
+    /// These configurations are needed first: all that can be named by now, each with the place that names it.
+    NeedsBases(BTreeMap<BaseRequest, Span>),
     /// The graph.
     Graph(Box<Definition>),
 }
@@ -180,6 +189,18 @@ pub fn lower(
     options: &Options,
     bases: &BaseConfigs,
 ) -> Result<(Lowered, Vec<Warning>), Vec<Diagnostic>> {
+    lower_and_outline(file, options, bases).map(|(lowered, warnings, _)| (lowered, warnings))
+}
+
+/// As [`lower`]; also tells what can be given to a build. The outline is complete with the graph.
+///
+/// # Errors
+/// All independent mistakes.
+pub fn lower_and_outline(
+    file: &Dockerfile,
+    options: &Options,
+    bases: &BaseConfigs,
+) -> Result<(Lowered, Vec<Warning>, Outline), Vec<Diagnostic>> {
     let mut build_args: BTreeMap<String, String> =
         options.build_args.iter().filter_map(|(name, value)| Some((name.clone(), value.clone()?))).collect();
     if let Some(epoch) = options.source_date_epoch {
@@ -195,7 +216,7 @@ pub fn lower(
     let lexer = Lexer::new(file.escape);
     let (needed, missing) = reachable(&mut plan, options, bases, &lexer)?;
     if !missing.is_empty() {
-        return Ok((Lowered::NeedsBases(missing), reporter.into_warnings()));
+        return Ok((Lowered::NeedsBases(missing), reporter.into_warnings(), Outline::default()));
     }
 
     let epoch = epoch(&build_args, &plan.global_args)
@@ -236,9 +257,13 @@ pub fn lower(
     let Some(state) = take_with_history(&mut states, plan.target) else {
         return Err(vec![Diagnostic { problem: Problem::NoStage, span: None }]);
     };
+    let used: Vec<&Instruction> =
+        plan.stages.iter().zip(&needed).filter(|(_, needed)| **needed).map(|(stage, _)| stage.from).collect();
+    graph.outline.global_args(file, &used, &plan.global_args, &shared.lexer);
+    let outline = graph.outline.finish(plan.stages[plan.target].from);
     let image = finish(state, options, &plan.target_platform, shared.created.clone());
     let definition = Definition { vertices: graph.vertices, image };
-    Ok((Lowered::Graph(Box::new(definition)), warnings))
+    Ok((Lowered::Graph(Box::new(definition)), warnings, outline))
 }
 
 /// The state of a stage, with the history of the stages that it is built on before its own.
@@ -260,9 +285,9 @@ fn reachable(
     options: &Options,
     bases: &BaseConfigs,
     lexer: &Lexer,
-) -> Result<(Vec<bool>, BTreeSet<BaseRequest>), Vec<Diagnostic>> {
+) -> Result<(Vec<bool>, BTreeMap<BaseRequest, Span>), Vec<Diagnostic>> {
     let mut needed = vec![false; plan.stages.len()];
-    let mut missing = BTreeSet::new();
+    let mut missing = BTreeMap::new();
     let mut problems = Vec::new();
     let mut todo = if options.all_stages { (0..plan.stages.len()).collect() } else { vec![plan.target] };
     while let Some(index) = todo.pop() {
@@ -281,7 +306,9 @@ fn reachable(
                 match bases.get(&request) {
                     Some(base) => base.config.config.on_build.clone(),
                     None => {
-                        missing.insert(request);
+                        if !options.unknown_bases {
+                            missing.insert(request, stage.image_span());
+                        }
                         Vec::new()
                     }
                 }
@@ -427,6 +454,7 @@ impl Shared<'_> {
 #[derive(Default)]
 struct Graph {
     vertices: Vec<Vertex>,
+    outline: Outline,
     /// Sources are fetched once, whoever uses them.
     sources: HashMap<(Source, Option<Platform>), VertexId>,
 }
@@ -470,6 +498,8 @@ struct State {
     /// Descriptions of layers that no history entry belongs to: file trees as bases.
     unrecorded_layers: Vec<String>,
     workdir_set: bool,
+    /// The base may set variables and a shell that nobody knows of.
+    base_unknown: bool,
 }
 
 impl State {
@@ -500,6 +530,7 @@ impl State {
             platform: self.platform.clone(),
             unrecorded_layers: self.unrecorded_layers.clone(),
             workdir_set: self.workdir_set,
+            base_unknown: self.base_unknown,
         }
     }
 
@@ -536,6 +567,8 @@ struct StageLowering<'s, 'g> {
     steps: usize,
     step: usize,
     ignore_cache: bool,
+    /// Lines of the instruction that is lowered; of FROM, for triggers.
+    lines: (u32, u32),
     /// CMD, ENTRYPOINT, HEALTHCHECK seen in this stage.
     seen: BTreeMap<&'static str, Span>,
 }
@@ -585,10 +618,12 @@ impl<'s, 'g> StageLowering<'s, 'g> {
                 platform: stage.platform.clone().unwrap_or_else(|| shared.plan.target_platform.clone()),
                 unrecorded_layers: Vec::new(),
                 workdir_set: false,
+                base_unknown: false,
             },
             label,
             steps: from + stage.commands.iter().filter(has_vertex).count(),
             step: 0,
+            lines: stage.from.lines,
             ignore_cache: options.no_cache || stage.name.as_ref().is_some_and(filtered),
             seen: BTreeMap::new(),
         }
@@ -645,7 +680,10 @@ impl<'s, 'g> StageLowering<'s, 'g> {
             }
             Base::External(External::Image { source, platform, name }) => {
                 let request = BaseRequest { source: source.clone(), platform: platform.clone() };
-                let Some(base) = self.shared.bases.get(&request) else { return };
+                let Some(base) = self.shared.bases.get(&request) else {
+                    self.state.base_unknown = true;
+                    return;
+                };
                 self.state.image = base.config.inherited();
                 let actual = base.config.platform();
                 if !actual.os.is_empty() && (actual.os != platform.os || actual.architecture != platform.architecture) {
@@ -663,8 +701,8 @@ impl<'s, 'g> StageLowering<'s, 'g> {
                 }
                 self.state.unrecorded_layers.push(match source {
                     Source::Local { name } => format!("local source for {name}"),
-                    Source::Http { url, .. } => url.clone(),
-                    Source::Git { remote, .. } => remote.clone(),
+                    Source::Http { url, .. } => without_credentials(url),
+                    Source::Git { remote, .. } => without_credentials(remote),
                     Source::Image(_) => context.clone(),
                 });
                 self.state.top = Some(self.files_vertex(source, context));
@@ -700,16 +738,21 @@ impl<'s, 'g> StageLowering<'s, 'g> {
     }
 
     fn undefined(&mut self, at: &At<'_>, name: &str, span: Span) {
-        if self.state.declared.contains(name) {
+        if self.state.base_unknown || self.state.declared.contains(name) {
             return;
         }
         let hint = did_you_mean(name, self.state.env.names()).map(|name| format!(" (did you mean `${name}`?)"));
         let message = format!("variable `${name}` is not defined{}", hint.unwrap_or_default());
+        let span = at.source.get(span.start..span.end).map_or(span, |text| use_of_variable(text, span, name));
         self.report(Rule::UndefinedVar, at.instruction, at.trigger, span, message);
     }
 
     fn command(&mut self, command: &Command<'_>) -> Result<(), Diagnostic> {
         let instruction: &Instruction = &command.instruction;
+        self.lines = match &command.trigger {
+            Some(_) => self.shared.plan.stages[self.index].from.lines,
+            None => instruction.lines,
+        };
         let at = At { instruction, trigger: command.trigger.is_some(), source: self.source_text(command) };
         match &instruction.kind {
             InstructionKind::From { .. } => Ok(()),
@@ -785,6 +828,19 @@ impl<'s, 'g> StageLowering<'s, 'g> {
             None => &self.shared.file.source.text,
         }
     }
+}
+
+/// The first `$NAME` or `${NAME…` of a text that stands at `span`; all of it when there is none.
+pub(crate) fn use_of_variable(text: &str, span: Span, name: &str) -> Span {
+    let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    for (at, _) in text.match_indices('$') {
+        let rest = &text[at + 1..];
+        let (rest, braces) = rest.strip_prefix('{').map_or((rest, 0), |rest| (rest, 1));
+        let Some(after) = rest.strip_prefix(name).filter(|after| !after.starts_with(is_name)) else { continue };
+        let closed = usize::from(braces == 1 && after.starts_with('}'));
+        return Span::new(span.start + at, span.start + at + 1 + braces + name.len() + closed);
+    }
+    span
 }
 
 /// Where an instruction stands.

@@ -16,6 +16,8 @@ pub enum LowerProblem {
         name: String,
         /// A stage of a similar name.
         similar: Option<String>,
+        /// Names of all stages.
+        stages: Vec<String>,
     },
     /// FROM expands to nothing.
     #[error("base name `{expression}` is blank after expansion")]
@@ -54,14 +56,24 @@ pub enum LowerProblem {
     /// STOPSIGNAL that is no signal.
     #[error(transparent)]
     Signal(#[from] UnitError),
-    /// A named context that this builder cannot use.
-    #[error("build context `{0}` cannot be used here: the result of another target was not given")]
+    /// A context that cannot be used in this place: a stage as the main one.
+    #[error("build context `{0}` cannot be used here: a stage cannot take the place of the main context")]
     UnresolvedContext(String),
+    /// A named context that stands for a stage which is not there.
+    #[error("build context `{context}` is stage `{stage}`, which is not defined before it is used")]
+    ContextTarget {
+        /// Name of the context.
+        context: String,
+        /// Name behind `target:`.
+        stage: String,
+        /// A stage of a similar name.
+        similar: Option<String>,
+    },
     /// `--from=$X`.
     #[error("variable expansion is not supported in --from ({0})")]
     VariableInFrom(String),
     /// `--from=7` with fewer stages.
-    #[error("invalid stage index {index}: there are {stages} stages")]
+    #[error("invalid stage index {index}: {}", count_stages(*.stages))]
     StageIndex {
         /// As written.
         index: String,
@@ -176,12 +188,34 @@ pub enum LowerProblem {
     },
 }
 
+/// Stages that a message lists.
+const MANY_STAGES: usize = 12;
+
+fn page(rule: &str) -> String {
+    crate::check::Rule::named(rule).map(crate::check::Rule::url).unwrap_or_default()
+}
+
+fn count_stages(stages: usize) -> String {
+    match stages {
+        1 => "there is 1 stage".to_owned(),
+        more => format!("there are {more} stages"),
+    }
+}
+
 impl LowerProblem {
     /// A way out, one sentence.
     pub fn help(&self) -> Option<String> {
         let similar = |name: &Option<String>| name.as_ref().map(|name| format!("did you mean `{name}`?"));
         Some(match self {
-            Self::UnknownTarget { similar: name, .. } => return similar(name),
+            Self::UnknownTarget { similar: Some(name), .. } => format!("did you mean `{name}`?"),
+            Self::UnknownTarget { stages, .. } if stages.is_empty() => {
+                "no stage has a name; give one with `FROM image AS name`".to_owned()
+            }
+            Self::UnknownTarget { stages, .. } => {
+                let more = if stages.len() > MANY_STAGES { ", …" } else { "" };
+                let names: Vec<String> = stages.iter().take(MANY_STAGES).map(|name| format!("`{name}`")).collect();
+                format!("the stages are {}{more}", names.join(", "))
+            }
             Self::BlankBase { similar: name, unset, .. } => {
                 return similar(name).or_else(|| {
                     let name = unset.first()?;
@@ -196,18 +230,40 @@ impl LowerProblem {
             }
             Self::Platform(error) => return error.help(),
             Self::Reference { error, similar: name, .. } => return similar(name).or_else(|| error.help()),
+            Self::ContextTarget { similar: name, .. } => return similar(name),
             Self::Mode(error) => return error.help(),
             Self::Signal(error) => return error.help(),
             Self::VariableInFrom(_) => {
                 "define a stage with `FROM $NAME AS stage`, using an ARG from before the first FROM, and copy from that"
                     .to_owned()
             }
-            Self::StageIndex { .. } => "stages count from 0".to_owned(),
+            Self::StageIndex { stages: 1, .. } => "stages count from 0".to_owned(),
+            Self::StageIndex { stages, .. } => format!("stages count from 0: the last one is {}", stages - 1),
+            Self::Circular(_) => {
+                "a stage can only use what does not need it in turn: move the shared part to a stage of \
+                                  its own"
+                    .to_owned()
+            }
+            Self::MountOverRoot(_) => "give the mount a target=, like `target=/path`".to_owned(),
+            Self::SshSource(_) => "remove source; id names the agent that --ssh gives".to_owned(),
+            Self::Device(_) => "remove --device".to_owned(),
+            Self::ChecksumSources(_) => "write one ADD for each source".to_owned(),
+            Self::ChecksumLocal(_) => "remove --checksum: it is for what is downloaded".to_owned(),
+            Self::BadChecksum(_) => "`sha256sum FILE` prints the digits".to_owned(),
+            Self::ChecksumConflict { .. } | Self::KeepGitDirConflict(_) => "give it in one place only".to_owned(),
+            Self::BadPortAddress(_) => "EXPOSE needs the port of the container only, like `80/tcp`".to_owned(),
+            Self::NoPort(_) => "write 80, 80/udp or 8000-8010".to_owned(),
+            Self::PortRanges { .. } => "EXPOSE needs the ports of the container only".to_owned(),
+            Self::BadEpoch(_) => "write seconds since 1970, as `git log -1 --format=%ct` prints them".to_owned(),
+            Self::UnresolvedContext(_) => "use a directory, a repository or an image as this context".to_owned(),
+            Self::Check { rule, .. } => {
+                format!("`# check=skip={rule}` at the top of the file turns this check off; see {}", page(rule))
+            }
             Self::NotYetDefined { from, .. } => format!("move stage `{from}` up"),
             Self::InsecureNotAllowed => "give --allow security.insecure".to_owned(),
             Self::HostNetworkNotAllowed => "give --allow network.host".to_owned(),
             Self::CopyUrl(_) | Self::CopyGit(_) => "use ADD".to_owned(),
-            Self::BadPort(_) => "write 80, 80/udp or 8000-8010".to_owned(),
+            Self::BadPort(_) => "write 80, 80/udp or 8000-8010, first port first".to_owned(),
             Self::BadPortProtocol { .. } => "protocols are tcp, udp and sctp".to_owned(),
             Self::Trigger { problem, .. } => return problem.help(),
             _ => return None,

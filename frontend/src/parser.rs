@@ -323,7 +323,8 @@ impl Meaning<'_> {
         };
         for mount in &run.mounts {
             if let Err(error) = flag::check_mount(&mount.value) {
-                self.push(mount.span, error.into());
+                let wrong = flag::in_mount(mount, error);
+                self.push(wrong.span.unwrap_or(mount.span), wrong.problem);
             }
         }
         // Neither takes variables.

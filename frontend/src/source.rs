@@ -58,10 +58,15 @@ impl SourceFile {
         (line, u32::try_from(before.chars().count()).unwrap_or(u32::MAX - 1) + 1)
     }
 
+    /// First byte of a line; lines count from 1.
+    pub fn line_start(&self, line: u32) -> usize {
+        self.line_starts.get((line as usize).saturating_sub(1)).copied().unwrap_or(self.text.len())
+    }
+
     /// A line's text without its end; lines count from 1.
     pub fn line_text(&self, line: u32) -> &str {
         let index = (line as usize).saturating_sub(1);
-        let start = self.line_starts.get(index).copied().unwrap_or(self.text.len());
+        let start = self.line_start(line);
         let end = self.line_starts.get(index + 1).copied().unwrap_or(self.text.len());
         self.text[start..end].trim_end_matches(['\n', '\r'])
     }

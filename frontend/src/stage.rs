@@ -6,11 +6,12 @@
 
 use crate::check::{Reporter, Rule};
 use crate::diagnostic::{Diagnostic, Problem, did_you_mean};
+use crate::flag::option_span;
 use crate::instruction::{Dockerfile, Instruction, InstructionKind, Text};
 use crate::llb::{ImageSource, Platform, Source};
 use crate::lower::environment::Environment;
 use crate::lower::mount::split_csv;
-use crate::lower::{NamedContext, Options};
+use crate::lower::{NamedContext, Options, use_of_variable};
 use crate::lower_problem::LowerProblem;
 use crate::platform;
 use crate::reference::Reference;
@@ -44,12 +45,8 @@ pub fn targets(file: &Dockerfile) -> Vec<Target> {
         .filter_map(|instruction| match &instruction.kind {
             InstructionKind::From { platform, image, name } => {
                 let name = name.as_ref().map(|name| name.value.to_lowercase());
-                let described = |comment: &String| {
-                    let (first, rest) = comment.split_once(' ')?;
-                    name.as_deref().filter(|name| *name == first).map(|_| rest.trim().to_owned())
-                };
                 Some(Target {
-                    description: instruction.comments.iter().find_map(described),
+                    description: name.as_deref().and_then(|name| described(instruction, name)),
                     base: image.value.clone(),
                     platform: platform.as_ref().map(|platform| platform.value.clone()),
                     default: false,
@@ -64,6 +61,14 @@ pub fn targets(file: &Dockerfile) -> Vec<Target> {
         last.default = true;
     }
     targets
+}
+
+/// The comment above an instruction that begins with a name, without the name.
+pub(crate) fn described(instruction: &Instruction, name: &str) -> Option<String> {
+    instruction.comments.iter().find_map(|comment| {
+        let (first, rest) = comment.split_once(' ')?;
+        (first == name).then(|| rest.trim().to_owned())
+    })
 }
 
 /// All stages, resolved as far as that goes without image configurations.
@@ -93,6 +98,14 @@ pub(crate) struct Stage<'a> {
 }
 
 impl Stage<'_> {
+    /// Where FROM names its image.
+    pub(crate) fn image_span(&self) -> Span {
+        match &self.from.kind {
+            InstructionKind::From { image, .. } => image.span,
+            _ => self.from.span,
+        }
+    }
+
     /// Name or number, as the user can write it.
     pub(crate) fn label(&self, index: usize) -> String {
         self.name.clone().unwrap_or_else(|| index.to_string())
@@ -137,6 +150,15 @@ pub(crate) struct Command<'a> {
 pub(crate) enum SourceRef {
     Stage(usize),
     External(External),
+}
+
+impl From<SourceRef> for Base {
+    fn from(source: SourceRef) -> Self {
+        match source {
+            SourceRef::Stage(index) => Self::Stage(index),
+            SourceRef::External(external) => Self::External(external),
+        }
+    }
 }
 
 pub(crate) fn problem(span: Span, problem: LowerProblem) -> Diagnostic {
@@ -201,7 +223,8 @@ impl<'a> Plan<'a> {
                 Some(index) => plan.target = *index,
                 None => {
                     let similar = did_you_mean(target, plan.names.keys().map(String::as_str));
-                    let unknown = LowerProblem::UnknownTarget { name: target.clone(), similar };
+                    let stages = plan.stages.iter().filter_map(|stage| stage.name.clone()).collect();
+                    let unknown = LowerProblem::UnknownTarget { name: target.clone(), similar, stages };
                     builder.problems.push(Diagnostic { problem: Problem::Lower(unknown), span: None });
                 }
             }
@@ -243,8 +266,10 @@ impl<'a> Plan<'a> {
             InstructionKind::Run { flags, .. } => {
                 let source = |mount: &Text| match mount_from(&mount.value) {
                     None => Ok(None),
-                    Some(from) if has_variable(&from) => Err(problem(mount.span, LowerProblem::VariableInFrom(from))),
-                    Some(from) => self.by_name(&from, mount.span, options).map(Some),
+                    Some(from) if has_variable(&from) => {
+                        Err(problem(option_span(mount, &from), LowerProblem::VariableInFrom(from)))
+                    }
+                    Some(from) => self.by_name(&from, option_span(mount, &from), options).map(Some),
                 };
                 flags.mounts.iter().map(source).collect()
             }
@@ -255,9 +280,42 @@ impl<'a> Plan<'a> {
     fn by_name(&self, name: &str, span: Span, options: &Options) -> Result<SourceRef, Diagnostic> {
         match self.names.get(&name.to_lowercase()) {
             Some(index) => Ok(SourceRef::Stage(*index)),
-            None => external(name, &self.target_platform, options)
-                .map(SourceRef::External)
+            None => self
+                .external(name, &self.target_platform, options)
                 .map_err(|error| problem(span, self.with_similar_stage(error))),
+        }
+    }
+
+    /// What a name that is no stage means.
+    fn external(&self, name: &str, platform: &Platform, options: &Options) -> Result<SourceRef, LowerProblem> {
+        if name == "scratch" {
+            return Ok(SourceRef::External(External::Scratch));
+        }
+        let reference = Reference::parse(name).map_err(|error| LowerProblem::Reference {
+            name: name.to_owned(),
+            error,
+            similar: None,
+        })?;
+        if let Some((key, context)) = named_context(name, platform, options) {
+            return self.context(key, context, platform);
+        }
+        let name = reference.to_string();
+        let source = ImageSource::Reference(name.clone());
+        Ok(SourceRef::External(External::Image { source, platform: platform.clone(), name }))
+    }
+
+    /// What a named context means: `target:` names one of the stages known so far.
+    fn context(&self, key: &str, context: &NamedContext, platform: &Platform) -> Result<SourceRef, LowerProblem> {
+        let NamedContext::Target(stage) = context else {
+            return from_context(key, context, platform).map(SourceRef::External);
+        };
+        match self.names.get(&stage.to_lowercase()) {
+            Some(index) => Ok(SourceRef::Stage(*index)),
+            None => Err(LowerProblem::ContextTarget {
+                context: key.to_owned(),
+                stage: stage.clone(),
+                similar: did_you_mean(stage, self.names.keys().map(String::as_str)),
+            }),
         }
     }
 
@@ -283,10 +341,9 @@ impl<'a> Plan<'a> {
         let uses = |index: usize| -> Vec<(usize, Span)> {
             let commands = self.stages[index].commands.iter();
             let stages = commands.flat_map(|command| {
-                let span = command.instruction.span;
-                command.sources.iter().flatten().filter_map(move |source| match source {
-                    SourceRef::Stage(stage) => Some((*stage, span)),
-                    SourceRef::External(_) => None,
+                command.sources.iter().enumerate().filter_map(|(at, source)| match source {
+                    Some(SourceRef::Stage(stage)) => Some((*stage, from_span(&command.instruction, at))),
+                    _ => None,
                 })
             });
             stages.collect()
@@ -430,12 +487,12 @@ impl Builder<'_, '_> {
         let replacement = name.as_ref().and_then(|name| named_context(name, &lookup_platform, self.options));
         let replaced = replacement.is_some();
         let base = match (replacement, &base_name) {
-            (Some((key, context)), _) => from_context(key, context, &lookup_platform).map(Base::External),
+            (Some((key, context)), _) => plan.context(key, context, &lookup_platform).map(Base::from),
             // A blank name is reported already.
             (None, None) => Ok(Base::External(External::Scratch)),
             (None, Some(base)) => match plan.names.get(base) {
                 Some(index) => Ok(Base::Stage(*index)),
-                None => external(base, &lookup_platform, self.options).map(Base::External),
+                None => plan.external(base, &lookup_platform, self.options).map(Base::from),
             },
         };
         let base = base.unwrap_or_else(|error| {
@@ -479,7 +536,7 @@ impl Builder<'_, '_> {
                 return None;
             }
         };
-        self.undefined_in_from(&expanded.unmatched, args, from, image.span, declared);
+        self.undefined_in_from(&expanded.unmatched, args, from, image, declared);
         if expanded.value.is_empty() {
             let similar = similar_variable(&expanded.unmatched, args);
             let unset = expanded.unmatched.into_iter().collect();
@@ -506,7 +563,7 @@ impl Builder<'_, '_> {
                 return None;
             }
         };
-        self.undefined_in_from(&expanded.unmatched, args, from, text.span, declared);
+        self.undefined_in_from(&expanded.unmatched, args, from, text, declared);
         if expanded.value.is_empty() {
             let similar = similar_variable(&expanded.unmatched, args);
             let expression = text.value.clone();
@@ -542,13 +599,16 @@ impl Builder<'_, '_> {
         unmatched: &BTreeSet<String>,
         args: &Environment,
         from: &Instruction,
-        span: Span,
+        text: &Text,
         declared: &BTreeSet<String>,
     ) {
         for name in unmatched.iter().filter(|name| !declared.contains(*name)) {
             let candidates = args.names().into_iter().chain(declared.iter().map(String::as_str));
             let hint = did_you_mean(name, candidates).map(|name| format!(" (did you mean `{name}`?)"));
             let message = format!("`{name}` is not declared before the first FROM{}", hint.unwrap_or_default());
+            // Places in a text that a continuation interrupts are not those in the file.
+            let whole = text.span.end - text.span.start == text.value.len();
+            let span = if whole { use_of_variable(&text.value, text.span, name) } else { text.span };
             self.reporter.report(Rule::UndefinedArgInFrom, from, span, message);
         }
     }
@@ -556,6 +616,18 @@ impl Builder<'_, '_> {
 
 fn similar_variable(unset: &BTreeSet<String>, args: &Environment) -> Option<String> {
     unset.iter().find_map(|name| did_you_mean(name, args.names()))
+}
+
+/// Where an instruction names its source number `at`: the value of `--from`, or `from=…` of a mount.
+fn from_span(instruction: &Instruction, at: usize) -> Span {
+    match &instruction.kind {
+        InstructionKind::Copy(copy) => copy.from.as_ref().map_or(instruction.span, |from| from.span),
+        InstructionKind::Run { flags, .. } => flags.mounts.get(at).map_or(instruction.span, |mount| {
+            let from = mount_from(&mount.value).map(|from| format!("from={from}"));
+            from.map_or(mount.span, |from| option_span(mount, &from))
+        }),
+        _ => instruction.span,
+    }
 }
 
 /// `from` of a mount that is not expanded yet; the last one counts.
@@ -571,24 +643,6 @@ fn mount_from(mount: &str) -> Option<String> {
 /// A `$` that is not the last character.
 fn has_variable(text: &str) -> bool {
     text.find('$').is_some_and(|at| at + 1 < text.len())
-}
-
-/// What a name that is no stage means.
-fn external(name: &str, platform: &Platform, options: &Options) -> Result<External, LowerProblem> {
-    if name == "scratch" {
-        return Ok(External::Scratch);
-    }
-    let reference = Reference::parse(name).map_err(|error| LowerProblem::Reference {
-        name: name.to_owned(),
-        error,
-        similar: None,
-    })?;
-    if let Some((key, context)) = named_context(name, platform, options) {
-        return from_context(key, context, platform);
-    }
-    let name = reference.to_string();
-    let source = ImageSource::Reference(name.clone());
-    Ok(External::Image { source, platform: platform.clone(), name })
 }
 
 /// The named context for a name: one for exactly this platform (`name::os/arch`) before a general one. Names are
@@ -614,12 +668,13 @@ pub(crate) fn from_context(key: &str, context: &NamedContext, platform: &Platfor
     match context {
         NamedContext::Local => files(Source::Local { name: key.to_owned() }),
         NamedContext::Http(url) => files(Source::Http { url: url.clone(), checksum: None }),
-        NamedContext::Git { remote, reference, subdir, keep_git_dir, checksum } => files(Source::Git {
+        NamedContext::Git { remote, reference, subdir, keep_git_dir, checksum, submodules } => files(Source::Git {
             remote: remote.clone(),
             reference: reference.clone(),
             subdir: subdir.clone(),
             keep_git_dir: *keep_git_dir,
             checksum: checksum.clone(),
+            submodules: *submodules,
         }),
         NamedContext::Image(ImageSource::Reference(name))
             if name == "scratch" || name == "docker.io/library/scratch:latest" =>

@@ -301,9 +301,9 @@ fn read_content(path: &Path, contexts: &[&Context]) -> io::Result<Record> {
     Err(io::Error::new(io::ErrorKind::ResourceBusy, "the file changes while it is read"))
 }
 
-/// Fills in the digest of every file that has none and lies on disk, together with size, time and capabilities as they
-/// are at this moment. `contexts` are those that the files may come from: such files are opened without following any
-/// symlink, and remembered. Reads in parallel.
+/// Fills in digest and size of every file that has no digest and lies on disk. `contexts` are those that the files may
+/// come from: such files are opened without following any symlink and are remembered, and their times and capabilities
+/// are taken at the same moment. Reads in parallel.
 pub fn digest_files(nodes: &mut [Node], contexts: &[&Context], cache: &mut DigestCache) -> Result<(), ContextError> {
     let known = &*cache;
     let results: Vec<_> = nodes.par_iter_mut().map(|node| digest_node(node, contexts, known)).collect();
@@ -325,23 +325,29 @@ fn digest_node(
         return Ok(None);
     };
     let path = Arc::clone(path);
+    let in_context = contexts.iter().any(|context| context.relative(&path).is_some());
     let stamp = contexts.iter().find_map(|context| context.stamp(context.relative(&path)?));
     if let Some(record) = stamp.and_then(|stamp| cache.look_up(&path, stamp)) {
-        fill_in(node, &record);
+        fill_in(node, &record, in_context);
         let today = today();
-        return Ok((record.day != today).then_some((path, Record { day: today, ..record })));
+        // The day is told now and then only: a build that finds everything should have nothing to write.
+        return Ok((record.day + REMEMBER_DAYS <= today).then_some((path, Record { day: today, ..record })));
     }
     let started = SystemTime::now();
     let record =
         read_content(&path, contexts).map_err(|source| ContextError::ReadFile { path: path.to_path_buf(), source })?;
-    fill_in(node, &record);
+    fill_in(node, &record, in_context);
     Ok((stamp.is_some() && is_settled(&record.stamp, started)).then_some((path, record)))
 }
 
-fn fill_in(node: &mut Node, record: &Record) {
+fn fill_in(node: &mut Node, record: &Record, in_context: bool) {
     if let Kind::File { size, digest, .. } = &mut node.entry.kind {
         *digest = Some(record.digest);
         *size = record.stamp.size;
+    }
+    // Downloads and the like only hold the content: their metadata comes from elsewhere.
+    if !in_context {
+        return;
     }
     node.entry.mtime = record.stamp.mtime;
     if !record.capability.is_empty() {
@@ -387,6 +393,8 @@ const MAGIC: &[u8] = b"nacre digests 1\n";
 
 /// Records that no build has used for so many days are dropped.
 const KEEP_DAYS: u32 = 30;
+/// The day of a record's last use may be so much older than the truth.
+const REMEMBER_DAYS: u32 = 7;
 
 impl DigestCache {
     /// Reads the file. A missing or damaged one is empty: digests can always be computed again.
@@ -632,6 +640,20 @@ mod tests {
         assert_eq!(again.changes.len(), 1);
         again.save().unwrap();
         assert_eq!(DigestCache::load(&file).unwrap().starts.len(), 3);
+    }
+
+    #[test]
+    fn of_files_outside_of_contexts_only_the_content_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), "download", "content");
+        let mut entry = crate::tree::Entry { mtime: (5, 0), ..crate::tree::Entry::dir("f", 0o600) };
+        entry.kind = Kind::File { size: 7, digest: None, link_group: 0 };
+        let mut nodes = [Node { entry, origin: Origin::File(Arc::new(dir.path().join("download"))) }];
+        let mut cache = DigestCache::load(&dir.path().join("cache")).unwrap();
+        digest_files(&mut nodes, &[], &mut cache).unwrap();
+        assert_eq!(digests(&nodes), [*blake3::hash(b"content").as_bytes()]);
+        assert_eq!(nodes[0].entry.mtime, (5, 0));
+        assert!(cache.changes.is_empty());
     }
 
     #[test]

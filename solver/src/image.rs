@@ -46,6 +46,11 @@ pub mod media_type {
         media_type == OCI_CONFIG || media_type == DOCKER_CONFIG
     }
 
+    /// Is this a layer that may not be distributed?
+    pub fn is_foreign(text: &str) -> bool {
+        text.starts_with(OCI_LAYER_NONDISTRIBUTABLE) || text.starts_with(DOCKER_LAYER_FOREIGN)
+    }
+
     /// Is it a layer that can be unpacked?
     pub fn is_layer(media_type: &str) -> bool {
         [OCI_LAYER, OCI_LAYER_NONDISTRIBUTABLE, DOCKER_LAYER, DOCKER_LAYER_FOREIGN]

@@ -6,6 +6,7 @@ pub mod image;
 pub mod materialize;
 pub mod op;
 pub mod plan;
+pub mod push;
 pub mod registry;
 pub mod sandbox;
 pub mod scan;

@@ -679,7 +679,7 @@ mod tests {
             other("d", Kind::Dir { opaque: true }, 0o500),
             file("d/f", "content", 1),
             file("d/g", "", 0),
-            other("d/sub", DIR, 0),
+            other("d/sub", DIR, 0o500),
             file("implied/x/y", "content", 1),
             other("gone", Kind::Whiteout, 0),
             other("link", links_to("/nowhere"), 0o777),
@@ -822,7 +822,7 @@ mod tests {
         std::fs::create_dir_all(target.join("a/b")).unwrap();
         std::os::unix::fs::symlink(&kept, target.join("a/l")).unwrap();
         std::fs::write(target.join("a/b/f"), "1").unwrap();
-        std::fs::set_permissions(target.join("a/b"), std::fs::Permissions::from_mode(0)).unwrap();
+        std::fs::set_permissions(target.join("a/b"), std::fs::Permissions::from_mode(0o000)).unwrap();
         remove_tree(&target).unwrap();
         remove_tree(&target).unwrap();
         assert!(!target.exists() && kept.join("f").exists());

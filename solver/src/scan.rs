@@ -144,7 +144,7 @@ pub(crate) fn stat_at(dir: impl AsFd, name: &CStr) -> Result<Statx, Errno> {
 pub(crate) const LIST_DIRECTORY: OFlags =
     OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC).union(OFlags::NONBLOCK);
 
-/// Names and types in a directory, byte-wise sorted, without `.` and `..`.
+/// Names and types in a directory, in the order of the file system, without `.` and `..`.
 pub(crate) fn list(dir: BorrowedFd<'_>) -> Result<Vec<(CString, FileType)>, Errno> {
     let mut buffer = [MaybeUninit::<u8>::uninit(); 32768];
     let mut names = Vec::new();
@@ -156,7 +156,6 @@ pub(crate) fn list(dir: BorrowedFd<'_>) -> Result<Vec<(CString, FileType)>, Errn
             names.push((name.to_owned(), entry.file_type()));
         }
     }
-    names.sort_unstable_by(|a, b| a.0.cmp(&b.0));
     Ok(names)
 }
 
@@ -329,9 +328,10 @@ pub fn scan<F: Filter>(root: &Path, options: &ScanOptions<'_, F>) -> Result<Vec<
     Ok(found)
 }
 
+/// Byte-wise sorted, the last first.
 fn list_reversed(dir: BorrowedFd<'_>) -> Result<Vec<(CString, FileType)>, Errno> {
     let mut names = list(dir)?;
-    names.reverse();
+    names.sort_unstable_by(|a, b| b.0.cmp(&a.0));
     Ok(names)
 }
 

@@ -17,7 +17,9 @@ use crate::materialize::{self, Ownership};
 use crate::op::copy::CopyError;
 use crate::op::file::Recipe;
 use crate::op::source::{self, Form, ImageLayer, ResolvedImage, SourceContext, SourceError};
+use crate::op::unpacked::UnpackError;
 use crate::plan::cache_key::Key;
+use crate::sandbox::Cancel;
 use crate::store::layers::pulled_layer_id;
 use crate::store::{Store, StoreError};
 use crate::tree::blob::{BlobInfo, BlobOptions, Codec, write_blob};
@@ -40,6 +42,9 @@ pub enum SnapshotError {
     /// A base image failed.
     #[error(transparent)]
     Source(#[from] SourceError),
+    /// A download that serves as a context cannot be unpacked.
+    #[error(transparent)]
+    Unpack(#[from] Box<UnpackError>),
     /// Reading or writing a layer's tar failed.
     #[error("cannot write layer {layer}")]
     Layer {
@@ -79,6 +84,12 @@ pub enum SnapshotError {
         /// Why.
         source: io::Error,
     },
+}
+
+impl From<UnpackError> for SnapshotError {
+    fn from(error: UnpackError) -> Self {
+        Self::Unpack(Box::new(error))
+    }
 }
 
 /// One layer of a snapshot.
@@ -222,6 +233,7 @@ pub struct Workspace {
     pub ownership: Ownership,
     /// Threads for compression.
     pub threads: usize,
+    cancel: Option<Cancel>,
     layers: Mutex<HashMap<LayerId, Layer>>,
 }
 
@@ -230,7 +242,13 @@ impl Workspace {
     pub fn new(sources: SourceContext) -> Self {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let (store, ownership) = (sources.store.clone(), sources.write.ownership);
-        Self { store, sources, ownership, threads, layers: Mutex::default() }
+        Self { store, sources, ownership, threads, cancel: None, layers: Mutex::default() }
+    }
+
+    /// This workspace, with reading that fails once `cancel` is requested: that ends copies and exports half-way.
+    pub fn with_cancel(mut self, cancel: Cancel) -> Self {
+        self.cancel = Some(cancel);
+        self
     }
 
     /// The snapshot of a base image. Nothing is fetched yet.
@@ -302,6 +320,17 @@ impl Workspace {
 
     /// Opens a file's bytes.
     pub fn open(&self, node: &Node) -> io::Result<Box<dyn Read + Send>> {
+        self.open_whole(node).map(|reader| self.stoppable(reader))
+    }
+
+    fn stoppable(&self, reader: Box<dyn Read + Send>) -> Box<dyn Read + Send> {
+        match &self.cancel {
+            None => reader,
+            Some(cancel) => Box::new(Stoppable { reader, cancel: cancel.clone() }),
+        }
+    }
+
+    fn open_whole(&self, node: &Node) -> io::Result<Box<dyn Read + Send>> {
         match &node.origin {
             Origin::None => Ok(Box::new(io::empty())),
             Origin::Inline(bytes) => Ok(Box::new(io::Cursor::new(bytes.clone()))),
@@ -384,6 +413,14 @@ impl Workspace {
         self.store.has_layer(id) && (recipe || self.store.tree_dir(id).is_some())
     }
 
+    /// The blob that a base layer came as, if it may stay as it is; the store need not have it.
+    pub fn original_blob(&self, layer: &Layer, compression: Compression) -> Option<LayerBlob> {
+        let (image, at) = layer.image()?;
+        let layer = &image.layers[at];
+        let stays = !compression.force || is_codec(layer, compression.codec);
+        stays.then(|| LayerBlob { descriptor: layer.descriptor.clone(), diff_id: layer.diff_id.clone() })
+    }
+
     /// The layer as a blob in the store; makes it when there is none.
     pub fn blob(&self, layer: &Layer, compression: Compression) -> Result<LayerBlob, SnapshotError> {
         let recipe = match &layer.0.made {
@@ -419,7 +456,7 @@ impl Workspace {
         let directory = self.store.tree_dir(&layer.0.id);
         let open = |node: &Node| match (&node.origin, &directory) {
             (Origin::Layer(id, path), Some(directory)) if *id == layer.0.id => {
-                open_regular(&directory.join(OsStr::from_bytes(path)))
+                open_regular(&directory.join(OsStr::from_bytes(path))).map(|reader| self.stoppable(reader))
             }
             _ => self.open(node),
         };
@@ -452,6 +489,22 @@ fn is_codec(layer: &ImageLayer, codec: Codec) -> bool {
         _ => Codec::None,
     };
     found == codec
+}
+
+/// Reads until told to stop.
+struct Stoppable {
+    reader: Box<dyn Read + Send>,
+    cancel: Cancel,
+}
+
+impl Read for Stoppable {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.cancel.is_cancelled() {
+            // Not of the kind `Interrupted`, which means "try again".
+            return Err(io::Error::other("interrupted"));
+        }
+        self.reader.read(buffer)
+    }
 }
 
 /// Opens a file for reading; never waits on a pipe that took its place.

@@ -5,24 +5,26 @@
 //! content leaves everything after it cached.
 
 use crate::context::ContextError;
-use crate::op::file::{FileOp, LocalContext, Recipe, Value, digest_uncached};
+use crate::op::file::{Download, FileOp, LocalContext, Recipe, Value, digest_uncached};
+use crate::op::git::{self, GitError};
 use crate::op::run::{self, Host, RunError};
 use crate::op::source::{ResolvedImage, SourceError, resolve_image};
+use crate::op::unpacked::UnpackError;
 use crate::plan::cache_key::{Key, Parts};
 use crate::plan::explain::{self, Reason};
 use crate::plan::schedule::{self, Command, Schedule};
 use crate::registry::http::http_get;
-use crate::sandbox::Cancel;
 pub use crate::sandbox::Stream;
+use crate::sandbox::{Cancel, SandboxError};
 use crate::snapshot::{Layer, Made, Snapshot, SnapshotError, Workspace};
 use crate::store::StoreError;
 use crate::store::record::{Part, Record};
 use crate::tree::{LayerId, Tree, index};
 use nacre_frontend::llb::{Definition, ImageSource, Op, Platform, Source, Vertex, VertexId};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io::Write;
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock, mpsc};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Lines of a failed step's output that its error repeats.
@@ -93,6 +95,18 @@ pub enum Event {
     Canceled {
         /// Which.
         id: usize,
+    },
+    /// The build context or the Dockerfile begins to be fetched.
+    Loading {
+        /// Which.
+        what: String,
+    },
+    /// It is there.
+    Loaded {
+        /// Which.
+        what: String,
+        /// How long it took.
+        duration: Duration,
     },
     /// An output begins to be written.
     Exporting {
@@ -179,9 +193,12 @@ pub enum VertexError {
     /// A context that the request did not bring.
     #[error("no build context named `{0}`")]
     NoContext(String),
-    /// Not possible yet.
-    #[error("git repositories cannot be used yet ({0})")]
-    NoGit(String),
+    /// A git repository.
+    #[error(transparent)]
+    Git(#[from] GitError),
+    /// A download that serves as a context.
+    #[error(transparent)]
+    Unpack(#[from] UnpackError),
     /// A fault of ours.
     #[error("internal error: {0}")]
     Panic(String),
@@ -195,6 +212,8 @@ pub struct Request {
     pub images: BTreeMap<(ImageSource, Platform), Arc<ResolvedImage>>,
     /// What steps are given.
     pub host: Host,
+    /// How git is called.
+    pub git: git::Settings,
     /// Tells one project's steps from another's when a miss is explained: paths of context and Dockerfile.
     pub project: String,
 }
@@ -206,6 +225,7 @@ struct Build<'a> {
     cancel: &'a Cancel,
     events: &'a (dyn Fn(Event) + Sync),
     values: Vec<OnceLock<Value>>,
+    turns: Mutex<HashMap<String, Arc<Mutex<()>>>>,
     now: (i64, u32),
 }
 
@@ -225,6 +245,7 @@ pub fn solve(
         cancel,
         events,
         values: definition.vertices.iter().map(|_| OnceLock::new()).collect(),
+        turns: Mutex::default(),
         now: (i64::try_from(now.as_secs()).unwrap_or(i64::MAX), now.subsec_nanos()),
     };
     let info =
@@ -301,7 +322,12 @@ impl Build<'_> {
                 Err(VertexError::Panic(text.unwrap_or_default()))
             });
         result.map_err(|source| {
-            if matches!(source, VertexError::Run(RunError::Interrupted)) {
+            let told = matches!(
+                source,
+                VertexError::Run(RunError::Interrupted | RunError::Sandbox(SandboxError::Cancelled))
+                    | VertexError::Git(GitError::Interrupted)
+            );
+            if told {
                 self.tell(Event::Canceled { id: id.0 });
                 return SolveError::Interrupted;
             }
@@ -323,14 +349,14 @@ impl Build<'_> {
         let inputs: Vec<Option<Value>> =
             vertex.inputs.iter().map(|input| input.and_then(|input| self.values[input.0].get().cloned())).collect();
         match &vertex.op {
-            Op::Source(source) => self.source(id, vertex, source),
+            Op::Source(source) => self.source(id, vertex, source, log),
             Op::Run(op) => self.run(id, vertex, op, &inputs, log).map(Value::Snapshot),
             Op::Copy(op) => self.file(id, vertex, FileOp::Copy(op.clone()), inputs).map(Value::Snapshot),
             Op::Mkdir(op) => self.file(id, vertex, FileOp::Mkdir(op.clone()), inputs).map(Value::Snapshot),
         }
     }
 
-    fn source(&self, id: VertexId, vertex: &Vertex, source: &Source) -> Result<Value, VertexError> {
+    fn source(&self, id: VertexId, vertex: &Vertex, source: &Source, log: &mut StepLog) -> Result<Value, VertexError> {
         let started = Instant::now();
         let value = match source {
             Source::Image(source) => {
@@ -345,9 +371,10 @@ impl Build<'_> {
             }
             Source::Local { name } => {
                 let local = self.request.contexts.get(name).ok_or_else(|| VertexError::NoContext(name.clone()))?;
-                self.tell(Event::Started { id: id.0 });
                 local.tree()?;
-                Value::Context(local.clone())
+                // Nothing is copied: a context is read in place, by the steps that want something of it.
+                self.tell(Event::Cached { id: id.0 });
+                return Ok(Value::Context(local.clone()));
             }
             Source::Http { url, checksum } => {
                 self.tell(Event::Started { id: id.0 });
@@ -355,10 +382,26 @@ impl Build<'_> {
                 let fetched =
                     http_get(&self.workspace.store, &sources.client, url, checksum.as_deref(), sources.offline)
                         .map_err(SourceError::from)?;
-                Value::File(Arc::new(fetched))
+                Value::File(Arc::new(Download::new(fetched, self.now)))
             }
-            Source::Git { .. } => {
-                return Err(VertexError::NoGit(vertex.text.clone()));
+            Source::Git { remote, reference, subdir, keep_git_dir, checksum, submodules } => {
+                self.tell(Event::Started { id: id.0 });
+                let request = git::Request {
+                    remote,
+                    reference,
+                    subdir,
+                    keep_git_dir: *keep_git_dir,
+                    checksum: checksum.as_deref(),
+                    submodules: *submodules,
+                };
+                let mut news = |line: &str| {
+                    let data = format!("{line}\n").into_bytes();
+                    log.write(&data);
+                    self.tell(Event::Log { id: id.0, stream: Stream::Stderr, data });
+                };
+                let stop = || self.cancel.is_cancelled();
+                let found = git::checkout(&self.workspace.store, &request, &self.request.git, &stop, &mut news)?;
+                Value::Checkout(found.tree)
             }
         };
         self.tell(Event::Finished { id: id.0, duration: started.elapsed() });
@@ -374,7 +417,7 @@ impl Build<'_> {
         let tree = match Self::parent(inputs) {
             None => return Ok(Snapshot::scratch()),
             Some(Value::Snapshot(snapshot)) => return Ok(snapshot.clone()),
-            Some(Value::File(_)) => return Ok(Snapshot::scratch()),
+            Some(Value::File(file)) => Tree::clone(&*file.tree(&self.workspace.store)?),
             Some(Value::Context(local)) => {
                 let mut tree = Tree::clone(&*local.tree()?);
                 local.digest(tree.nodes_mut())?;
@@ -390,6 +433,12 @@ impl Build<'_> {
         let id = self.workspace.store.put_layer(&tree)?;
         let layer = self.workspace.layer(id, Made::Step(None), Some(Arc::new(tree)));
         Ok(Snapshot::scratch().with(layer, &content, Some(self.now.0)))
+    }
+
+    /// Held by whoever looks for, or makes, the result of a key.
+    fn turn(&self, key: &Key) -> Arc<Mutex<()>> {
+        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        turns.entry(key.hex()).or_default().clone()
     }
 
     fn add_parent(&self, parts: &mut Parts, vertex: &Vertex, parent: &Snapshot) {
@@ -433,7 +482,10 @@ impl Build<'_> {
 
     fn explain(&self, id: VertexId, reason: Reason, steps: &[String; 2], parts: &Parts, selection: Option<&Tree>) {
         let store = &self.workspace.store;
-        let last = || steps.iter().find_map(|step| store.last_record_of_step(step).ok().flatten());
+        // What stood in this place before is only of use when it was a step of this kind.
+        let op = parts.0.iter().find(|(name, _)| name == "op").map(|(_, value)| value);
+        let alike = |record: &Record| record.parts.iter().find(|part| part.name == "op").map(|part| &part.value) == op;
+        let last = || steps.iter().find_map(|step| store.last_record_of_step(step).ok().flatten().filter(alike));
         let reason = match reason {
             Reason::FirstBuild => match last() {
                 None => Reason::FirstBuild,
@@ -537,6 +589,9 @@ impl Build<'_> {
         let mut parts = run::parts(self.workspace, vertex, op, &inputs)?;
         self.add_parent(&mut parts, vertex, &parent);
         let (key, steps) = (parts.key(), self.steps(id, vertex));
+        // Of equal steps in two stages one runs, and the other takes its result.
+        let turn = self.turn(&key);
+        let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
         let reason = match vertex.ignore_cache {
             true => Reason::CacheOff,
             false => match self.look_up(&key, &parent, None) {

@@ -93,7 +93,9 @@ pub fn fork(namespaces: libc::c_int) -> Result<Fork> {
 }
 
 /// Number of threads of this process; 1 when /proc is not there to ask.
+#[allow(clippy::unnecessary_cast, reason = "the width of st_nlink differs between architectures")]
 fn thread_count() -> u64 {
+    #[expect(clippy::unnecessary_cast, reason = "other architectures have other widths")]
     rustix::fs::stat("/proc/self/task").map_or(1, |stat| (stat.st_nlink as u64).saturating_sub(2).max(1))
 }
 
@@ -228,6 +230,13 @@ pub fn signal_fd(signals: &[libc::c_int]) -> Result<OwnedFd> {
     let fd = check(fd.into()).call(|| format!("signalfd({signals:?})"))?;
     // SAFETY: the call has just made this descriptor, nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// Lets this process wait for its children, even when it was started with SIGCHLD ignored: the kernel would throw
+/// their status away.
+pub fn expect_children() {
+    // SAFETY: SIG_DFL is no function of ours.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
 }
 
 /// Gives every signal its default action back and unblocks all, as a fresh program expects it.

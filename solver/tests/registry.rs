@@ -1,4 +1,9 @@
-//! Pulling from a real registry (docker-registry on loopback, filled by skopeo), and from servers that misbehave.
+//! Pulling from and pushing to a real registry (docker-registry on loopback, filled by skopeo), and from servers that misbehave.
+
+#[path = "registry/proxy.rs"]
+mod proxy;
+#[path = "registry/push.rs"]
+mod push;
 
 use nacre_frontend::image_config::ImageConfig;
 use nacre_frontend::llb::{ImageSource, Platform};
@@ -251,7 +256,7 @@ fn credentials_are_sent_where_they_belong() {
     let config = |auth: &str| {
         let path = directory.path().join("config.json");
         fs::write(&path, format!("{{\"auths\":{{\"{}\":{{\"auth\":\"{auth}\"}}}}}}", registry.host)).unwrap();
-        Client::new(ClientOptions { credentials: Some(path), ..quick() })
+        Client::new(ClientOptions { credentials: vec![path], ..quick() })
     };
     assert_eq!(config("bWU6c2VjcmV0").manifest(&image).unwrap().1.digest, root.digest);
     let error = config("bWU6d3Jvbmc=").manifest(&image).unwrap_err();
@@ -488,7 +493,7 @@ fn tokens_are_fetched_and_renewed_and_stay_at_home() {
     let directory = tempfile::tempdir().unwrap();
     let config = directory.path().join("config.json");
     fs::write(&config, format!("{{\"auths\":{{\"{}\":{{\"auth\":\"bWU6c2VjcmV0\"}}}}}}", server.host)).unwrap();
-    let client = Client::new(ClientOptions { credentials: Some(config), ..quick() });
+    let client = Client::new(ClientOptions { credentials: vec![config], ..quick() });
     let blob = blob_of(b"content");
     assert_eq!(read_blob(&client, &server.host, &blob).unwrap(), b"content");
     assert_eq!(read_blob(&client, &server.host, &blob).unwrap(), b"content");
@@ -517,7 +522,7 @@ fn identity_tokens_are_exchanged() {
     let directory = tempfile::tempdir().unwrap();
     let config = directory.path().join("config.json");
     fs::write(&config, format!("{{\"auths\":{{\"{}\":{{\"identitytoken\":\"refresh me\"}}}}}}", server.host)).unwrap();
-    let client = Client::new(ClientOptions { credentials: Some(config), ..quick() });
+    let client = Client::new(ClientOptions { credentials: vec![config], ..quick() });
     assert_eq!(read_blob(&client, &server.host, &blob_of(b"content")).unwrap(), b"content");
     let bodies = server.headers("body");
     assert!(bodies[1].as_deref().is_some_and(|body| body.contains("refresh_token=refresh+me")), "{bodies:?}");

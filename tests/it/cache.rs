@@ -15,19 +15,28 @@ fn project() -> Build {
         .file("other", "o")
 }
 
-/// Every file below a directory with size and time of change.
-fn state(dir: &Path) -> Vec<(std::path::PathBuf, u64, SystemTime)> {
-    let mut files = Vec::new();
-    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
-        let meta = entry.metadata().expect("a file of our own");
-        if meta.is_dir() {
-            files.extend(state(&entry.path()));
-        } else {
-            files.push((entry.path(), meta.len(), meta.modified().expect("a time")));
+/// Everything below a directory with all that shows a write.
+fn state(dir: &Path) -> Vec<(std::path::PathBuf, u64, u64, (i64, i64))> {
+    use std::os::unix::fs::MetadataExt;
+    let mut found = Vec::new();
+    let mut pending = vec![dir.to_owned()];
+    while let Some(path) = pending.pop() {
+        let meta = path.symlink_metadata().expect("a file of the store");
+        // What belongs to subordinate users may not be readable, and is in layers alone.
+        if meta.is_dir()
+            && let Ok(entries) = fs::read_dir(&path)
+        {
+            pending.extend(entries.flatten().map(|entry| entry.path()));
         }
+        found.push((path, meta.ino(), meta.len(), (meta.ctime(), meta.ctime_nsec())));
     }
-    files.sort();
-    files
+    found.sort();
+    found
+}
+
+/// The reasons that steps give for running, without their numbers.
+fn reasons(stderr: &str) -> Vec<String> {
+    stderr.lines().filter_map(|line| line.split_once(" runs because: ")).map(|(_, why)| why.to_owned()).collect()
 }
 
 #[test]
@@ -43,14 +52,115 @@ fn a_second_build_runs_nothing_and_gives_the_same_image() {
 
 #[test]
 fn a_fully_cached_build_writes_nothing() {
+    let build = project().flag("--tag=app").flag("--tag=other:1");
+    // A file that has just been written is not remembered yet: it could change within the clock's tick.
+    std::thread::sleep(Duration::from_millis(100));
+    build.runs();
+    let before = state(&build.store());
+    let again = build.runs();
+    assert_eq!(reasons(&again.stderr), Vec::<String>::new());
+    let after = state(&build.store());
+    let changed: Vec<_> = after.iter().filter(|entry| !before.contains(entry)).collect();
+    assert!(before == after, "{changed:?}");
+}
+
+#[test]
+fn each_change_reruns_what_it_is_for_and_is_named() {
+    let text = "FROM busybox\nARG V=1\nENV E=1\nRUN --mount=type=secret,id=s echo $V > /v\nUSER 1000\n\
+                RUN --mount=type=tmpfs,target=/scratch id > /tmp/id\n";
+    let build = Build::new().dockerfile(text).flag("--secret=id=s,env=SECRET").env("SECRET", "a");
+    build.runs();
+    let check = |build: &Build, from: &str, to: &str, expected: &[&str]| {
+        build.write("Dockerfile", &text.replace(from, to));
+        let ended = build.runs();
+        let found = reasons(&ended.stderr);
+        assert_eq!(found.len(), expected.len(), "{from} to {to}: {found:?}");
+        for (found, expected) in found.iter().zip(expected) {
+            assert!(found.contains(expected), "{from} to {to}: {found}, not {expected}");
+        }
+        build.write("Dockerfile", text);
+        assert_eq!(reasons(&build.runs().stderr), Vec::<String>::new(), "back from {to}");
+    };
+    check(&build, "ENV E=1", "ENV E=2", &["env E: 1 → 2", "env E: 1 → 2"]);
+    check(&build, "USER 1000", "USER 1001", &["user: 1000 → 1001"]);
+    check(&build, "id=s ", "id=s,mode=0444 ", &["mode: 256 → 292"]);
+    check(&build, "target=/scratch", "target=/elsewhere", &["mount 1 /elsewhere"]);
+    check(&build, "RUN --mount=type=tmpfs,target=/scratch id", "RUN --network=none id", &["network: Default → None"]);
+    // A secret's value is nothing a result may depend on.
+    let build = build.env("SECRET", "b");
+    assert_eq!(reasons(&build.runs().stderr), Vec::<String>::new());
+    let build = build.flag("--build-arg=V=2");
+    let found = reasons(&build.runs().stderr);
+    assert!(found.iter().any(|reason| reason.contains("env V: 1 → 2")), "{found:?}");
+}
+
+#[test]
+fn only_the_named_stage_goes_without_the_cache() {
     let build = project();
     build.runs();
+    let build = build.flag("--no-cache-filter=builder");
+    let ran = build.runs().ran();
+    assert!(ran.iter().any(|step| step.contains("sort")), "{ran:?}");
+    assert!(ran.iter().all(|step| !step.contains("/other") && !step.contains("--from=builder")), "{ran:?}");
+}
+
+#[test]
+fn equal_steps_of_two_stages_run_once() {
+    let random = "RUN head -c 8 /dev/urandom > /x; sleep 0.2";
+    let build = Build::new().dockerfile(&format!(
+        "FROM busybox AS a\n{random}\nFROM busybox AS b\n{random}\nFROM busybox\nCOPY --from=a /x /a\n\
+         COPY --from=b /x /b\nRUN cmp /a /b\n"
+    ));
+    let ran = build.runs().ran();
+    assert_eq!(ran.iter().filter(|step| step.contains("urandom")).count(), 1, "{ran:?}");
+}
+
+#[test]
+fn one_cache_mounted_twice_is_locked_once() {
+    let build = Build::new().dockerfile(
+        "FROM busybox\nRUN --mount=type=cache,id=c,target=/a,sharing=locked \
+         --mount=type=cache,id=c,target=/b,sharing=locked touch /a/x && ls /b/x\n",
+    );
     build.runs();
-    let before = state(&build.store().join("layers"));
-    let blobs = state(&build.store().join("blobs"));
-    build.runs();
-    assert_eq!(before, state(&build.store().join("layers")));
-    assert_eq!(blobs, state(&build.store().join("blobs")));
+}
+
+#[test]
+fn ten_builds_at_once_share_a_store() {
+    let build = Build::new();
+    let text = |number: usize| {
+        let (one, two) = if number.is_multiple_of(2) { ("x", "y") } else { ("y", "x") };
+        format!(
+            "FROM busybox\nRUN --mount=type=cache,id={one},target=/1,sharing=locked \
+             --mount=type=cache,id={two},target=/2,sharing=locked \
+             n=$(cat /2/n 2>/dev/null || echo 0); sleep 0.05; echo $((n+1)) > /2/n; echo {number} > /number\n\
+             RUN --mount=type=cache,id=z,target=/z,sharing=private mkdir /z/busy && sleep 0.05 && rmdir /z/busy\n\
+             RUN echo same > /same\n"
+        )
+    };
+    std::thread::scope(|scope| {
+        for number in 0..10 {
+            let path = build.path(&format!("Dockerfile.{number}"));
+            // Two of each, so that there are equal ones, too.
+            fs::write(&path, text(number / 2)).expect("a file of our own");
+            let mut command = build.command();
+            command.arg("--file").arg(path).arg(format!("--tag=image:{number}"));
+            scope.spawn(move || {
+                let ended = crate::story::run(command, None);
+                assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+            });
+        }
+    });
+    crate::story::assert_store_is_whole(&build.store());
+    let sum = Build::new();
+    sum.write(
+        "Dockerfile",
+        "FROM busybox\nRUN --mount=type=cache,id=x,target=/1 --mount=type=cache,id=y,target=/2 \
+         test $(($(cat /1/n) + $(cat /2/n))) -ge 5\n",
+    );
+    let mut command = build.command();
+    command.arg("--file").arg(sum.path("context/Dockerfile"));
+    let ended = crate::story::run(command, None);
+    assert_eq!(ended.code, Some(0), "an update was lost: {}", ended.stderr);
 }
 
 #[test]
@@ -68,11 +178,11 @@ fn one_byte_reruns_what_can_see_it_and_says_why() {
     build.runs();
     build.write("other", "p");
     let ended = build.runs();
-    assert!(ended.ran().iter().all(|step| !step.contains("sort")), "{}", ended.stderr);
+    assert!(ended.ran().iter().all(|step| !step.contains("RUN sort")), "{}", ended.stderr);
     assert!(ended.stderr.contains("runs because: other changed"), "{}", ended.stderr);
     build.write("list", "c\na\n");
     let ended = build.runs();
-    assert!(ended.ran().iter().any(|step| step.contains("sort")), "{}", ended.stderr);
+    assert!(ended.ran().iter().any(|step| step.contains("RUN sort")), "{}", ended.stderr);
 }
 
 #[test]

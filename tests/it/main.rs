@@ -8,6 +8,8 @@
 #[path = "../support/bases.rs"]
 #[allow(dead_code, reason = "shared with the other test program")]
 mod bases;
+#[path = "../support/git.rs"]
+mod git;
 #[path = "../support/image.rs"]
 #[allow(dead_code, reason = "shared with the other test program")]
 mod image;
@@ -18,7 +20,10 @@ mod process;
 mod cache;
 mod command_line;
 mod context;
+mod context_git;
+mod escape;
 mod interrupt;
 mod mistakes;
 mod output;
+mod registry;
 mod story;

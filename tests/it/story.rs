@@ -182,6 +182,25 @@ pub(crate) fn last_error(stderr: &str) -> &str {
     &stderr[start..]
 }
 
+/// Everything in a store is what its name says, and nothing half-done is left.
+#[track_caller]
+pub(crate) fn assert_store_is_whole(store: &Path) {
+    use sha2::{Digest, Sha256};
+    let files = |name: &str| -> Vec<PathBuf> {
+        let entries = fs::read_dir(store.join(name)).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path()).filter(|path| path.is_file()).collect()
+    };
+    for path in files("blobs/sha256") {
+        let found: String =
+            Sha256::digest(fs::read(&path).expect("a blob")).iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(Some(found.as_str()), path.file_name().and_then(|name| name.to_str()), "a blob is damaged");
+    }
+    for path in files("records").into_iter().chain([store.join("index.json")]).filter(|path| path.exists()) {
+        let bytes = fs::read(&path).expect("a record");
+        assert!(serde_json::from_slice::<serde_json::Value>(&bytes).is_ok(), "{} is damaged", path.display());
+    }
+}
+
 /// An image that was built.
 pub(crate) struct Image {
     pub(crate) record: Record,
@@ -226,7 +245,7 @@ pub(crate) fn run(mut command: Command, stdin: Option<&[u8]>) -> Ended {
 }
 
 /// The layout of the base image `busybox`, made once.
-fn busybox_base() -> &'static Path {
+pub(crate) fn busybox_base() -> &'static Path {
     static BASE: OnceLock<PathBuf> = OnceLock::new();
     BASE.get_or_init(|| {
         let busybox = bases::busybox().expect("busybox is in PATH; make test installs it");

@@ -45,8 +45,12 @@ fn base(name: &str, packages: &str) -> String {
             .args(["--quiet", "--variant=minbase", &include, "bookworm"])
             .arg(&tar)
             .arg("http://deb.debian.org/debian"));
-        fs::write(dir.join("context/Dockerfile"), "FROM scratch\nADD rootfs.tar /\nCMD [\"bash\"]\n")
-            .expect("a file of our own");
+        // npm and pip trust what this machine trusts, also where a proxy signs for others.
+        let certificates = std::env::var_os("SSL_CERT_FILE")
+            .map_or_else(|| PathBuf::from("/etc/ssl/certs/ca-certificates.crt"), PathBuf::from);
+        fs::copy(certificates, dir.join("context/ca-certificates.crt")).expect("ca-certificates is installed");
+        let dockerfile = "FROM scratch\nADD rootfs.tar /\nCOPY ca-certificates.crt /etc/ssl/certs/\nCMD [\"bash\"]\n";
+        fs::write(dir.join("context/Dockerfile"), dockerfile).expect("a file of our own");
         dir.join("context")
     })
 }

@@ -6,7 +6,7 @@ set -euo pipefail
 wanted=(
     busybox-static:busybox uidmap:newuidmap skopeo:skopeo umoci:umoci runc:runc podman:podman buildah:buildah
     mmdebstrap:mmdebstrap docker-registry:docker-registry zstd:zstd xz-utils:xz bzip2:bzip2 python3:python3 git:git
-    curl:curl openssh-client:ssh-agent ca-certificates:update-ca-certificates
+    curl:curl pigz:pigz openssl:openssl openssh-client:ssh-agent ca-certificates:update-ca-certificates
 )
 PATH=$PATH:/usr/sbin:/sbin
 

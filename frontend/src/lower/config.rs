@@ -34,6 +34,9 @@ impl StageLowering<'_, '_> {
             if !self.state.declared.contains(&name.value) {
                 Rc::make_mut(&mut self.state.declared).insert(name.value.clone());
             }
+            if !at.trigger {
+                self.graph.outline.arg(at.instruction, name, default.is_some(), value.as_deref());
+            }
             self.state.build_args.push((name.value.clone(), value));
         }
         self.commit(words.join(" "), true);
@@ -81,7 +84,12 @@ impl StageLowering<'_, '_> {
 
     /// Reports that an instruction replaces an earlier one of its stage.
     pub(super) fn only_once(&mut self, at: &At<'_>, keyword: &'static str) {
-        if let Some(earlier) = self.seen.insert(keyword, at.instruction.span) {
+        // A trigger's own places mean nothing here; it stands where FROM does.
+        let here = match at.trigger {
+            true => self.shared.plan.stages[self.index].from.span,
+            false => at.instruction.keyword.span,
+        };
+        if let Some(earlier) = self.seen.insert(keyword, here) {
             let message = format!("another {keyword} of this stage replaces this one");
             self.report(Rule::MultipleInstructionsDisallowed, at.instruction, at.trigger, earlier, message);
         }
@@ -93,7 +101,8 @@ impl StageLowering<'_, '_> {
         if line.exec_form {
             return line.args.clone();
         }
-        if self.state.image.config.shell.as_ref().is_none_or(Vec::is_empty) {
+        let no_shell = self.state.image.config.shell.as_ref().is_none_or(Vec::is_empty);
+        if no_shell && !self.state.base_unknown {
             let message = format!("{keyword} in shell form does not pass signals on; use the JSON form, or set SHELL");
             self.report(Rule::JSONArgsRecommended, at.instruction, at.trigger, line.span, message);
         }
@@ -131,7 +140,7 @@ impl StageLowering<'_, '_> {
             let name = self.words(at.instruction, at.trigger, &self.shared.lexer, &env, "");
             let op = MkdirOp { path: text::absolute("/", &absolute), user: self.state.image.config.user.clone() };
             let inputs = vec![self.state.top];
-            self.add(at.instruction, at.trigger, Op::Mkdir(op), inputs, name);
+            self.add(Op::Mkdir(op), inputs, name);
         }
         self.commit(format!("WORKDIR {absolute}"), !has_layer);
         Ok(())

@@ -2,11 +2,13 @@
 
 use super::mount::input;
 use super::{At, GitUrl, StageLowering, git_url, text};
+use crate::check::Rule;
 use crate::diagnostic::Diagnostic;
 use crate::instruction::{CopyInstruction, Text};
 use crate::llb::{CopyOp, CopySource, Op, Source, Vertex, VertexId};
 use crate::lower_problem::LowerProblem;
 use crate::mode;
+use crate::source::Span;
 use crate::stage::{Base, External, SourceRef, problem};
 use crate::word::Lexer;
 use std::rc::Rc;
@@ -74,6 +76,9 @@ impl StageLowering<'_, '_> {
         for (path, text) in paths {
             let source = match remote(&path, text, copy, checksum.as_deref(), add)? {
                 None => {
+                    if from.is_none() {
+                        self.ignored_source(at, &path, text.span, add);
+                    }
                     let id = match from {
                         Some(from) => {
                             self.source_vertex(from, copy.from.as_ref().map_or(text.span, |from| from.span))?
@@ -92,11 +97,11 @@ impl StageLowering<'_, '_> {
                     CopySource::Tree { input, pattern }
                 }
                 Some(source @ Source::Git { .. }) => {
-                    let id = self.fetch(at, source, &name);
+                    let id = self.fetch(source, &name);
                     CopySource::Git { input: input(&mut inputs, id) }
                 }
                 Some(source) => {
-                    let id = self.fetch(at, source, &name);
+                    let id = self.fetch(source, &name);
                     CopySource::Http { input: input(&mut inputs, id), name: git_url::file_name(&path) }
                 }
             };
@@ -117,9 +122,22 @@ impl StageLowering<'_, '_> {
             unpack: copy.unpack,
             from_stage: from.is_some_and(|from| self.keeps_owners(from)),
         };
-        self.add(at.instruction, at.trigger, Op::Copy(Box::new(op)), inputs, name);
+        self.add(Op::Copy(Box::new(op)), inputs, name);
         self.commit(created_by, false);
         Ok(())
+    }
+
+    /// Reports a source that the main context leaves out.
+    fn ignored_source(&mut self, at: &At<'_>, path: &str, span: Span, add: bool) {
+        let replaced = self.shared.options.contexts.contains_key("context");
+        let Some(rules) = self.shared.options.ignored.as_ref().filter(|_| !replaced) else { return };
+        let relative = text::absolute("/", path);
+        let relative = relative.trim_start_matches('/');
+        if !relative.is_empty() && rules.ignores(relative) {
+            let keyword = if add { "ADD" } else { "COPY" };
+            let message = format!("{keyword} of `{path}`, which .dockerignore excludes");
+            self.report(Rule::CopyIgnoredFile, at.instruction, at.trigger, span, message);
+        }
     }
 
     fn expand_flag(&mut self, at: &At<'_>, flag: Option<&Text>) -> Result<Option<String>, Diagnostic> {
@@ -153,10 +171,10 @@ impl StageLowering<'_, '_> {
     }
 
     /// The vertex of something that ADD fetches.
-    fn fetch(&mut self, at: &At<'_>, source: Source, name: &(String, String)) -> VertexId {
+    fn fetch(&mut self, source: Source, name: &(String, String)) -> VertexId {
         let stage = self.shared.plan.stages[self.index].label(self.index);
         let (name, text) = name.clone();
-        let lines = (!at.trigger).then_some(at.instruction.lines);
+        let lines = Some(self.lines);
         let platform = self.state.platform.clone();
         let ignore_cache = self.ignore_cache;
         self.graph.source(source, |op| Vertex {
@@ -215,6 +233,7 @@ fn remote(
             subdir: url.subdir,
             keep_git_dir: url.keep_git_dir.or(copy.keep_git_dir).unwrap_or(false),
             checksum: url.checksum.or_else(|| checksum.map(str::to_owned)),
+            submodules: url.submodules.unwrap_or(true),
         }));
     }
     if !is_url(path) {

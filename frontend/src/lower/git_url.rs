@@ -163,6 +163,18 @@ pub(crate) fn file_name(url: &str) -> String {
     }
 }
 
+/// An address as it may be shown: without user and password, which over ssh is the password alone.
+pub fn without_credentials(url: &str) -> String {
+    let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
+    let (authority, path) = rest.find('/').map_or((rest, ""), |at| rest.split_at(at));
+    let Some((user, host)) = authority.rsplit_once('@') else { return url.to_owned() };
+    match user.split(':').next() {
+        // Over http the user may be a token; over ssh it is part of the address.
+        Some(user) if scheme.eq_ignore_ascii_case("ssh") => format!("{scheme}://{user}@{host}{path}"),
+        _ => format!("{scheme}://{host}{path}"),
+    }
+}
+
 fn percent_decode(text: &str) -> String {
     let bytes = text.as_bytes();
     let mut out = Vec::with_capacity(bytes.len());
@@ -219,6 +231,18 @@ mod tests {
         check("../a@b:c", "none");
         check("dir/a", "none");
         check("a@b", "none");
+    }
+
+    #[test]
+    fn shown_addresses() {
+        fn check(url: &str, expected: &str) {
+            assert_eq!(without_credentials(url), expected, "{url}");
+        }
+        check("https://user:pw@host:8/a@b.git", "https://host:8/a@b.git");
+        check("https://token@host", "https://host");
+        check("ssh://git:pw@host/a", "ssh://git@host/a");
+        check("git@host:a/b", "git@host:a/b");
+        check("https://host/a", "https://host/a");
     }
 
     #[test]

@@ -2,10 +2,11 @@
 
 use super::{At, StageLowering, text};
 use crate::diagnostic::Diagnostic;
-use crate::flag::{self, MountError, MountSpec, MountType};
+use crate::flag::{self, MountError, MountSpec, MountType, in_mount, option_span};
 use crate::instruction::Text;
 use crate::llb::{Mount, MountKind, Sharing, VertexId};
 use crate::lower_problem::LowerProblem;
+use crate::source::Span;
 use crate::stage::{SourceRef, problem};
 use std::collections::BTreeSet;
 
@@ -74,16 +75,18 @@ impl StageLowering<'_, '_> {
             let mount = match spec.kind {
                 MountType::Secret => {
                     mounts.secret_env.extend(spec.env.clone().filter(|name| !name.is_empty()));
-                    secret(&spec).map_err(|error| Diagnostic::at(text.span, error.into()))?
+                    secret(&spec).map_err(|error| in_mount(text, error))?
                 }
                 MountType::Ssh => {
-                    let mount = ssh(&spec, agents).map_err(|error| problem(text.span, error))?;
+                    let mount = ssh(&spec, agents).map_err(|error| problem(option_span(text, "source"), error))?;
                     agents += 1;
                     mounts.ssh_socket.get_or_insert_with(|| mount.target.clone());
                     mount
                 }
                 _ => self.file_mount(&spec, source, text, inputs)?,
             };
+            let span = if at.trigger { self.shared.plan.stages[self.index].from.span } else { text.span };
+            self.graph.outline.mount(&mount.kind, span);
             mounts.mounts.push(mount);
         }
         Ok(mounts)
@@ -101,7 +104,7 @@ impl StageLowering<'_, '_> {
         for name in unset {
             self.undefined(at, &name, text.span);
         }
-        spec.map_err(|error| Diagnostic::at(text.span, error.into()))
+        spec.map_err(|error| in_mount(text, error))
     }
 
     fn file_mount(
@@ -114,14 +117,17 @@ impl StageLowering<'_, '_> {
         let written = spec.target.as_deref().unwrap_or_default();
         let target = text::absolute(&self.state.cwd(), written);
         if target == "/" {
-            return Err(problem(text.span, LowerProblem::MountOverRoot(written.to_owned())));
+            let span = if written.is_empty() { text.span } else { option_span(text, written) };
+            return Err(problem(span, LowerProblem::MountOverRoot(written.to_owned())));
         }
         let path = text::absolute("/", spec.source.as_deref().unwrap_or_default());
         let kind = match spec.kind {
             MountType::Tmpfs => MountKind::Tmpfs { size_bytes: spec.size_bytes },
             MountType::Cache => {
                 let from = match source {
-                    Some(source) => self.source_vertex(source, text.span)?.map(|id| (input(inputs, id), path)),
+                    Some(source) => {
+                        self.source_vertex(source, from_span(text, spec))?.map(|id| (input(inputs, id), path))
+                    }
                     None => None,
                 };
                 let id = match spec.id.as_deref() {
@@ -143,7 +149,7 @@ impl StageLowering<'_, '_> {
             }
             _ => {
                 let id = match source {
-                    Some(source) => self.source_vertex(source, text.span)?,
+                    Some(source) => self.source_vertex(source, from_span(text, spec))?,
                     None => self.main_context().map_err(|error| problem(text.span, error))?,
                 };
                 MountKind::Bind { input: id.map(|id| input(inputs, id)), source: path }
@@ -151,6 +157,10 @@ impl StageLowering<'_, '_> {
         };
         Ok(Mount { target, kind, read_only: spec.read_only })
     }
+}
+
+fn from_span(mount: &Text, spec: &MountSpec) -> Span {
+    spec.from.as_ref().map_or(mount.span, |from| option_span(mount, from))
 }
 
 /// Position of a vertex among the inputs after number 0; added when it is new.

@@ -67,7 +67,7 @@ impl StageLowering<'_, '_> {
             Rc::make_mut(&mut shown).set(&name, "****".to_owned());
         }
         let name = self.words(at.instruction, at.trigger, &lexer, &shown, &summary(line, heredocs));
-        self.add(at.instruction, at.trigger, Op::Run(Box::new(op)), inputs, name);
+        self.add(Op::Run(Box::new(op)), inputs, name);
         let created_by = format!("RUN {}{} # buildkit", self.declared_args(), args.join(" "));
         self.commit(created_by, false);
         Ok(())

@@ -75,7 +75,7 @@ fn lower_all(text: &str, options: &Options) -> (Outcome, usize) {
             Ok((Lowered::Graph(definition), warnings)) => return (Ok((*definition, warnings)), round),
             Ok((Lowered::NeedsBases(missing), _)) => {
                 assert!(!missing.is_empty());
-                for request in missing {
+                for (request, _) in missing {
                     let name = match &request.source {
                         ImageSource::OciLayout { path, .. } => path.clone(),
                         ImageSource::Reference(name) => {
@@ -335,8 +335,8 @@ fn copies() {
         &format!(
             r#"0 Http {{ url: "http://x/y/z?q", checksum: Some("{sum}") }}
         1 [scratch 0] add 1:http:z -> /
-        2 Git {{ remote: "https://x/r.git", reference: "v1", subdir: "sub", keep_git_dir: true, checksum: None }}
-        3 Git {{ remote: "git@h:p", reference: "", subdir: "", keep_git_dir: true, checksum: None }}
+        2 Git {{ remote: "https://x/r.git", reference: "v1", subdir: "sub", keep_git_dir: true, checksum: None, submodules: true }}
+        3 Git {{ remote: "git@h:p", reference: "", subdir: "", keep_git_dir: true, checksum: None, submodules: true }}
         4 [1 2 3] add 1:git 2:git -> /g
         top 4"#
         ),
@@ -372,12 +372,38 @@ fn named_contexts() {
 }
 
 #[test]
+fn stages_as_named_contexts() {
+    let mut options = Options::new(amd64());
+    options.contexts.insert("base".to_owned(), NamedContext::Target("Made".to_owned()));
+    options.contexts.insert("old".to_owned(), NamedContext::Target("made".to_owned()));
+    check_with(
+        "FROM scratch AS made\nCOPY a b\nFROM scratch AS old\nRUN exit 1\nFROM base\nCOPY --from=base b c\n\
+         COPY --from=old b d\n",
+        &options,
+        r#"0 Local { name: "context" }
+        1 [scratch 0] copy 1:a -> /b
+        2 [1 1] copy 1:b -> /c stage
+        3 [2 1] copy 1:b -> /d stage
+        top 3"#,
+    );
+    options.contexts.insert("base".to_owned(), NamedContext::Target("mad".to_owned()));
+    let dockerfile = "FROM scratch AS made\nFROM base\n";
+    let file = crate::parser::parse(crate::source::SourceFile::new("Dockerfile", dockerfile)).expect("it parses");
+    let found = lower(&file, &options, &BaseConfigs::new()).expect_err("no such stage");
+    assert_eq!(
+        found[0].problem.to_string(),
+        "build context `base` is stage `mad`, which is not defined before it is used"
+    );
+    assert_eq!(found[0].problem.help().as_deref(), Some("did you mean `made`?"));
+}
+
+#[test]
 fn mistakes() {
     fails("ARG A\n", &["no build stage: the file has no FROM"]);
     fails("FROM $X\n", &["base name `$X` is blank after expansion"]);
     fails("FROM --platform=$X a\n", &["empty platform from `$X`"]);
-    fails("FROM busybox\nCOPY --from=1 a b\n", &["invalid stage index 1: there are 1 stages"]);
-    fails("FROM busybox\nCOPY --from=-1 a b\n", &["invalid stage index -1: there are 1 stages"]);
+    fails("FROM busybox\nCOPY --from=1 a b\n", &["invalid stage index 1: there is 1 stage"]);
+    fails("FROM busybox\nCOPY --from=-1 a b\n", &["invalid stage index -1: there is 1 stage"]);
     fails("FROM busybox AS a\nCOPY --from=a a b\n", &["circular dependency on stage `a`"]);
     fails("FROM busybox AS a\nCOPY --from=$a a b\n", &["variable expansion is not supported in --from ($a)"]);
     fails(
@@ -530,11 +556,8 @@ fn recorded_config(config: &ImageConfig) -> Value {
 /// Compares with what the reference builder recorded: configuration and history, without running anything.
 #[test]
 fn conformance() {
-    let cases = std::env::var_os("NACRE_CASES").map_or_else(
-        || std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../testdata/conformance/cases"),
-        std::path::PathBuf::from,
-    );
-    let Ok(entries) = std::fs::read_dir(cases) else { return };
+    let cases = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../testdata/conformance/cases");
+    let entries = std::fs::read_dir(cases).expect("the cases are part of the repository");
     let mut failures = Vec::new();
     let mut compared = 0;
     for entry in entries {
@@ -678,4 +701,80 @@ fn the_history_of_a_chain_of_stages_is_whole() {
     assert_eq!(history.len(), 1 + 41);
     assert_eq!((history[0], history[1], history[41]), ("base", "ENV A0=0", "ENV A40=0"));
     assert_eq!(image.config.config.env.len(), 1 + 41);
+}
+
+/// The text that a mistake marks, and the help: both are what a user looks at first.
+#[test]
+fn mistakes_mark_the_exact_word() {
+    #[track_caller]
+    fn check(text: &str, marked: &str, help: &str) {
+        let found = match parser::parse(SourceFile::new("Dockerfile", text)) {
+            Err(failure) => failure.diagnostics,
+            Ok(file) => {
+                let options = Options { unknown_bases: true, ..Options::new(amd64()) };
+                lower(&file, &options, &BaseConfigs::new()).expect_err("a mistake")
+            }
+        };
+        let [one] = found.as_slice() else { panic!("{text}\n{found:?}") };
+        let span = one.span.expect("a place");
+        let got = (&text[span.start..span.end], one.problem.help().unwrap_or_default());
+        assert_eq!(got, (marked, help.to_owned()), "{text}");
+    }
+    check(
+        "FROM a\nRUN --mount=type=bind,target=/x,colour=red true\n",
+        "colour=red",
+        "options are type, target, source, \
+           from, id, sharing, required, size, mode, uid, gid, env, readonly and readwrite",
+    );
+    check("FROM a\nRUN --mount=type=bind,targte=/x true\n", "targte=/x", "did you mean `target`?");
+    check("FROM a\nRUN --mount=type=cahce,target=/x true\n", "cahce", "did you mean `cache`?");
+    check(
+        "FROM a\nRUN --mount=type=cache,target=/mode,mode=rwx true\n",
+        "rwx",
+        "write an octal number like `mode=0755`",
+    );
+    check(
+        "FROM a\nRUN --mount=type=cache,target=/mode,sharing=some true\n",
+        "some",
+        "use `shared`, `private` or `locked`",
+    );
+    check(
+        "FROM a\nRUN --mount=type=bind,target=/mode,mode=0700 true\n",
+        "mode",
+        "mode is for type=cache, type=secret and type=ssh",
+    );
+    check("FROM a\nRUN --mount=type=bind,target true\n", "target", "write `target=value`");
+    check("FROM a\nRUN --mount=type=cache,target=/ true\n", "/", "give the mount a target=, like `target=/path`");
+    check(
+        "FROM a\nRUN --mount=from=$X,target=/a true\n",
+        "$X",
+        "give the image a stage of its own, `FROM image AS name`, and write `from=name`",
+    );
+    check(
+        "FROM a AS b\nCOPY --from=c / /\nFROM a AS c\nCOPY --from=b / /\n",
+        "b",
+        "a stage can only use what does not need it in turn: move the shared part to a stage of its own",
+    );
+    check(
+        "FROM a AS b\nRUN --mount=from=b,target=/b true\n",
+        "from=b",
+        "a stage can only use what does not need it in turn: move the shared part to a stage of its own",
+    );
+    check("FROM a\nCOPY --from=3 / /\n", "3", "stages count from 0");
+    check("FROM a AS build\nFROM Biuld\n", "Biuld", "did you mean `build`?");
+    check("FROM a\nCMD [\"a\", 12 , \"b\"]\n", "12", "put double quotes around every member");
+    check("FROM a\nCMD [{\"a\": [1]}]\n", "{\"a\": [1]}", "put double quotes around every member");
+    check("FROM a\nADD --checksum=sha256:00 b /\n", "sha256:00", "remove --checksum: it is for what is downloaded");
+    check(
+        "FROM a\nfoo bar\n",
+        "foo",
+        "instructions are ADD, ARG, CMD, COPY, ENTRYPOINT, ENV, EXPOSE, FROM, HEALTHCHECK, \
+           LABEL, MAINTAINER, ONBUILD, RUN, SHELL, STOPSIGNAL, USER, VOLUME, WORKDIR",
+    );
+    check(
+        "# check=error=true\nFROM a AS B\n",
+        "B",
+        "`# check=skip=StageNameCasing` at the top of the file turns this check \
+           off; see https://docs.docker.com/go/dockerfile/rule/stage-name-casing/",
+    );
 }

@@ -1,6 +1,6 @@
 //! Vertices of sources and steps, and what they are called.
 
-use super::{BaseConfigs, BaseRequest, StageLowering, text};
+use super::{BaseConfigs, BaseRequest, StageLowering, text, without_credentials};
 use crate::diagnostic::Diagnostic;
 use crate::instruction::Instruction;
 use crate::llb::{ImageSource, Op, Platform, Source, Vertex, VertexId};
@@ -39,8 +39,8 @@ impl StageLowering<'_, '_> {
         let name = match source {
             Source::Local { .. } if context == "context" => "[internal] load build context".to_owned(),
             Source::Local { .. } => format!("[context {context}] load from client"),
-            Source::Http { url, .. } => format!("[context {context}] {url}"),
-            Source::Git { remote, .. } => format!("[context {context}] {remote}"),
+            Source::Http { url, .. } => format!("[context {context}] {}", without_credentials(url)),
+            Source::Git { remote, .. } => format!("[context {context}] {}", without_credentials(remote)),
             Source::Image(_) => format!("[context {context}]"),
         };
         let platform = self.shared.plan.target_platform.clone();
@@ -80,13 +80,14 @@ impl StageLowering<'_, '_> {
                     ImageSource::OciLayout { .. } => format!("[context {name}] OCI load from client"),
                 };
                 let platform = platform.clone();
+                let lines = Some(self.lines);
                 Some(self.graph.source(Source::Image(pinned), |op| Vertex {
                     op,
                     inputs: Vec::new(),
                     name: text.clone(),
                     stage: String::new(),
                     text,
-                    lines: None,
+                    lines,
                     platform,
                     ignore_cache: false,
                 }))
@@ -110,14 +111,7 @@ impl StageLowering<'_, '_> {
     }
 
     /// Adds a vertex on top of the stage.
-    pub(super) fn add(
-        &mut self,
-        instruction: &Instruction,
-        trigger: bool,
-        op: Op,
-        inputs: Vec<Option<VertexId>>,
-        name: (String, String),
-    ) {
+    pub(super) fn add(&mut self, op: Op, inputs: Vec<Option<VertexId>>, name: (String, String)) {
         let stage = &self.shared.plan.stages[self.index];
         let (name, text) = name;
         let vertex = Vertex {
@@ -126,7 +120,7 @@ impl StageLowering<'_, '_> {
             name,
             stage: stage.label(self.index),
             text,
-            lines: (!trigger).then_some(instruction.lines),
+            lines: Some(self.lines),
             platform: self.state.platform.clone(),
             ignore_cache: self.ignore_cache,
         };

@@ -185,14 +185,28 @@ fn json_strings(rest: Slice<'_>, keyword: &str) -> Split<Option<Vec<Text>>> {
     let Ok(values) = serde_json::from_str::<Vec<serde_json::Value>>(text) else { return Ok(None) };
     let mut places = string_literals(text).into_iter();
     let mut strings = Vec::with_capacity(values.len());
+    let mut behind = 1;
     for value in values {
         let serde_json::Value::String(value) = value else {
-            return Err(Box::new(Diagnostic::at(rest.span(), Problem::JsonMember(keyword.to_owned()))));
+            let span = rest.part(json_value(text, behind)).span();
+            return Err(Box::new(Diagnostic::at(span, Problem::JsonMember(keyword.to_owned()))));
         };
         let place = places.next().unwrap_or(0..text.len());
+        behind = place.end;
         strings.push(rest.part(place).text_of(value));
     }
     Ok(Some(strings))
+}
+
+/// Where the first value of valid JSON from `start` on stands; a comma may come before it.
+fn json_value(text: &str, start: usize) -> std::ops::Range<usize> {
+    let rest = text.get(start..).unwrap_or_default();
+    let value = rest.trim_start_matches([',', ' ', '\t', '\r', '\n']);
+    let start = start + rest.len() - value.len();
+    let mut values = serde_json::Deserializer::from_str(value).into_iter::<serde::de::IgnoredAny>();
+    let found = values.next().is_some_and(|value| value.is_ok());
+    let end = if found { start + values.byte_offset() } else { text.len() };
+    start..end
 }
 
 /// Where the string literals of valid JSON stand, quotes included.

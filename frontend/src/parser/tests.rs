@@ -99,8 +99,8 @@ fn mistakes_have_places() {
     check("FROM x\nENV A=1 \\\n  B", (3, 3, "B", "can't find = in `B`: ENV takes name=value pairs"));
     check("FROM x\nLABEL a=1 =x", (2, 11, "=x", "LABEL names can not be blank"));
     check("FROM x\nARG =x", (2, 5, "=x", "ARG names can not be blank"));
-    check("FROM x\nCMD [\"a\", 1]", (2, 5, "[\"a\", 1]", "a JSON array of CMD may hold strings only"));
-    check("FROM x\nONBUILD CMD [1]", (2, 13, "[1]", "a JSON array of CMD may hold strings only"));
+    check("FROM x\nCMD [\"a\", 1]", (2, 11, "1", "a JSON array of CMD may hold strings only"));
+    check("FROM x\nONBUILD CMD [1]", (2, 14, "1", "a JSON array of CMD may hold strings only"));
     check("FROM x\nSHELL a b", (2, 7, "a b", "SHELL requires its arguments as a JSON array"));
     check("FROM x\nSHELL []", (2, 1, "SHELL", "SHELL requires at least one argument"));
     check("FROM x\nRUN cat <<A\n", (2, 9, "<<A", "unterminated heredoc `A`"));
@@ -114,7 +114,7 @@ fn mistakes_have_places() {
     check("FROM x\nRUN --security=x a", (2, 16, "x", "invalid security mode `x`"));
     check(
         "FROM x\nRUN --mount=from=$a,target=/b a",
-        (2, 13, "from=$a,target=/b", "from of a mount doesn't support variable expansion: `$a`"),
+        (2, 18, "$a", "from of a mount doesn't support variable expansion: `$a`"),
     );
     check("FROM x\nHEALTHCHECK NONE x", (2, 18, "x", "HEALTHCHECK NONE takes no arguments"));
     check("FROM x\nHEALTHCHECK x", (2, 13, "x", "unknown type `x` of HEALTHCHECK"));

@@ -22,9 +22,10 @@ use crate::tree::archive::{self, ArchiveError};
 use crate::tree::glob::{self, Glob};
 use crate::tree::ignore::{IgnoreError, Matcher, Verdict};
 use crate::tree::layer::Limits;
-use crate::tree::{Entry, Kind, Node, Origin, Resolved, Tree, file_name, is_within, join, parent};
+use crate::tree::{ContentDigest, Entry, Kind, Node, Origin, Resolved, Tree, file_name, is_within, join, parent};
 use nacre_frontend::llb::{CopyOp, CopySource, MkdirOp};
 use nacre_frontend::mode::ModeChange;
+use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -37,7 +38,7 @@ pub enum CopyInput<'a> {
     Context(&'a Tree),
     /// The file system of a stage or an image.
     Snapshot(&'a Tree),
-    /// One fetched file; of its path only the metadata's owner does not matter.
+    /// One fetched file, with mode and time; its path and owner do not matter.
     File(&'a Node),
 }
 
@@ -166,7 +167,12 @@ pub fn copy(
                 let (CopyInput::Context(tree) | CopyInput::Snapshot(tree)) = input(*position)? else {
                     return Err(CopyError::NoInput { input: *position });
                 };
-                let from = From { tree, input: *position, by_root: matches!(input(*position)?, CopyInput::Context(_)) };
+                let from = From {
+                    tree,
+                    input: *position,
+                    by_root: matches!(input(*position)?, CopyInput::Context(_)),
+                    carriers: Carriers::default(),
+                };
                 if op.parents {
                     copier.copy_with_parents(&from, pattern)?;
                     continue;
@@ -179,7 +185,7 @@ pub fn copy(
                 let (CopyInput::Context(tree) | CopyInput::Snapshot(tree)) = input(*position)? else {
                     return Err(CopyError::NoInput { input: *position });
                 };
-                let from = From { tree, input: *position, by_root: true };
+                let from = From { tree, input: *position, by_root: true, carriers: Carriers::default() };
                 copier.copy_checkout(&from)?;
             }
             CopySource::Http { input: position, name } => {
@@ -229,38 +235,48 @@ fn find_owner(spec: &str, dest: &Tree, read: &ReadFile<'_>) -> Result<Owner, Cop
     let contents = |path: &'static str| -> Result<Vec<u8>, CopyError> {
         let Resolved::Found(found) = dest.resolve(path.as_bytes(), true) else { return Ok(Vec::new()) };
         match dest.get(&found) {
-            Some(node) if node.entry.is_file() => {
-                read(&carrying(dest, node)).map_err(|source| CopyError::Users { path: shown(path.as_bytes()), source })
-            }
+            Some(node) if node.entry.is_file() => read(&Carriers::default().complete(dest, node))
+                .map_err(|source| CopyError::Users { path: shown(path.as_bytes()), source }),
             _ => Ok(Vec::new()),
         }
     };
     Ok(passwd::lookup(&contents("etc/passwd")?, &contents("etc/group")?, spec))
 }
 
-/// The node with an origin: of hard links only the first has to have one.
-fn carrying(tree: &Tree, node: &Node) -> Node {
-    let mut node = node.clone();
-    let Kind::File { link_group: group @ 1.., digest, .. } = &mut node.entry.kind else { return node };
-    // What lies on disk is digested there.
-    if matches!(node.origin, Origin::File(_)) || node.origin != Origin::None && digest.is_some() {
-        return node;
-    }
-    for other in tree.nodes() {
-        match &other.entry.kind {
-            Kind::File { link_group, digest: known, .. } if link_group == group => {
-                *digest = digest.or(*known);
-                if node.origin == Origin::None {
-                    node.origin = other.origin.clone();
-                }
-                if node.origin != Origin::None {
-                    break;
+/// Where the content of a tree's hard links is: of a group only one has to know.
+#[derive(Default)]
+struct Carriers<'a>(OnceCell<HashMap<u32, (&'a Origin, Option<ContentDigest>)>>);
+
+impl<'a> Carriers<'a> {
+    /// The node, with an origin and a digest if any name of its inode has them.
+    fn complete(&self, tree: &'a Tree, node: &Node) -> Node {
+        let mut node = node.clone();
+        let Kind::File { link_group: group @ 1.., digest, .. } = &mut node.entry.kind else { return node };
+        // What lies on disk is digested there.
+        if matches!(node.origin, Origin::File(_)) || node.origin != Origin::None && digest.is_some() {
+            return node;
+        }
+        let all = self.0.get_or_init(|| {
+            let mut all: HashMap<u32, (&Origin, Option<ContentDigest>)> = HashMap::new();
+            for node in tree.nodes() {
+                if let Kind::File { link_group: group @ 1.., digest, .. } = node.entry.kind {
+                    let known = all.entry(group).or_insert((&node.origin, digest));
+                    if *known.0 == Origin::None {
+                        known.0 = &node.origin;
+                    }
+                    known.1 = known.1.or(digest);
                 }
             }
-            _ => {}
+            all
+        });
+        if let Some((origin, known)) = all.get(group) {
+            *digest = digest.or(*known);
+            if node.origin == Origin::None {
+                node.origin = (*origin).clone();
+            }
         }
+        node
     }
-    node
 }
 
 /// Cleans a path lexically: relative to the root, without empty, `.` and `..` components.
@@ -282,9 +298,10 @@ struct From<'a> {
     input: usize,
     /// Everything in it belongs to root.
     by_root: bool,
+    carriers: Carriers<'a>,
 }
 
-impl<'a> From<'a> {
+impl From<'_> {
     /// Paths that a source stands for, symlinks not followed yet. A pattern may stand for nothing.
     fn matches(&self, pattern: &str) -> Result<Vec<Vec<u8>>, CopyError> {
         let cleaned = clean(pattern.as_bytes());
@@ -319,7 +336,7 @@ impl<'a> From<'a> {
 
     /// A node ready to be copied: with content, and an owner that counts.
     fn take(&self, node: &Node) -> Node {
-        let mut node = carrying(self.tree, node);
+        let mut node = self.carriers.complete(self.tree, node);
         if self.by_root {
             (node.entry.uid, node.entry.gid) = (0, 0);
         }
@@ -408,10 +425,11 @@ impl Copier<'_> {
 
     /// Copies one file, or unpacks it.
     fn copy_single(&mut self, node: &Node, name: &[u8], unpack: bool) -> Result<(), CopyError> {
-        if unpack && node.entry.is_file() {
-            if let Some(tree) = self.open_archive(node, name)? {
-                return self.put_archive(tree);
-            }
+        if unpack
+            && node.entry.is_file()
+            && let Some(tree) = self.open_archive(node, name)?
+        {
+            return self.put_archive(tree);
         }
         let mut target = self.prepare()?;
         if self.changes.look(&target).is_dir() {
@@ -604,12 +622,12 @@ impl Copier<'_> {
     fn put_archive(&mut self, archive: Tree) -> Result<(), CopyError> {
         let top = self.changes.resolve(b"", &self.dest)?;
         self.changes.make_dirs(&top, 0o755, self.owner)?;
-        let mut groups = Groups::new();
+        let (mut groups, carriers) = (Groups::new(), Carriers::default());
         for node in archive.nodes().iter().filter(|node| !node.entry.path.is_empty()) {
             let above = self.changes.resolve(&top, parent(&node.entry.path))?;
             self.changes.make_dirs(&above, 0o755, None)?;
             let target = join(&above, file_name(&node.entry.path));
-            let mut node = carrying(&archive, node);
+            let mut node = carriers.complete(&archive, node);
             let merges = self.changes.look(&target).is_dir() && node.entry.is_dir();
             if !merges && !matches!(self.changes.look(&target), Look::Nothing) {
                 self.changes.remove(&target);

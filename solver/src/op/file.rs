@@ -5,12 +5,15 @@
 
 use crate::context::{self, Context, ContextError, DigestCache};
 use crate::op::copy::{self, CopyInput};
+use crate::op::unpacked::{self, UnpackError};
 use crate::plan::cache_key::Parts;
 use crate::registry::http::HttpFile;
 use crate::snapshot::{Snapshot, SnapshotError, Workspace};
-use crate::tree::{Entry, Kind, Node, Origin, Tree, index};
+use crate::store::Store;
+use crate::tree::{Kind, Node, Origin, Tree, index};
 use nacre_frontend::llb::{CopyOp, CopySource, MkdirOp};
 use rayon::prelude::*;
+use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Result of a vertex.
@@ -21,23 +24,27 @@ pub enum Value {
     /// A directory of the caller.
     Context(Arc<LocalContext>),
     /// A fetched file.
-    File(Arc<HttpFile>),
+    File(Arc<Download>),
     /// A checkout of a git repository, read in place.
     Checkout(Arc<Tree>),
 }
 
-/// A directory of the caller with the digests that are known of it.
+/// A directory of the caller with the digests that are known of it, or files that come from elsewhere.
 pub struct LocalContext {
-    context: Context,
+    directory: Option<(Context, Mutex<DigestCache>)>,
     /// A copy of the context's tree that many users share.
     tree: OnceLock<Arc<Tree>>,
-    digests: Mutex<DigestCache>,
 }
 
 impl LocalContext {
     /// `digests` is where digests of its files are kept between builds.
     pub fn new(context: Context, digests: DigestCache) -> Self {
-        Self { context, tree: OnceLock::new(), digests: Mutex::new(digests) }
+        Self { directory: Some((context, Mutex::new(digests))), tree: OnceLock::new() }
+    }
+
+    /// A context of these files, whose digests are known.
+    pub fn of_tree(tree: Arc<Tree>) -> Self {
+        Self { directory: None, tree: OnceLock::from(tree) }
     }
 
     /// All files that are not ignored, without digests.
@@ -45,19 +52,64 @@ impl LocalContext {
         if let Some(tree) = self.tree.get() {
             return Ok(tree.clone());
         }
-        let tree = Arc::new(self.context.tree()?.clone());
+        let tree = match &self.directory {
+            Some((context, _)) => Arc::new(context.tree()?.clone()),
+            None => Arc::default(),
+        };
         Ok(self.tree.get_or_init(|| tree).clone())
     }
 
     /// Fills in the digests of files on disk that have none.
     pub fn digest(&self, nodes: &mut [Node]) -> Result<(), ContextError> {
-        let mut digests = self.digests.lock().unwrap_or_else(PoisonError::into_inner);
-        context::digest_files(nodes, &[&self.context], &mut digests)
+        let Some((context, digests)) = &self.directory else { return Ok(()) };
+        let mut digests = digests.lock().unwrap_or_else(PoisonError::into_inner);
+        context::digest_files(nodes, &[context], &mut digests)
+    }
+
+    /// Does the file lie in the directory?
+    fn holds(&self, path: &Path) -> bool {
+        self.directory.as_ref().is_some_and(|(context, _)| path.starts_with(context.root()))
     }
 
     /// Keeps what was learned for the next build.
     pub fn save(&self) -> Result<(), ContextError> {
-        self.digests.lock().unwrap_or_else(PoisonError::into_inner).save()
+        match &self.directory {
+            Some((_, digests)) => digests.lock().unwrap_or_else(PoisonError::into_inner).save(),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A fetched file; as a context, what it holds.
+pub struct Download {
+    /// The file.
+    pub file: HttpFile,
+    /// When it was fetched: the time of what has none.
+    now: (i64, u32),
+    tree: Mutex<Option<Arc<Tree>>>,
+}
+
+impl Download {
+    /// A file that was fetched at `now`.
+    pub fn new(file: HttpFile, now: (i64, u32)) -> Self {
+        Self { file, now, tree: Mutex::new(None) }
+    }
+
+    /// The file as a node: mode 0600 and the server's date, as BuildKit has it.
+    fn node(&self) -> Node {
+        let mtime = self.file.last_modified.map_or(self.now, |seconds| (seconds, 0));
+        unpacked::file_node(&self.file.path, self.file.size_bytes, mtime)
+    }
+
+    /// As a file tree: what is in it when it is an archive, else the file itself. Unpacked once.
+    pub fn tree(&self, store: &Store) -> Result<Arc<Tree>, UnpackError> {
+        let mut tree = self.tree.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(tree) = &*tree {
+            return Ok(tree.clone());
+        }
+        let name = Some(self.file.file_name.as_str()).filter(|name| !name.is_empty()).unwrap_or("download");
+        let made = Arc::new(unpacked::tree_of(self.node(), name, store, self.now)?);
+        Ok(tree.insert(made).clone())
     }
 }
 
@@ -133,7 +185,8 @@ impl Recipe {
                 Some(Value::Snapshot(snapshot)) => Owned::Snapshot(workspace.flatten(snapshot)?),
                 Some(Value::Context(local)) => Owned::Context(local.tree()?),
                 Some(Value::Checkout(tree)) => Owned::Context(tree.clone()),
-                Some(Value::File(file)) => Owned::File(Box::new(self.fetched(file))),
+                Some(Value::File(file)) if is_fetched(op, at) => Owned::File(Box::new(file.node())),
+                Some(Value::File(file)) => Owned::Context(file.tree(&workspace.store)?),
             });
         }
         let inputs: Vec<CopyInput<'_>> = owned
@@ -147,18 +200,8 @@ impl Recipe {
         let read = |node: &Node| workspace.read_whole(node);
         // Kept until the build ends: what archives hold is read in place.
         let unpacks = op.unpack.unwrap_or(op.add);
-        let staging = if unpacks { workspace.store.begin_tree()? } else { workspace.store.tmp_path() };
+        let staging = if unpacks { workspace.store.begin_tree()? } else { workspace.store.tmp_path()? };
         Ok(copy::copy(op, &inputs, dest, &staging, self.now, &read)?)
-    }
-
-    /// A fetched file as a node: mode 0600 and the server's date, as BuildKit has it.
-    fn fetched(&self, file: &HttpFile) -> Node {
-        let entry = Entry {
-            kind: Kind::File { size: file.size_bytes, digest: None, link_group: 0 },
-            mtime: file.last_modified.map_or(self.now, |seconds| (seconds, 0)),
-            ..Entry::dir("", 0o600)
-        };
-        Node { entry, origin: Origin::File(Arc::new(file.path.clone())) }
     }
 
     fn digest(&self, tree: &mut Tree) -> Result<(), ContextError> {
@@ -174,6 +217,11 @@ impl Recipe {
         digest_others(tree.nodes_mut(), &locals)?;
         locals.iter().try_for_each(|local| local.digest(tree.nodes_mut()))
     }
+}
+
+/// Is this input what ADD fetches? Else it is a context, whose files are copied.
+fn is_fetched(op: &CopyOp, at: usize) -> bool {
+    op.sources.iter().any(|source| matches!(source, CopySource::Http { input, .. } if *input == at))
 }
 
 /// Trees that a copy borrows.
@@ -196,7 +244,7 @@ fn digest_others(nodes: &mut [Node], locals: &[&Arc<LocalContext>]) -> Result<()
         else {
             return Ok(());
         };
-        if locals.iter().any(|local| path.starts_with(local.context.root())) {
+        if locals.iter().any(|local| local.holds(path)) {
             return Ok(());
         }
         let mut hasher = blake3::Hasher::new();

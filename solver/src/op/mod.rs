@@ -1,9 +1,12 @@
 //! What vertices do.
 
+mod agent;
 pub(crate) mod changes;
 pub mod copy;
 pub mod file;
+pub mod git;
 pub mod passwd;
 pub mod run;
 pub mod source;
+pub mod unpacked;
 pub mod user;

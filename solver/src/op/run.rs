@@ -1,6 +1,7 @@
 //! RUN as a vertex: its key, its mounts, its sandbox, and the layer that it leaves.
 
 use crate::materialize::{self, MaterializeError, Ownership};
+use crate::op::agent::AgentSocket;
 use crate::op::file::Value;
 use crate::op::user::{self, UserError};
 use crate::plan::cache_key::{Key, Parts};
@@ -124,7 +125,8 @@ pub fn parts(
     parts.add("hostname", op.hostname.as_deref().unwrap_or_default());
     for (at, mount) in op.mounts.iter().enumerate() {
         // Which cache and whose secret are part of it, what they hold is not.
-        parts.add(format!("mount {}", at + 1), serde_json::to_string(mount).unwrap_or_default());
+        let name = format!("mount {} {}", at + 1, mount.target);
+        leaves(&mut parts, &name, &serde_json::to_value(mount).unwrap_or_default());
         let (input, source) = match &mount.kind {
             MountKind::Bind { input: Some(input), source } => (*input, source),
             MountKind::Cache { from: Some((input, source)), .. } => (*input, source),
@@ -139,6 +141,19 @@ pub fn parts(
     }
     parts.add("platform", vertex.platform.to_string());
     Ok(parts)
+}
+
+/// Adds the members of a value one by one, so that a difference is told by the member it is in.
+fn leaves(parts: &mut Parts, name: &str, value: &serde_json::Value) {
+    match value {
+        serde_json::Value::Object(members) => {
+            for (member, value) in members {
+                leaves(parts, &format!("{name} {}", member.to_lowercase()), value);
+            }
+        }
+        serde_json::Value::String(text) => parts.add(name, text),
+        other => parts.add(name, other.to_string()),
+    }
 }
 
 /// Words of an argument list for people: a shell's command line alone, else all words.
@@ -160,7 +175,7 @@ fn mounted_tree(
         Some(Value::Snapshot(snapshot)) => workspace.flatten(snapshot)?,
         Some(Value::Context(local)) => local.tree()?,
         Some(Value::Checkout(tree)) => tree.clone(),
-        Some(Value::File(_)) => return Ok(None),
+        Some(Value::File(file)) => file.tree(&workspace.store).map_err(SnapshotError::from)?,
     };
     let path = match tree.resolve(source.as_bytes(), true) {
         Resolved::Found(path) => path,
@@ -217,10 +232,17 @@ pub fn execute(
     }
     let mut mounts = Vec::new();
     let mut locks = Vec::new();
-    let mut setup = MountSetup { workspace, inputs, host, scratch: &scratch, env: &mut env, locks: &mut locks };
-    for (at, mount) in op.mounts.iter().enumerate() {
+    let caches = lock_caches(workspace, &op.mounts, cancel, &mut locks)?;
+    let mut setup =
+        MountSetup { workspace, inputs, host, scratch: &scratch, env: &mut env, caches, agents: Vec::new() };
+    let mut in_order: Vec<(usize, &Mount)> = op.mounts.iter().enumerate().collect();
+    // What is mounted inside of another mount comes after it, whatever the order in the Dockerfile.
+    in_order.sort_by_key(|(_, mount)| mount.target.split('/').filter(|part| !part.is_empty()).count());
+    for (at, mount) in in_order {
         mounts.extend(setup.mount(at, mount)?);
     }
+    // They listen until the step has ended.
+    let agents = std::mem::take(&mut setup.agents);
     let spec = RunSpec {
         rootfs,
         mounts,
@@ -246,7 +268,7 @@ pub fn execute(
         fake_ownership: workspace.ownership == Ownership::SingleId,
     };
     let result = sandbox::run(&spec, cancel, log);
-    drop(locks);
+    drop((locks, agents));
     let outcome: Outcome = result?;
     if cancel.is_cancelled() {
         return Err(RunError::Interrupted);
@@ -304,8 +326,65 @@ struct MountSetup<'a> {
     host: &'a Host,
     scratch: &'a Path,
     env: &'a mut Vec<(String, String)>,
-    /// Held until the step has ended.
-    locks: &'a mut Vec<File>,
+    /// Directories of the step's cache mounts, by the mounts' ids.
+    caches: BTreeMap<String, PathBuf>,
+    /// Sockets for the step, kept by the caller until it has ended.
+    agents: Vec<AgentSocket>,
+}
+
+/// Locks the caches that a step mounts; the locks are to be held until it has ended. A step waits for one cache while
+/// it holds others, so all steps take them in one order, and one that a step mounts twice is taken once.
+fn lock_caches(
+    workspace: &Workspace,
+    mounts: &[Mount],
+    cancel: &Cancel,
+    locks: &mut Vec<File>,
+) -> Result<BTreeMap<String, PathBuf>, RunError> {
+    let strictness = |sharing: Sharing| match sharing {
+        Sharing::Shared => 0,
+        Sharing::Locked => 1,
+        Sharing::Private => 2,
+    };
+    let mut wanted: BTreeMap<String, Sharing> = BTreeMap::new();
+    for mount in mounts {
+        if let MountKind::Cache { id, sharing, .. } = &mount.kind {
+            let entry = wanted.entry(id.clone()).or_insert(*sharing);
+            if strictness(*sharing) > strictness(*entry) {
+                *entry = *sharing;
+            }
+        }
+    }
+    let mut caches = BTreeMap::new();
+    for (id, sharing) in wanted {
+        let name = blake3::hash(id.as_bytes()).to_hex().to_string();
+        let (base, lock) = lock_cache(&workspace.store.part("mounts").join(&name[..32]), sharing, cancel)?;
+        locks.push(lock);
+        caches.insert(id, base);
+    }
+    Ok(caches)
+}
+
+/// Locks one of the directories of a cache; only private ones have more than one.
+fn lock_cache(directory: &Path, sharing: Sharing, cancel: &Cancel) -> Result<(PathBuf, File), RunError> {
+    let mut number = 0_u32;
+    loop {
+        let base = directory.join(number.to_string());
+        let io = |source| RunError::Io { path: base.clone(), source };
+        std::fs::create_dir_all(&base).map_err(io)?;
+        let lock = crate::store::open_lock(&base.join("lock"))?;
+        // Asked again and again instead of waited for: a wait in the kernel would not end when the build is to.
+        loop {
+            let taken = if sharing == Sharing::Shared { lock.try_lock_shared() } else { lock.try_lock() };
+            match taken {
+                Ok(()) => return Ok((base, lock)),
+                Err(std::fs::TryLockError::WouldBlock) if sharing == Sharing::Private => break,
+                Err(std::fs::TryLockError::WouldBlock) if cancel.is_cancelled() => return Err(RunError::Interrupted),
+                Err(std::fs::TryLockError::WouldBlock) => std::thread::sleep(std::time::Duration::from_millis(20)),
+                Err(std::fs::TryLockError::Error(source)) => return Err(io(source)),
+            }
+        }
+        number += 1;
+    }
 }
 
 impl MountSetup<'_> {
@@ -338,16 +417,20 @@ impl MountSetup<'_> {
                     self.set_env("SSH_AUTH_SOCK", target.clone());
                 }
                 match self.host.ssh.get(id) {
-                    Some(socket) => {
-                        Some(SetupMount::Socket { source: socket.clone(), target, mode: *mode, uid: *uid, gid: *gid })
+                    Some(agent) => {
+                        let io = |source| RunError::Io { path: agent.clone(), source };
+                        let socket = AgentSocket::new(agent).map_err(io)?;
+                        let source = socket.path().to_owned();
+                        self.agents.push(socket);
+                        Some(SetupMount::Socket { source, target, mode: *mode, uid: *uid, gid: *gid })
                     }
                     None if *required => return Err(RunError::NoSsh(id.clone())),
                     None => None,
                 }
             }
             MountKind::Bind { input, source } => Some(self.bind(at, mount, *input, source)?),
-            MountKind::Cache { id, sharing, from, mode, uid, gid } => {
-                let directory = self.cache(id, *sharing, from.as_ref(), *mode, (*uid, *gid), &mount.target)?;
+            MountKind::Cache { id, from, mode, uid, gid, .. } => {
+                let directory = self.cache(id, from.as_ref(), *mode, (*uid, *gid), &mount.target)?;
                 Some(SetupMount::Bind { source: directory, target, read_only: mount.read_only })
             }
         })
@@ -400,39 +483,21 @@ impl MountSetup<'_> {
         Ok(self.workspace.tree_dir(&layer)?)
     }
 
-    /// The directory of a cache mount, filled when it is new, locked as its sharing asks.
+    /// The directory of a cache mount, filled when it is new.
     fn cache(
-        &mut self,
+        &self,
         id: &str,
-        sharing: Sharing,
         from: Option<&(usize, String)>,
         mode: u32,
         owner: (u32, u32),
         target: &str,
     ) -> Result<PathBuf, RunError> {
-        let name = blake3::hash(id.as_bytes()).to_hex().to_string();
-        for number in 0_u32.. {
-            let base = self.workspace.store.part("mounts").join(&name[..32]).join(number.to_string());
-            let io = |source| RunError::Io { path: base.clone(), source };
-            std::fs::create_dir_all(&base).map_err(io)?;
-            let lock = File::create(base.join("lock")).map_err(io)?;
-            match sharing {
-                Sharing::Shared => lock.lock_shared().map_err(io)?,
-                Sharing::Locked => lock.lock().map_err(io)?,
-                Sharing::Private => match lock.try_lock() {
-                    Ok(()) => {}
-                    Err(std::fs::TryLockError::WouldBlock) => continue,
-                    Err(std::fs::TryLockError::Error(source)) => return Err(io(source)),
-                },
-            }
-            self.locks.push(lock);
-            let data = base.join("data");
-            if !data.is_dir() {
-                self.fill_cache(&data, from, mode, owner, target)?;
-            }
-            return Ok(data);
+        let missing = || RunError::Io { path: PathBuf::from(target), source: io::ErrorKind::NotFound.into() };
+        let data = self.caches.get(id).ok_or_else(missing)?.join("data");
+        if !data.is_dir() {
+            self.fill_cache(&data, from, mode, owner, target)?;
         }
-        unreachable!("a free private cache is found before numbers run out")
+        Ok(data)
     }
 
     /// Writes a new cache's first content beside it and renames it: another step may be doing the same.

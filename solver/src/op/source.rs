@@ -931,7 +931,7 @@ fn unpack(image: &ResolvedImage, at: usize, form: Form, context: &SourceContext)
     }
     let store = &context.store;
     let known = store.layer_by_diff_id(&layer.diff_id);
-    let staging = Staging(store.tmp_path());
+    let staging = Staging(store.tmp_path()?);
     let unwritable =
         |source| SourceError::Unpack { image: image.name.clone(), digest: layer.descriptor.digest.clone(), source };
     if form == Form::Index {

@@ -47,12 +47,18 @@ impl std::fmt::Debug for Credentials {
 #[derive(Debug, Clone, Default)]
 pub struct CredentialFile {
     auths: BTreeMap<String, Credentials>,
+    /// Helper programs by host.
+    helpers: BTreeMap<String, String>,
+    /// Helper program of all other hosts.
+    store: Option<String>,
 }
 
 #[derive(Deserialize, Default)]
+#[serde(default, rename_all = "camelCase")]
 struct ConfigJson {
-    #[serde(default)]
     auths: Option<BTreeMap<String, AuthJson>>,
+    cred_helpers: Option<BTreeMap<String, String>>,
+    creds_store: Option<String>,
 }
 
 #[derive(Deserialize, Default)]
@@ -95,7 +101,24 @@ impl CredentialFile {
                 auths.insert(normal_key(&key), credentials);
             }
         }
-        Ok(Self { auths })
+        let helpers = config.cred_helpers.unwrap_or_default();
+        Ok(Self {
+            auths,
+            helpers: helpers.into_iter().map(|(host, program)| (normal_key(&host), program)).collect(),
+            store: config.creds_store.filter(|program| !program.is_empty()),
+        })
+    }
+
+    /// The program that keeps the credentials for a host: `docker-credential-` goes before it.
+    pub fn helper(&self, host: &str) -> Option<&str> {
+        // An empty name switches the common one off for this host.
+        let found = self.helpers.get(host).or(self.store.as_ref());
+        found.map(String::as_str).filter(|program| !program.is_empty())
+    }
+
+    /// Does the file itself hold credentials for a host?
+    pub fn knows(&self, host: &str) -> bool {
+        self.auths.contains_key(host)
     }
 
     /// Credentials for a repository, by the longest key that is a prefix of `host/repository`.
@@ -108,6 +131,11 @@ impl CredentialFile {
             key.truncate(key.rfind('/')?);
         }
     }
+}
+
+/// Does a key of `auths` stand for all of this host?
+pub(super) fn is_for(key: &str, host: &str) -> bool {
+    normal_key(key) == host
 }
 
 /// Docker Hub has many names; addresses lose their scheme and, where Docker wrote it, the version.
@@ -131,6 +159,19 @@ fn decode_auth(text: &str) -> Option<(String, String)> {
     let decoded = String::from_utf8(decode_base64(text)?).ok()?;
     let (user, password) = decoded.split_once(':')?;
     Some((user.to_owned(), password.trim_end_matches('\0').to_owned()))
+}
+
+pub(crate) fn encode_base64(bytes: &[u8]) -> String {
+    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
+    for group in bytes.chunks(3) {
+        let value = group.iter().fold(0u32, |value, &byte| value << 8 | u32::from(byte)) << (8 * (3 - group.len()));
+        for place in 0..4 {
+            let digit = ALPHABET[(value >> (18 - 6 * place) & 63) as usize];
+            text.push(if place <= group.len() { char::from(digit) } else { '=' });
+        }
+    }
+    text
 }
 
 /// Base64, standard or URL-safe alphabet, padding optional.

@@ -5,7 +5,9 @@
 //! the rest with a range request when the connection breaks.
 
 use super::RegistryError;
-use super::auth::{Challenge, CredentialFile, Credentials, parse_challenge};
+use super::auth::{Challenge, CredentialFile, Credentials, encode_base64, parse_challenge};
+use super::helper;
+use super::payload::Payload;
 use crate::image::{Descriptor, media_type};
 use crate::store::blob::{DOCUMENT_LIMIT_BYTES, sha256};
 use reqwest::header::{self, HeaderMap, HeaderName, HeaderValue};
@@ -14,7 +16,8 @@ use std::collections::HashMap;
 use std::io::{self, Read};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 /// Redirects that are followed; browsers and Go stop at 10 or 20.
@@ -27,10 +30,20 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// How to talk to registries.
 #[derive(Debug, Clone)]
 pub struct ClientOptions {
-    /// `config.json` with credentials.
-    pub credentials: Option<PathBuf>,
+    /// Files with credentials (`config.json`, `auth.json`); the first that knows a registry counts.
+    pub credentials: Vec<PathBuf>,
+    /// Credentials that go before all files, for one host: those that a login tries.
+    pub given: Option<(String, Credentials)>,
     /// Hosts (with port) that are spoken to by plain HTTP besides loopback ones.
     pub plain_http: Vec<String>,
+    /// Hosts (with port) whose certificates are not checked, and that may speak plain HTTP.
+    pub insecure: Vec<String>,
+    /// Files with certificates (PEM) of authorities that are trusted besides the system's.
+    pub authorities: Vec<PathBuf>,
+    /// Directories with a directory for each host: `*.crt` authorities, `NAME.cert` and `NAME.key` for the client.
+    pub certificates: Vec<PathBuf>,
+    /// How to get out.
+    pub proxies: Proxies,
     /// Attempts for one request.
     pub attempts: u32,
     /// First pause between attempts; each is twice the one before.
@@ -41,18 +54,37 @@ pub struct ClientOptions {
     pub answer_timeout: Duration,
     /// Time between two pieces of a body.
     pub data_timeout: Duration,
+    /// Time that a credential helper is given.
+    pub helper_timeout: Duration,
+}
+
+/// Proxies, as the usual variables name them. Loopback addresses are never asked through one.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Proxies {
+    /// For `http:`.
+    pub http: Option<String>,
+    /// For `https:`.
+    pub https: Option<String>,
+    /// Hosts that are reached without.
+    pub exceptions: Option<String>,
 }
 
 impl Default for ClientOptions {
     fn default() -> Self {
         Self {
-            credentials: None,
+            credentials: Vec::new(),
+            given: None,
             plain_http: Vec::new(),
+            insecure: Vec::new(),
+            authorities: Vec::new(),
+            certificates: Vec::new(),
+            proxies: Proxies::default(),
             attempts: 5,
             pause: Duration::from_millis(300),
             connect_timeout: Duration::from_secs(20),
             answer_timeout: Duration::from_secs(60),
             data_timeout: Duration::from_secs(60),
+            helper_timeout: Duration::from_secs(60),
         }
     }
 }
@@ -65,19 +97,53 @@ pub struct Client(Arc<Shared>);
 struct Shared {
     options: ClientOptions,
     runtime: OnceLock<tokio::runtime::Runtime>,
-    /// By [`Reach`].
-    clients: [OnceLock<reqwest::Client>; 3],
-    credentials: OnceLock<CredentialFile>,
-    /// `Authorization` by host and repository.
+    clients: Mutex<HashMap<Reach, reqwest::Client>>,
+    files: OnceLock<Vec<CredentialFile>>,
+    /// What files and helpers said, by host and repository.
+    credentials: Mutex<HashMap<(String, String), Option<Credentials>>>,
+    /// `Authorization` by host and what it is for.
     authorizations: Mutex<HashMap<(String, String), HeaderValue>>,
+    /// Which of the hosts that may speak plain HTTP speak HTTPS.
+    speaks_https: Mutex<HashMap<String, bool>>,
 }
 
 /// Kinds of connections, each with a client of its own: loopback ones take no proxy, and only HTTPS loads certificates.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Reach {
     Loopback,
     Http,
     Https,
+    /// A host (with port) with certificates of its own, or whose certificate is not checked.
+    Special(String),
+}
+
+/// What a request is for: decides about credentials and the scope of tokens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Access {
+    /// A web server; gets no credentials.
+    Web,
+    /// Reading a repository.
+    Pull,
+    /// Writing it, with blobs that another repository of the registry has.
+    Push {
+        /// That repository.
+        from: Option<String>,
+    },
+    /// Nothing but being let in.
+    Login,
+}
+
+impl Access {
+    /// Scopes of the token, and the name under which the authorization is kept.
+    fn scopes(&self, repository: &str) -> Vec<String> {
+        match self {
+            Access::Web | Access::Login => Vec::new(),
+            Access::Pull => vec![format!("repository:{repository}:pull")],
+            Access::Push { from } => std::iter::once(format!("repository:{repository}:pull,push"))
+                .chain(from.iter().map(|from| format!("repository:{from}:pull")))
+                .collect(),
+        }
+    }
 }
 
 /// An image in a registry.
@@ -133,11 +199,17 @@ impl std::fmt::Display for RemoteImage {
 pub(super) struct Exchange {
     pub(super) method: Method,
     pub(super) url: Url,
+    /// An address at the server that credentials are for. An upload's address may be elsewhere.
+    pub(super) home: Url,
     pub(super) headers: HeaderMap,
     /// Host as in the reference, for messages and credentials.
     pub(super) host: String,
-    /// Repository, for messages and credentials; empty for web servers, which get no credentials.
+    /// Repository, for messages and credentials; empty for web servers.
     pub(super) repository: String,
+    pub(super) access: Access,
+    pub(super) body: Option<Payload>,
+    /// Send again what may succeed later. A part of an upload must not be sent twice.
+    pub(super) repeat: bool,
     /// What is asked for, for messages: `manifest 12`.
     pub(super) what: String,
     /// A redirect from HTTPS may lead to HTTP.
@@ -152,9 +224,11 @@ impl Client {
         Self(Arc::new(Shared {
             options,
             runtime: OnceLock::new(),
-            clients: Default::default(),
-            credentials: OnceLock::new(),
+            clients: Mutex::default(),
+            files: OnceLock::new(),
+            credentials: Mutex::default(),
             authorizations: Mutex::default(),
+            speaks_https: Mutex::default(),
         }))
     }
 
@@ -196,18 +270,55 @@ impl Client {
 
     /// Begins to fetch a blob. The bytes are those of the descriptor in number; their digest is for the reader to check.
     pub fn blob(&self, image: &RemoteImage, blob: &Descriptor) -> Result<Body, RegistryError> {
-        let url = self.registry_url(&image.host, &format!("{}/blobs/{}", image.repository, blob.digest))?;
-        let exchange = Exchange {
-            method: Method::GET,
+        let what = format!("blob {}", blob.digest);
+        let exchange = self.request(Method::GET, image, &format!("blobs/{}", blob.digest), what, Access::Pull)?;
+        self.open(exchange, Some(blob.size))
+    }
+
+    /// A request about something in a repository.
+    pub(super) fn request(
+        &self,
+        method: Method,
+        image: &RemoteImage,
+        path: &str,
+        what: String,
+        access: Access,
+    ) -> Result<Exchange, RegistryError> {
+        let url = self.registry_url(&image.host, &format!("{}/{path}", image.repository))?;
+        Ok(Exchange {
+            method,
+            home: url.clone(),
             url,
             headers: HeaderMap::new(),
             host: image.host.clone(),
             repository: image.repository.clone(),
-            what: format!("blob {}", blob.digest),
+            access,
+            body: None,
+            repeat: true,
+            what,
+            downgrade: false,
+            authorization: None,
+        })
+    }
+
+    /// Tries whether a registry lets us in with the credentials that it would be given.
+    pub fn log_in(&self, host: &str) -> Result<(), RegistryError> {
+        let url = self.registry_url(host, "")?;
+        let exchange = Exchange {
+            method: Method::GET,
+            home: url.clone(),
+            url,
+            headers: HeaderMap::new(),
+            host: host.to_owned(),
+            repository: String::new(),
+            access: Access::Login,
+            body: None,
+            repeat: true,
+            what: "login".to_owned(),
             downgrade: false,
             authorization: None,
         };
-        self.open(exchange, Some(blob.size))
+        self.exchange(&exchange).map(drop)
     }
 
     fn manifest_exchange(&self, method: Method, image: &RemoteImage) -> Result<Exchange, RegistryError> {
@@ -218,16 +329,9 @@ impl Client {
             header::ACCEPT,
             HeaderValue::from_str(&accepted.join(", ")).expect("media types are header values"),
         );
-        Ok(Exchange {
-            method,
-            url: self.registry_url(&image.host, &format!("{}/manifests/{}", image.repository, image.version()))?,
-            headers,
-            host: image.host.clone(),
-            repository: image.repository.clone(),
-            what: format!("manifest {}", image.version()),
-            downgrade: false,
-            authorization: None,
-        })
+        let version = image.version();
+        let (path, what) = (format!("manifests/{version}"), format!("manifest {version}"));
+        Ok(Exchange { headers, ..self.request(method, image, &path, what, Access::Pull)? })
     }
 
     /// Address of something below `/v2/` of a registry. Docker Hub's registry has another name than its images.
@@ -236,7 +340,14 @@ impl Client {
             "docker.io" | "index.docker.io" => "registry-1.docker.io",
             other => other,
         };
-        let plain = is_loopback(host_name(server)) || self.0.options.plain_http.iter().any(|known| known == host);
+        let loopback = is_loopback(host_name(server));
+        let plain = if self.0.options.plain_http.iter().any(|known| known == host) {
+            true
+        } else if self.is_insecure(server) || loopback && !self.0.options.authorities.is_empty() {
+            !self.speaks_https(server)?
+        } else {
+            loopback && !self.has_certificates(server)
+        };
         let text = format!("{}://{server}/v2/{path}", if plain { "http" } else { "https" });
         Url::parse(&text).map_err(|_| RegistryError::BadUrl { url: text })
     }
@@ -282,75 +393,166 @@ impl Client {
         Ok(self.0.runtime.get_or_init(|| runtime))
     }
 
-    fn http_client(&self, reach: Reach) -> Result<&reqwest::Client, RegistryError> {
-        let cell = &self.0.clients[reach as usize];
-        if let Some(client) = cell.get() {
-            return Ok(client);
+    fn is_insecure(&self, host: &str) -> bool {
+        self.0.options.insecure.iter().any(|known| known == host)
+    }
+
+    fn has_certificates(&self, host: &str) -> bool {
+        !host.contains('/') && self.0.options.certificates.iter().any(|directory| directory.join(host).is_dir())
+    }
+
+    /// Asks a host that may speak plain HTTP once which protocol it speaks.
+    fn speaks_https(&self, host: &str) -> Result<bool, RegistryError> {
+        if let Some(known) = locked(&self.0.speaks_https).get(host) {
+            return Ok(*known);
+        }
+        let text = format!("https://{host}/v2/");
+        let url = Url::parse(&text).map_err(|_| RegistryError::BadUrl { url: text })?;
+        let request = self.http_client(&url)?.get(url);
+        let timeout = self.0.options.connect_timeout;
+        let answer = self.runtime()?.block_on(async { tokio::time::timeout(timeout, request.send()).await });
+        let https = matches!(answer, Ok(Ok(_)));
+        locked(&self.0.speaks_https).insert(host.to_owned(), https);
+        Ok(https)
+    }
+
+    fn http_client(&self, url: &Url) -> Result<reqwest::Client, RegistryError> {
+        let reach = self.reach(url);
+        if let Some(client) = locked(&self.0.clients).get(&reach) {
+            return Ok(client.clone());
         }
         // Fails when it is installed already, which is as good.
         let _ = rustls::crypto::ring::default_provider().install_default();
+        let options = &self.0.options;
+        let setup = |source| RegistryError::Setup { source };
         let mut builder = reqwest::Client::builder()
             .user_agent(concat!("nacre/", env!("CARGO_PKG_VERSION")))
-            .connect_timeout(self.0.options.connect_timeout)
+            .connect_timeout(options.connect_timeout)
             .redirect(reqwest::redirect::Policy::none())
             .referer(false)
+            .no_proxy()
             .http1_max_headers(200);
-        builder = match reach {
-            Reach::Https => builder,
-            Reach::Http => builder.tls_certs_only([]),
-            Reach::Loopback => {
-                let localhost = [
-                    SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0),
-                    SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), 0),
-                ];
-                builder.tls_certs_only([]).no_proxy().resolve_to_addrs("localhost", &localhost)
+        let name = url.host_str().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
+        if is_loopback(name) {
+            let localhost = [
+                SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0),
+                SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), 0),
+            ];
+            builder = builder.resolve_to_addrs("localhost", &localhost);
+        } else {
+            let exceptions = || options.proxies.exceptions.as_deref().and_then(reqwest::NoProxy::from_string);
+            if let Some(proxy) = &options.proxies.http {
+                builder = builder.proxy(reqwest::Proxy::http(proxy).map_err(setup)?.no_proxy(exceptions()));
             }
-        };
-        let client = builder.build().map_err(|source| RegistryError::Setup { source })?;
-        Ok(cell.get_or_init(|| client))
+            if let Some(proxy) = &options.proxies.https {
+                builder = builder.proxy(reqwest::Proxy::https(proxy).map_err(setup)?.no_proxy(exceptions()));
+            }
+        }
+        match &reach {
+            Reach::Https | Reach::Special(_) => {
+                let host = match &reach {
+                    Reach::Special(host) => Some(host.as_str()),
+                    _ => None,
+                };
+                let found = super::certificates::load(&options.authorities, &options.certificates, host)?;
+                if host.is_some_and(|host| self.is_insecure(host)) {
+                    builder = builder.tls_certs_only([]).tls_danger_accept_invalid_certs(true);
+                } else {
+                    builder = builder.tls_certs_merge(found.authorities);
+                }
+                if let Some(identity) = found.identity {
+                    builder = builder.identity(identity);
+                }
+            }
+            Reach::Loopback | Reach::Http => builder = builder.tls_certs_only([]),
+        }
+        let client = builder.build().map_err(setup)?;
+        Ok(locked(&self.0.clients).entry(reach).or_insert(client).clone())
     }
 
-    fn credentials(&self, host: &str, repository: &str) -> Result<Option<&Credentials>, RegistryError> {
-        let file = match self.0.credentials.get() {
-            Some(file) => file,
+    fn reach(&self, url: &Url) -> Reach {
+        let name = url.host_str().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
+        if url.scheme() != "https" {
+            return if is_loopback(name) { Reach::Loopback } else { Reach::Http };
+        }
+        let host = match url.port() {
+            Some(port) => format!("{}:{port}", url.host_str().unwrap_or_default()),
+            None => url.host_str().unwrap_or_default().to_owned(),
+        };
+        if self.is_insecure(&host) || self.has_certificates(&host) { Reach::Special(host) } else { Reach::Https }
+    }
+
+    fn credentials(&self, host: &str, repository: &str) -> Result<Option<Credentials>, RegistryError> {
+        let host = if host == "index.docker.io" { "docker.io" } else { host };
+        let options = &self.0.options;
+        if let Some((_, given)) = options.given.as_ref().filter(|(known, _)| known == host) {
+            return Ok(Some(given.clone()));
+        }
+        let key = (host.to_owned(), repository.to_owned());
+        // Held while a helper runs: several threads need the same answer, and it may ask the user.
+        let mut known = locked(&self.0.credentials);
+        if let Some(found) = known.get(&key) {
+            return Ok(found.clone());
+        }
+        let files = match self.0.files.get() {
+            Some(files) => files,
             None => {
-                let file = match &self.0.options.credentials {
-                    Some(path) => CredentialFile::read(path)?,
-                    None => CredentialFile::default(),
-                };
-                self.0.credentials.get_or_init(|| file)
+                let read = options.credentials.iter().map(|path| CredentialFile::read(path));
+                let files = read.collect::<Result<Vec<_>, _>>()?;
+                self.0.files.get_or_init(|| files)
             }
         };
-        Ok(file.find(if host == "index.docker.io" { "docker.io" } else { host }, repository))
+        let mut found = None;
+        for file in files {
+            if let Some(program) = file.helper(host) {
+                found = helper::get(program, host, options.helper_timeout)?;
+            }
+            found = found.or_else(|| file.find(host, repository).cloned());
+            if found.is_some() {
+                break;
+            }
+        }
+        known.insert(key, found.clone());
+        Ok(found)
     }
 
     /// Sends a request until it is answered. Returns answers that are a success (or 304), and the address they came from.
     pub(super) fn exchange(&self, exchange: &Exchange) -> Result<(reqwest::Response, Url), RegistryError> {
         let options = &self.0.options;
-        let key = (exchange.host.clone(), exchange.repository.clone());
+        let key = (exchange.host.clone(), exchange.access.scopes(&exchange.repository).join(" "));
         let mut attempt = 1;
         let mut answered_challenge = false;
+        let mut took_others = false;
         loop {
-            let authorization = exchange.authorization.clone().or_else(|| self.authorizations().get(&key).cloned());
+            let authorization =
+                exchange.authorization.clone().or_else(|| locked(&self.0.authorizations).get(&key).cloned());
             let sent_credentials = authorization.is_some();
-            let result = self.send(exchange, authorization);
+            let result = self.send(exchange, authorization.as_ref());
             let (error, pause) = match result {
                 Ok((response, url)) => {
                     let status = response.status();
                     if status.is_success() || status == StatusCode::NOT_MODIFIED {
                         return Ok((response, url));
                     }
-                    let ours = same_origin(&url, &exchange.url) && !exchange.repository.is_empty();
-                    if status == StatusCode::UNAUTHORIZED && ours && !answered_challenge {
-                        answered_challenge = true;
-                        self.authorizations().remove(&key);
-                        if let Some(authorization) = self.authorize(exchange, response.headers())? {
-                            self.authorizations().insert(key.clone(), authorization);
+                    let ours = same_origin(&url, &exchange.home) && exchange.access != Access::Web;
+                    if status == StatusCode::UNAUTHORIZED && ours {
+                        // Another thread may have been told so before, and has a new token already.
+                        let newer = locked(&self.0.authorizations).get(&key).cloned();
+                        if newer.is_some() && newer != authorization && !took_others {
+                            took_others = true;
                             continue;
+                        }
+                        if !answered_challenge {
+                            answered_challenge = true;
+                            locked(&self.0.authorizations).remove(&key);
+                            if let Some(authorization) = self.authorize(exchange, response.headers())? {
+                                locked(&self.0.authorizations).insert(key.clone(), authorization);
+                                continue;
+                            }
                         }
                     }
                     let pause = retry_after(response.headers());
-                    let again = matches!(status.as_u16(), 408 | 429 | 500 | 502 | 503 | 504);
+                    let again = is_passing_status(status.as_u16());
                     let error = self.refusal(exchange, response, sent_credentials);
                     if !again {
                         return Err(error);
@@ -360,7 +562,11 @@ impl Client {
                 Err(error) if is_passing(&error) => (error, None),
                 Err(error) => return Err(error),
             };
-            if attempt >= options.attempts {
+            if attempt >= options.attempts || !exchange.repeat {
+                // Who repeats by other means must wait as long as the server asks for.
+                if let Some(pause) = pause.filter(|_| !exchange.repeat) {
+                    std::thread::sleep(pause.min(LONGEST_PAUSE));
+                }
                 return Err(error);
             }
             std::thread::sleep(pause.unwrap_or_else(|| growing_pause(options.pause, attempt)).min(LONGEST_PAUSE));
@@ -368,15 +574,20 @@ impl Client {
         }
     }
 
-    fn authorizations(&self) -> std::sync::MutexGuard<'_, HashMap<(String, String), HeaderValue>> {
-        self.0.authorizations.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    /// Waits before another attempt.
+    pub(super) fn wait(&self, attempt: u32) {
+        std::thread::sleep(growing_pause(self.0.options.pause, attempt));
+    }
+
+    pub(super) fn attempts(&self) -> u32 {
+        self.0.options.attempts
     }
 
     /// Sends once and follows redirects.
     fn send(
         &self,
         exchange: &Exchange,
-        authorization: Option<HeaderValue>,
+        authorization: Option<&HeaderValue>,
     ) -> Result<(reqwest::Response, Url), RegistryError> {
         let refused = |location: &str| RegistryError::Redirect {
             host: exchange.host.clone(),
@@ -386,11 +597,22 @@ impl Client {
         let mut url = exchange.url.clone();
         for _ in 0..=REDIRECT_LIMIT {
             let mut headers = exchange.headers.clone();
-            if let Some(authorization) = authorization.clone().filter(|_| same_origin(&url, &exchange.url)) {
-                headers.insert(header::AUTHORIZATION, authorization);
+            if let Some(authorization) = authorization.filter(|_| same_origin(&url, &exchange.home)) {
+                headers.insert(header::AUTHORIZATION, authorization.clone());
             }
-            let request = self.http_client(reach(&url))?.request(exchange.method.clone(), url.clone()).headers(headers);
-            let response = self.await_answer(exchange, request)?;
+            let mut request = self.http_client(&url)?.request(exchange.method.clone(), url.clone()).headers(headers);
+            let mut sent = None;
+            if let Some(payload) = &exchange.body {
+                let (body, counter) = payload.body().map_err(|source| RegistryError::Io {
+                    host: exchange.host.clone(),
+                    repository: exchange.repository.clone(),
+                    source,
+                })?;
+                // Without it the body would go in HTTP's own chunks, which many registries refuse.
+                request = request.header(header::CONTENT_LENGTH, payload.length()).body(body);
+                sent = Some(counter);
+            }
+            let response = self.await_answer(exchange, request, sent.as_deref())?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
                 return Ok((response, url));
             }
@@ -410,9 +632,22 @@ impl Client {
         &self,
         exchange: &Exchange,
         request: reqwest::RequestBuilder,
+        sent: Option<&AtomicU64>,
     ) -> Result<reqwest::Response, RegistryError> {
         let after = self.0.options.answer_timeout;
-        let answer = self.runtime()?.block_on(async { tokio::time::timeout(after, request.send()).await });
+        let answer = self.runtime()?.block_on(async {
+            let mut answer = std::pin::pin!(request.send());
+            let mut before = 0;
+            loop {
+                let result = tokio::time::timeout(after, &mut answer).await;
+                // A long body is on its way as long as more of it goes.
+                let now = sent.map_or(0, |sent| sent.load(Ordering::Relaxed));
+                if result.is_ok() || now == before {
+                    return result;
+                }
+                before = now;
+            }
+        });
         match answer {
             Ok(answer) => answer.map_err(|source| RegistryError::Transport {
                 host: exchange.host.clone(),
@@ -432,6 +667,7 @@ impl Client {
     fn authorize(&self, exchange: &Exchange, headers: &HeaderMap) -> Result<Option<HeaderValue>, RegistryError> {
         let values = headers.get_all(header::WWW_AUTHENTICATE).iter().filter_map(|value| value.to_str().ok());
         let credentials = self.credentials(&exchange.host, &exchange.repository)?;
+        let credentials = credentials.as_ref();
         let confused = |challenge: String| RegistryError::Challenge {
             host: exchange.host.clone(),
             repository: exchange.repository.clone(),
@@ -455,11 +691,15 @@ impl Client {
             Some(Challenge::Bearer { realm, service, scope }) => {
                 let realm = Url::parse(&realm).map_err(|_| confused(format!("realm `{realm}`")))?;
                 // A registry reached safely must not send passwords elsewhere in the clear.
-                if realm.scheme() != "https" && exchange.url.scheme() == "https" || realm.host().is_none() {
+                if realm.scheme() != "https" && exchange.home.scheme() == "https" || realm.host().is_none() {
                     return Err(confused(format!("realm `{realm}`")));
                 }
-                let scope = scope.unwrap_or_else(|| format!("repository:{}:pull", exchange.repository));
-                let token = self.token(exchange, realm, service.as_deref(), &scope, credentials)?;
+                // To read, what the registry asks for; to write, all that the whole push will need.
+                let scopes = match (scope, &exchange.access) {
+                    (Some(scope), Access::Pull | Access::Login) => vec![scope],
+                    _ => exchange.access.scopes(&exchange.repository),
+                };
+                let token = self.token(exchange, realm, service.as_deref(), &scopes, credentials)?;
                 sensitive(format!("Bearer {token}")).map(Some)
             }
         }
@@ -471,7 +711,7 @@ impl Client {
         exchange: &Exchange,
         mut realm: Url,
         service: Option<&str>,
-        scope: &str,
+        scopes: &[String],
         credentials: Option<&Credentials>,
     ) -> Result<String, RegistryError> {
         #[derive(serde::Deserialize, Default)]
@@ -486,7 +726,11 @@ impl Client {
             let target = if identity.is_some() { &mut form } else { &mut realm };
             let mut pairs = target.query_pairs_mut();
             pairs.extend_pairs(service.map(|service| ("service", service)));
-            pairs.append_pair("scope", scope);
+            // A form has each name once; an address may repeat it, which old token servers insist on.
+            match identity {
+                Some(_) if !scopes.is_empty() => drop(pairs.append_pair("scope", &scopes.join(" "))),
+                _ => drop(pairs.extend_pairs(scopes.iter().map(|scope| ("scope", scope)))),
+            }
             if let Some(token) = identity {
                 pairs.append_pair("grant_type", "refresh_token").append_pair("client_id", "nacre");
                 pairs.append_pair("refresh_token", token);
@@ -495,7 +739,7 @@ impl Client {
         let options = &self.0.options;
         let mut attempt = 1;
         let response = loop {
-            let client = self.http_client(reach(&realm))?;
+            let client = self.http_client(&realm)?;
             let request = match (identity, credentials) {
                 (Some(_), _) => client
                     .post(realm.clone())
@@ -506,11 +750,11 @@ impl Client {
                 }
                 _ => client.get(realm.clone()),
             };
-            let (error, pause) = match self.await_answer(exchange, request) {
+            let (error, pause) = match self.await_answer(exchange, request, None) {
                 Ok(response) if response.status().is_success() => break response,
                 Ok(response) => {
                     let pause = retry_after(response.headers());
-                    let again = matches!(response.status().as_u16(), 408 | 429 | 500 | 502 | 503 | 504);
+                    let again = is_passing_status(response.status().as_u16());
                     let error = self.refusal(exchange, response, credentials.is_some());
                     if !again {
                         return Err(error);
@@ -579,7 +823,7 @@ impl Client {
         let message: String = message.chars().map(|c| if c.is_control() { ' ' } else { c }).take(300).collect();
         let (host, repository) = (exchange.host.clone(), exchange.repository.clone());
         match status {
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if !repository.is_empty() => {
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if exchange.access != Access::Web => {
                 RegistryError::Denied { host, repository, credentials, code, message }
             }
             StatusCode::NOT_FOUND if !repository.is_empty() => {
@@ -746,25 +990,17 @@ pub(super) fn basic(credentials: &Credentials) -> String {
     format!("Basic {}", encode_base64(text.as_bytes()))
 }
 
-fn encode_base64(bytes: &[u8]) -> String {
-    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
-    for group in bytes.chunks(3) {
-        let value = group.iter().fold(0u32, |value, &byte| value << 8 | u32::from(byte)) << (8 * (3 - group.len()));
-        for place in 0..4 {
-            let digit = ALPHABET[(value >> (18 - 6 * place) & 63) as usize];
-            text.push(if place <= group.len() { char::from(digit) } else { '=' });
-        }
-    }
-    text
-}
-
 fn without_parameters(content_type: &str) -> String {
     content_type.split(';').next().unwrap_or_default().trim().to_owned()
 }
 
+/// May the same request succeed later?
+pub(super) fn is_passing_status(status: u16) -> bool {
+    matches!(status, 408 | 429 | 500 | 502 | 503 | 504)
+}
+
 /// May the same request succeed later? A certificate stays as bad as it is.
-fn is_passing(error: &RegistryError) -> bool {
+pub(super) fn is_passing(error: &RegistryError) -> bool {
     let RegistryError::Transport { source, .. } = error else {
         return matches!(error, RegistryError::Timeout { .. });
     };
@@ -793,16 +1029,11 @@ fn is_loopback(name: &str) -> bool {
     name == "localhost" || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
-fn reach(url: &Url) -> Reach {
-    let name = url.host_str().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
-    match url.scheme() {
-        "https" => Reach::Https,
-        _ if is_loopback(name) => Reach::Loopback,
-        _ => Reach::Http,
-    }
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn same_origin(a: &Url, b: &Url) -> bool {
+pub(super) fn same_origin(a: &Url, b: &Url) -> bool {
     a.scheme() == b.scheme() && a.host() == b.host() && a.port_or_known_default() == b.port_or_known_default()
 }
 

@@ -4,7 +4,7 @@
 //! the next build asks only whether it changed, and with a checksum it does not even ask.
 
 use super::auth::Credentials;
-use super::client::{Exchange, basic, into_registry_error};
+use super::client::{Access, Exchange, basic, into_registry_error};
 use super::{Client, RegistryError};
 use crate::store::blob::{copy, digest_hex};
 use crate::store::{Store, hex};
@@ -104,9 +104,13 @@ pub fn http_get(
     let exchange = Exchange {
         method: Method::GET,
         url: address.clone(),
+        home: address.clone(),
         headers,
         host: host.clone(),
         repository: String::new(),
+        access: Access::Web,
+        body: None,
+        repeat: true,
         what: String::new(),
         downgrade: true,
         authorization,

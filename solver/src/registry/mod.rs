@@ -1,4 +1,4 @@
-//! Reads from registries (OCI distribution specification) and web servers.
+//! Reads from and writes to registries (OCI distribution specification); reads from web servers.
 //!
 //! Everything here blocks; the asynchronous runtime belongs to the [`Client`] and is started with its first request, so that
 //! a build that needs no network pays nothing for it. What the callers can rely on:
@@ -8,17 +8,24 @@
 //! - plain HTTP is spoken to loopback addresses and to hosts named by the caller only.
 
 pub mod auth;
+mod certificates;
 pub mod client;
+pub mod helper;
 pub mod http;
+pub mod login;
+mod payload;
+pub mod upload;
 
-pub use client::{Body, Client, ClientOptions, RemoteImage};
+pub use client::{Body, Client, ClientOptions, Proxies, RemoteImage};
 pub use http::{HttpFile, http_get};
+pub use payload::SendProgress;
+pub use upload::{BlobUpload, Opened, Upload, Uploaded};
 
 use crate::store::StoreError;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Why something could not be fetched.
+/// Why something could not be fetched or sent.
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryError {
     /// The server's answer was no.
@@ -176,6 +183,50 @@ pub enum RegistryError {
         path: PathBuf,
         /// What is wrong.
         reason: String,
+    },
+    /// The file with credentials cannot be written.
+    #[error("cannot write credentials to {}: {reason}", path.display())]
+    WriteCredentials {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A credential helper failed.
+    #[error("{program}: {reason}")]
+    Helper {
+        /// The program.
+        program: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Not a usable certificate.
+    #[error("cannot use certificate {}: {reason}", path.display())]
+    Certificate {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The blob here is not what the manifest says.
+    #[error("blob {digest} has {found} bytes here, its manifest says {expected}")]
+    LocalBlob {
+        /// Which.
+        digest: String,
+        /// By the manifest.
+        expected: u64,
+        /// By the file.
+        found: u64,
+    },
+    /// An answer that the protocol does not know.
+    #[error("{host}: {} gave an answer that makes no sense: {answer}", subject(.repository))]
+    Protocol {
+        /// Host with port.
+        host: String,
+        /// Repository.
+        repository: String,
+        /// What it was.
+        answer: String,
     },
     /// What was fetched cannot be stored.
     #[error(transparent)]

@@ -113,6 +113,7 @@ impl fmt::Display for Refusal {
 ///
 /// Call it before any thread exists. When it returns [`Entered::Parent`], the build has been done by another process.
 pub fn enter(request: EnterRequest) -> Result<Entered, SandboxError> {
+    sys::expect_children();
     if let Some(notice) = marked()? {
         return Ok(Entered::Inside { ownership: ownership(), notice });
     }
@@ -131,7 +132,9 @@ pub fn ownership() -> Ownership {
 
 /// Looks whether [`spawn_inside`] started this process; then returns its notice.
 fn marked() -> Result<Option<Option<String>>, SandboxError> {
-    let Some(value) = std::env::var_os(VARIABLE) else { return Ok(None) };
+    #[allow(clippy::disallowed_methods, reason = "a message from this module to itself, across execve")]
+    let variable = std::env::var_os(VARIABLE);
+    let Some(value) = variable else { return Ok(None) };
     // Whoever set it: it is not for the programs that this process starts.
     sys::remove_env(VARIABLE).map_err(in_preparation("take the namespace over"))?;
     let Some((parent, notice)) = value.to_str().and_then(|value| value.split_once(':')) else { return Ok(None) };

@@ -45,6 +45,7 @@ const MISUSE: i32 = 70;
 fn main() -> i32 {
     // Blocked first: from here on a SIGTERM is read, not suffered.
     sys::block_signals(&[libc::SIGTERM]);
+    sys::expect_children();
     if sys::close_from(3, false).is_err() {
         return MISUSE;
     }
@@ -139,9 +140,7 @@ pub(super) fn overlay(
     }
     params.extend(lowers.iter().map(|lower| Param::Text("lowerdir+", lower.as_os_str())));
     match sys::make_mount("overlay", &params, attributes) {
-        Err(error) if lacks_lowerdir_plus(&error) => {
-            overlay_in_one_string(&lowers, upper, empty, attributes, private).map_err(|_| error)
-        }
+        Err(error) if lacks_lowerdir_plus(&error) => overlay_in_one_string(&lowers, upper, empty, attributes, private),
         result => result,
     }
 }
@@ -162,6 +161,9 @@ fn lacks_lowerdir_plus(error: &CallError) -> bool {
     error.is(Errno::INVAL) && (named || error.call.ends_with("create)"))
 }
 
+/// Space for the options of mount(2).
+const PAGE: usize = 4096;
+
 /// The same by mount(2), whose options are limited to a page; descriptors keep them short. A mount made this way has
 /// a place, so it is copied from there, and the place cleared.
 fn overlay_in_one_string(
@@ -172,6 +174,11 @@ fn overlay_in_one_string(
     private: bool,
 ) -> sys::Result<OwnedFd> {
     use std::os::fd::AsRawFd;
+    // Before anything is opened: descriptors keep to the namespace that they were opened in.
+    if !private {
+        sys::unshare(libc::CLONE_NEWNS)?;
+        step::separate_mounts()?;
+    }
     let mut open = Vec::new();
     let mut by_descriptor = |path: &Path| {
         let fd = sys::open_place(path)?;
@@ -184,13 +191,12 @@ fn overlay_in_one_string(
     if let Some((upper, work)) = upper {
         options += &format!(",volatile,upperdir={},workdir={}", by_descriptor(upper)?, by_descriptor(work)?);
     }
-    if !private {
-        sys::unshare(libc::CLONE_NEWNS)?;
-        step::separate_mounts()?;
+    let describe = || format!("mount(\"overlay\" -> {place:?}, {} layers in {} bytes)", lowers.len(), options.len());
+    if options.len() >= PAGE {
+        return Err(CallError::new(describe(), std::io::Error::other("more than this kernel, before 6.8, can take")));
     }
-    let options = sys::c_string(options)?;
-    rustix::mount::mount("overlay", place, "overlay", MountFlags::empty(), Some(options.as_c_str()))
-        .call(|| format!("mount(\"overlay\" -> {place:?}, \"overlay\", {options:?})"))?;
+    let text = sys::c_string(&options)?;
+    rustix::mount::mount("overlay", place, "overlay", MountFlags::empty(), Some(text.as_c_str())).call(describe)?;
     let copy = sys::clone_mount(rustix::fs::CWD, place);
     rustix::mount::unmount(place, UnmountFlags::DETACH).call(|| format!("umount({place:?})"))?;
     let copy = copy?;

@@ -212,6 +212,7 @@ fn joined(path: &[OsString]) -> Vec<u8> {
 }
 
 fn modified(stat: &Stat) -> Time {
+    #[expect(clippy::unnecessary_cast, reason = "other architectures have other widths")]
     (stat.st_mtime as i64, stat.st_mtime_nsec as i64)
 }
 

@@ -90,7 +90,7 @@ impl Store {
 
     /// Begins a blob whose bytes are given by [`Write`].
     pub fn blob_writer(&self) -> Result<BlobWriter, StoreError> {
-        let temporary = self.tmp_path();
+        let temporary = self.tmp_path()?;
         let file = File::create_new(&temporary).map_err(StoreError::io("create", &temporary))?;
         let blobs = self.root.join("blobs/sha256");
         Ok(BlobWriter { blobs, temporary, file: Some(file), hasher: Sha256::new(), size_bytes: 0 })
@@ -241,7 +241,11 @@ mod tests {
         assert!(matches!(store.open_blob(&wrong), Err(StoreError::NoBlob { .. })));
         assert!(matches!(store.open_blob("sha256:../../etc/passwd"), Err(StoreError::BadDigest { .. })));
         drop(store.blob_writer().unwrap());
-        assert_eq!(fs::read_dir(&store.tmp).unwrap().count(), 1, "only the lock is left");
+        assert_eq!(
+            fs::read_dir(store.tmp_path().unwrap().parent().unwrap()).unwrap().count(),
+            1,
+            "only the lock is left"
+        );
     }
 
     #[test]

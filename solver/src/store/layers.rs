@@ -127,7 +127,7 @@ impl Store {
                     return Some(tree);
                 }
                 // Renamed first, so that it is gone at once and for everybody.
-                let doomed = self.tmp_path();
+                let doomed = self.tmp_path().ok()?;
                 fs::rename(&tree, &doomed).ok()?;
                 let _ = remove_tree(&doomed);
                 None
@@ -137,7 +137,7 @@ impl Store {
 
     /// Makes an empty directory to build a layer's tree in.
     pub fn begin_tree(&self) -> Result<PathBuf, StoreError> {
-        let path = self.tmp_path();
+        let path = self.tmp_path()?;
         fs::create_dir(&path).map_err(StoreError::io("create", &path))?;
         Ok(path)
     }

@@ -14,11 +14,12 @@
 //!   steps/STEP           identity of a step -> key of its newest record
 //!   references/HEX       what image references resolved to (store/refs.rs)
 //!   http/HEX             files fetched by address (registry/http.rs)
+//!   git/HEX/             a repository and checkouts of it (op/git.rs)
 //!   context/ mounts/ logs/   their owners know
 //!   tmp/NAME/            one per process, with a lock that the process holds while it lives
 //! ```
 //!
-//! Invariants: nothing outside `tmp/` is ever written in place. A file is made in this process's directory in `tmp/`, checked,
+//! Invariants: nothing outside `tmp/` is ever written in place, but for `git/HEX/repo`, which git itself keeps whole. A file is made in this process's directory in `tmp/`, checked,
 //! synced as its meaning needs, and renamed; a directory likewise. What is found under its final name is therefore
 //! whole, unless the machine lost power: layer blobs are synced before the rename, small documents are checked against
 //! their digest or checksum when read, and trees are checked once after the first boot that follows their making.
@@ -26,6 +27,7 @@
 
 pub mod blob;
 pub mod layers;
+pub mod prune;
 pub mod record;
 pub mod refs;
 
@@ -37,7 +39,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// What the version file of this format holds.
 const VERSION: &str = "nacre store 1\n";
@@ -58,6 +60,7 @@ const DIRECTORIES: &[&str] = &[
     "steps",
     "references",
     "http",
+    "git",
     "context",
     "mounts",
     "logs",
@@ -68,16 +71,22 @@ const DIRECTORIES: &[&str] = &[
 #[derive(Debug)]
 pub struct Store {
     root: PathBuf,
-    /// This process's directory in `tmp/`.
-    tmp: PathBuf,
-    /// Held exclusively while this process lives; shows others that `tmp` is in use.
-    _tmp_lock: File,
+    /// Made when something is to be written: a build that finds everything leaves the store as it was.
+    tmp: Mutex<Option<OwnTmp>>,
     /// Held shared: nobody removes objects meanwhile.
     _lock: File,
     names: AtomicU64,
     layers: Mutex<HashMap<LayerId, Arc<Tree>>>,
     /// Name of the trees that this process can use.
     tree_name: &'static str,
+}
+
+/// This process's directory in `tmp/`.
+#[derive(Debug)]
+struct OwnTmp {
+    path: PathBuf,
+    /// Held exclusively while this process lives; shows others that the directory is in use.
+    _lock: File,
 }
 
 /// Why the store cannot be used.
@@ -226,11 +235,10 @@ impl Store {
         }
         let lock = open_lock(&root.join("lock")).map_err(refused)?;
         lock.lock_shared().map_err(StoreError::io("lock", &root.join("lock")))?;
-        let (tmp, tmp_lock) = own_tmp(&root.join("tmp")).map_err(refused)?;
+        remove_dead(&root.join("tmp")).map_err(refused)?;
         let store = Store {
             root,
-            tmp,
-            _tmp_lock: tmp_lock,
+            tmp: Mutex::new(None),
             _lock: lock,
             names: AtomicU64::new(0),
             layers: Mutex::new(HashMap::new()),
@@ -253,14 +261,20 @@ impl Store {
         &self.root
     }
 
-    /// Directory of one of the parts whose owners are elsewhere: `context`, `mounts`, `logs`, `http`.
+    /// Directory of one of the parts whose owners are elsewhere: `context`, `mounts`, `logs`, `http`, `git`.
     pub fn part(&self, name: &str) -> PathBuf {
         self.root.join(name)
     }
 
     /// A path in this process's temporary directory that does not exist yet.
-    pub fn tmp_path(&self) -> PathBuf {
-        self.tmp.join(self.names.fetch_add(1, Ordering::Relaxed).to_string())
+    pub fn tmp_path(&self) -> Result<PathBuf, StoreError> {
+        let mut tmp = self.tmp.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = match tmp.take() {
+            Some(own) => own,
+            None => make_tmp(&self.root.join("tmp"))?,
+        };
+        let own = tmp.insert(own);
+        Ok(own.path.join(self.names.fetch_add(1, Ordering::Relaxed).to_string()))
     }
 
     /// Puts a small file in place by writing a temporary and renaming it. It is not synced: readers must notice a file
@@ -270,7 +284,7 @@ impl Store {
     }
 
     pub(crate) fn write_renamed(&self, target: &Path, bytes: &[u8], sync: bool) -> Result<(), StoreError> {
-        let temporary = self.tmp_path();
+        let temporary = self.tmp_path()?;
         let write = || {
             let mut file = File::create_new(&temporary)?;
             file.write_all(bytes)?;
@@ -301,7 +315,10 @@ impl Store {
 impl Drop for Store {
     fn drop(&mut self) {
         // What cannot be removed now is removed by the next process that opens the store.
-        let _ = remove_tree(&self.tmp);
+        let tmp = self.tmp.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Some(own) = tmp.take() {
+            let _ = remove_tree(&own.path);
+        }
     }
 }
 
@@ -357,13 +374,11 @@ pub(crate) fn open_lock(path: &Path) -> Result<File, StoreError> {
     File::options().create(true).truncate(false).write(true).open(path).map_err(StoreError::io("open", path))
 }
 
-/// Makes this process's temporary directory and removes those of dead processes.
-fn own_tmp(parent: &Path) -> Result<(PathBuf, File), StoreError> {
+/// Removes what dead processes left in `tmp/`.
+fn remove_dead(parent: &Path) -> Result<(), StoreError> {
     let mut dead = Vec::new();
-    let guard_path = parent.join(".lock");
-    let guard = open_lock(&guard_path)?;
     // Under this lock no directory is without its lock file, so whatever can be locked is dead.
-    guard.lock().map_err(StoreError::io("lock", &guard_path))?;
+    let guard = lock_tmp(parent)?;
     for entry in fs::read_dir(parent).map_err(StoreError::io("read", parent))? {
         let path = entry.map_err(StoreError::io("read", parent))?.path();
         if !path.is_dir() {
@@ -378,21 +393,39 @@ fn own_tmp(parent: &Path) -> Result<(PathBuf, File), StoreError> {
             Err(_) => dead.push((path, None)),
         }
     }
-    let tmp = tempfile::Builder::new()
-        .prefix("p")
-        .tempdir_in(parent)
-        .map_err(StoreError::io("create a directory in", parent))?
-        .keep();
-    let lock_path = tmp.join("lock");
-    let lock = open_lock(&lock_path)?;
-    lock.lock().map_err(StoreError::io("lock", &lock_path))?;
     drop(guard);
     // The locks of the dead are held until their directories are gone: a third process leaves them to us. What
     // belongs to users that this process cannot act for stays, and is no reason to refuse work.
     for (path, _lock) in dead {
         let _ = remove_tree(&path);
     }
-    Ok((tmp, lock))
+    Ok(())
+}
+
+impl Store {
+    /// This process's directory in `tmp/`, if it was needed.
+    fn own_tmp(&self) -> Option<PathBuf> {
+        self.tmp.lock().unwrap_or_else(std::sync::PoisonError::into_inner).as_ref().map(|own| own.path.clone())
+    }
+}
+
+/// Makes this process's temporary directory.
+fn make_tmp(parent: &Path) -> Result<OwnTmp, StoreError> {
+    let _guard = lock_tmp(parent)?;
+    let made = tempfile::Builder::new().prefix("p").tempdir_in(parent);
+    let path = made.map_err(StoreError::io("create a directory in", parent))?.keep();
+    let lock_path = path.join("lock");
+    let lock = open_lock(&lock_path)?;
+    lock.lock().map_err(StoreError::io("lock", &lock_path))?;
+    Ok(OwnTmp { path, _lock: lock })
+}
+
+/// Held while directories in `tmp/` are made or looked at.
+fn lock_tmp(parent: &Path) -> Result<File, StoreError> {
+    let path = parent.join(".lock");
+    let guard = open_lock(&path)?;
+    guard.lock().map_err(StoreError::io("lock", &path))?;
+    Ok(guard)
 }
 
 /// An empty store for a test.
@@ -412,13 +445,29 @@ mod tests {
     fn a_store_is_made_once_and_shared() {
         let (directory, store) = temporary();
         let again = Store::open(&directory.path().join("store")).unwrap();
-        assert_ne!(store.tmp, again.tmp);
-        assert!(store.tmp.is_dir() && again.tmp.is_dir());
+        let (file, other) = (store.tmp_path().unwrap(), again.tmp_path().unwrap());
+        let tmp = file.parent().unwrap().to_owned();
+        assert_ne!(Some(&*tmp), other.parent());
+        assert!(tmp.is_dir());
         assert_eq!(fs::read(store.root().join("oci-layout")).unwrap(), b"{\"imageLayoutVersion\":\"1.0.0\"}");
         assert_eq!(fs::metadata(store.root()).unwrap().mode() & 0o777, 0o700);
-        let tmp = store.tmp.clone();
         drop(store);
         assert!(!tmp.exists());
+    }
+
+    #[test]
+    fn opening_a_store_again_writes_nothing() {
+        let (directory, store) = temporary();
+        let root = store.root().to_owned();
+        drop(store);
+        let times = || {
+            let of = |path: PathBuf| fs::metadata(path).unwrap().modified().unwrap();
+            let names = fs::read_dir(root.join("tmp")).unwrap().count();
+            (of(root.clone()), of(root.join("tmp")), names)
+        };
+        let before = times();
+        drop(Store::open(&directory.path().join("store")).unwrap());
+        assert_eq!(times(), before);
     }
 
     #[test]
@@ -445,7 +494,7 @@ mod tests {
         fs::set_permissions(dead.join("tree/ro"), fs::Permissions::from_mode(0o555)).unwrap();
         let unlocked = store.root().join("tmp/pnolock");
         fs::create_dir_all(&unlocked).unwrap();
-        let mine = store.tmp_path();
+        let mine = store.tmp_path().unwrap();
         fs::write(&mine, "alive").unwrap();
         let _other = Store::open(&directory.path().join("store")).unwrap();
         assert!(!dead.exists() && !unlocked.exists());

@@ -51,7 +51,10 @@ impl Store {
         let path = self.root.join("records").join(check_name(key)?);
         let Some(bytes) = self.read_optional(&path)? else { return Ok(None) };
         match serde_json::from_slice::<Record>(&bytes) {
-            Ok(record) if record.version == RECORD_VERSION && record.key == key => Ok(Some(record)),
+            Ok(record) if record.version == RECORD_VERSION && record.key == key => {
+                super::prune::note_use(&path);
+                Ok(Some(record))
+            }
             _ => {
                 let _ = fs::remove_file(&path);
                 Ok(None)

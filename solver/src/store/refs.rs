@@ -55,13 +55,23 @@ impl Store {
     pub fn tag(&self, name: &str, manifest: &Descriptor) -> Result<(), StoreError> {
         self.sync_documents(manifest, 4)?;
         self.edit_index(|index| {
+            let entries: Vec<Descriptor> = spellings(name)
+                .into_iter()
+                .map(|spelling| {
+                    let mut entry = manifest.clone();
+                    entry.annotations.insert(REF_NAME.to_owned(), spelling);
+                    entry.annotations.insert(IMAGE_NAME.to_owned(), name.to_owned());
+                    entry
+                })
+                .collect();
+            let named = index.manifests.iter().filter(|entry| is_named(entry, name)).count();
+            if named == entries.len() && entries.iter().all(|entry| index.manifests.contains(entry)) {
+                return;
+            }
             index.manifests.retain(|entry| !is_named(entry, name));
-            for spelling in spellings(name) {
+            for entry in entries {
                 // Another name's spelling may be ours (`app` as a tag of some other tool): the newest wins.
-                index.manifests.retain(|entry| entry.annotations.get(REF_NAME) != Some(&spelling));
-                let mut entry = manifest.clone();
-                entry.annotations.insert(REF_NAME.to_owned(), spelling);
-                entry.annotations.insert(IMAGE_NAME.to_owned(), name.to_owned());
+                index.manifests.retain(|other| other.annotations.get(REF_NAME) != entry.annotations.get(REF_NAME));
                 index.manifests.push(entry);
             }
         })
@@ -99,7 +109,11 @@ impl Store {
         let lock = open_lock(&lock_path)?;
         lock.lock().map_err(StoreError::io("lock", &lock_path))?;
         let mut index = self.index()?;
+        let before = index.clone();
         edit(&mut index);
+        if index == before {
+            return Ok(());
+        }
         let bytes = serde_json::to_vec(&index).expect("an index has string keys only");
         self.write_renamed(&self.root.join("index.json"), &bytes, true)
     }
@@ -127,7 +141,11 @@ impl Store {
 
     /// What a registry said about a reference last time; nothing when it was never asked.
     pub fn remembered_reference(&self, reference: &str) -> Result<Option<RememberedReference>, StoreError> {
-        let bytes = self.read_optional(&self.reference_path(reference))?;
+        let path = self.reference_path(reference);
+        let bytes = self.read_optional(&path)?;
+        if bytes.is_some() {
+            super::prune::note_use(&path);
+        }
         let remembered = bytes.and_then(|bytes| serde_json::from_slice::<RememberedReference>(&bytes).ok());
         Ok(remembered.filter(|remembered| remembered.reference == reference))
     }

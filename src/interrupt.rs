@@ -1,0 +1,77 @@
+//! SIGINT and SIGTERM: the first asks the build to stop, the second ends the process, and so does time.
+
+use crate::report::{CommandError, Exit};
+use nacre_solver::sandbox::Cancel;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// A signal that comes so soon after another is the same wish: who signals a process group reaches this process twice,
+/// by itself and through the process that waits for it outside of the user namespace.
+const SAME_WISH: Duration = Duration::from_millis(300);
+/// After this time a build that has not stopped is left as it is. The store can bear it, and the kernel ends the steps.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// How often the flags are looked at.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// Flags that the signals set.
+pub(crate) struct Signals {
+    wish: Arc<AtomicBool>,
+    again: Arc<AtomicBool>,
+}
+
+impl Signals {
+    /// Takes the signals over. Before, they end the process at once, which is right while nothing has begun.
+    pub(crate) fn listen(wish: &Arc<AtomicBool>) -> std::io::Result<Self> {
+        let again = Arc::new(AtomicBool::new(false));
+        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+            signal_hook::flag::register(signal, Arc::clone(wish))?;
+            signal_hook::flag::register(signal, Arc::clone(&again))?;
+        }
+        Ok(Self { wish: Arc::clone(wish), again })
+    }
+
+    /// Runs `work` while another thread passes the user's wish to stop on. `last_words` are printed when the process
+    /// ends without waiting for it.
+    pub(crate) fn watched<T>(&self, cancel: &Cancel, last_words: String, work: impl FnOnce() -> T) -> T {
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let watcher = scope.spawn(|| self.watch(cancel, last_words, &done));
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+            done.store(true, Ordering::SeqCst);
+            watcher.thread().unpark();
+            result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    fn watch(&self, cancel: &Cancel, last_words: String, done: &AtomicBool) {
+        let mut asked: Option<Instant> = None;
+        while !done.load(Ordering::SeqCst) {
+            match asked {
+                None if self.wish.load(Ordering::SeqCst) => {
+                    asked = Some(Instant::now());
+                    cancel.cancel();
+                }
+                None => {}
+                Some(at) if at.elapsed() < SAME_WISH => self.again.store(false, Ordering::SeqCst),
+                Some(at) => {
+                    if self.again.load(Ordering::SeqCst) || at.elapsed() > PATIENCE {
+                        break;
+                    }
+                }
+            }
+            std::thread::park_timeout(PAUSE);
+        }
+        if !done.load(Ordering::SeqCst) {
+            // Nobody may be reading, and then the words would wait for ever.
+            std::thread::spawn(move || crate::print_error(&last_words));
+            std::thread::sleep(PAUSE * 5);
+            std::process::exit(Exit::Interrupted as i32);
+        }
+    }
+}
+
+/// What a build that was interrupted ends with.
+pub(crate) fn last_words(color: bool) -> String {
+    crate::report::Style { color }.error(&CommandError::Interrupted)
+}

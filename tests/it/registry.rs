@@ -1,0 +1,346 @@
+//! Images to and from a real registry, credentials, and what the store keeps of it all.
+
+use crate::story::{Build, Ended, busybox_base, run};
+use serde_json::Value;
+use std::fs;
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+struct Registry {
+    child: Child,
+    host: String,
+    dir: tempfile::TempDir,
+}
+
+impl Registry {
+    /// Starts Debian's docker-registry; `extra` are lines of its configuration with `DIR` for a directory of its own.
+    fn start(extra: &str, prepare: impl Fn(&Path)) -> Registry {
+        for _ in 0..5 {
+            let port = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address").port();
+            let dir = tempfile::tempdir().expect("a temporary directory");
+            prepare(dir.path());
+            let config = dir.path().join("config.yml");
+            let text = format!(
+                "version: 0.1\nlog:\n  level: error\nstorage:\n  filesystem:\n    rootdirectory: DIR/data\nhttp:\n  addr: 127.0.0.1:{port}\n{extra}"
+            );
+            fs::write(&config, text.replace("DIR", &dir.path().display().to_string())).expect("a file of our own");
+            let mut child = Command::new("docker-registry")
+                .arg("serve")
+                .arg(&config)
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .expect("these tests need the program docker-registry");
+            for _ in 0..200 {
+                if TcpStream::connect(("127.0.0.1", port)).is_ok() {
+                    return Registry { child, host: format!("127.0.0.1:{port}"), dir };
+                }
+                if child.try_wait().expect("a child").is_some() {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        panic!("docker-registry did not start");
+    }
+
+    fn plain() -> Registry {
+        Self::start("", |_| ())
+    }
+
+    /// With the password "secret" of the user "me".
+    fn with_password() -> Registry {
+        Self::start("auth:\n  htpasswd:\n    realm: test\n    path: DIR/htpasswd\n", |dir| {
+            let line = "me:$2b$04$K6fjliXwP7fZicU6OK19p.XN.8dOkcf0DJYHzdem7ACFSgNnePJGa\n";
+            fs::write(dir.join("htpasswd"), line).expect("a file of our own");
+        })
+    }
+
+    /// Has skopeo put the busybox base there.
+    fn add_base(&self) {
+        let status = Command::new("skopeo")
+            .args(["--insecure-policy", "copy", "-q", "--dest-tls-verify=false"])
+            .arg(format!("oci:{}:latest", busybox_base().display()))
+            .arg(format!("docker://{}/library/busybox:1", self.host))
+            .status()
+            .expect("these tests need the program skopeo");
+        assert!(status.success());
+    }
+
+    /// What skopeo says of an image; it reads all of its blobs.
+    fn check(&self, name: &str, more: &[&str]) -> Value {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let copy = Command::new("skopeo")
+            .args(["--insecure-policy", "copy", "-q", "--src-tls-verify=false"])
+            .args(more)
+            .arg(format!("docker://{}/{name}", self.host))
+            .arg(format!("oci:{}:x", dir.path().join("copy").display()))
+            .output()
+            .expect("these tests need the program skopeo");
+        assert!(copy.status.success(), "{name}: {}", String::from_utf8_lossy(&copy.stderr));
+        let inspect = Command::new("skopeo")
+            .arg("inspect")
+            .arg(format!("oci:{}:x", dir.path().join("copy").display()))
+            .output()
+            .expect("skopeo runs");
+        serde_json::from_slice(&inspect.stdout).expect("JSON")
+    }
+}
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Another command on a build's store, with a configuration of its own.
+fn nacre(build: &Build, args: &[&str], stdin: Option<&[u8]>) -> Ended {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nacre"));
+    command.args(args).env("NACRE_STORE", build.store()).env("HOME", build.path("home"));
+    for name in ["DOCKER_CONFIG", "REGISTRY_AUTH_FILE", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME"] {
+        command.env_remove(name);
+    }
+    run(command, stdin)
+}
+
+#[track_caller]
+fn works(build: &Build, args: &[&str]) -> String {
+    let ended = nacre(build, args, None);
+    assert_eq!(ended.code, Some(0), "{args:?}: {}", ended.stderr);
+    ended.stdout()
+}
+
+#[test]
+fn a_build_is_pushed_under_all_of_its_names() {
+    let registry = Registry::plain();
+    let host = &registry.host;
+    let metadata_of = |build: &Build| -> Value {
+        serde_json::from_slice(&fs::read(build.path("meta")).expect("a file")).expect("JSON")
+    };
+    let build = Build::new().dockerfile("FROM busybox\nCOPY a /a\n").file("a", "1");
+    let metadata = format!("--metadata-file={}", build.path("meta").display());
+    let build = build.flag(metadata);
+    let build = build.flag(format!("-t={host}/team/app:1")).flag(format!("-t={host}/team/app:2")).flag("--push");
+    build.runs();
+    let digest = metadata_of(&build)["containerimage.digest"].clone();
+    for tag in ["1", "2"] {
+        assert_eq!(registry.check(&format!("team/app:{tag}"), &[])["Digest"], digest);
+    }
+    assert_eq!(works(&build, &["images", "-q"]), "", "a push alone names nothing in the store");
+
+    let by_digest = Build::new().dockerfile("FROM busybox\nCOPY a /a\n").file("a", "3");
+    let metadata = format!("--metadata-file={}", by_digest.path("meta").display());
+    let by_digest = by_digest
+        .flag(metadata)
+        .flag(format!("--output=type=image,push=true,push-by-digest=true,name-canonical=true,name={host}/team/digest"));
+    by_digest.runs();
+    let digest = metadata_of(&by_digest)["containerimage.digest"].as_str().expect("a digest").to_owned();
+    registry.check(&format!("team/digest@{digest}"), &[]);
+    assert!(nacre(&by_digest, &["pull", &format!("{host}/team/digest:latest")], None).code == Some(5));
+}
+
+#[test]
+fn a_base_in_the_same_registry_is_not_downloaded() {
+    let registry = Registry::plain();
+    registry.add_base();
+    let host = &registry.host;
+    let build = Build::new().dockerfile(&format!("FROM {host}/library/busybox:1\nWORKDIR /w\n"));
+    let build = build.flag(format!("-t={host}/team/app:1")).flag("--push");
+    build.runs();
+    let found = registry.check("team/app:1", &[]);
+    let base = found["Layers"][0].as_str().expect("a digest").trim_start_matches("sha256:").to_owned();
+    assert!(!build.store().join("blobs/sha256").join(base).exists(), "the base layer was downloaded");
+}
+
+#[test]
+fn logins_are_tried_kept_and_forgotten() {
+    let registry = Registry::with_password();
+    let host = &registry.host;
+    let build = Build::new().dockerfile("FROM busybox\nCOPY a /a\n").file("a", "1");
+    let build = build.flag(format!("-t={host}/team/app:1"));
+    build.runs();
+    let name = format!("{host}/team/app:1");
+    let denied = nacre(&build, &["push", &name], None);
+    assert_eq!(denied.code, Some(5));
+    assert!(denied.stderr.contains(&format!("nacre login {host}")), "{}", denied.stderr);
+
+    let login = |password: &[u8]| nacre(&build, &["login", "-u", "me", "--password-stdin", host], Some(password));
+    let wrong = login(b"not-this-one\n");
+    assert_eq!(wrong.code, Some(5), "{}", wrong.stderr);
+    assert!(!wrong.stderr.contains("not-this-one"));
+    let config = build.path("home/.docker/config.json");
+    assert!(!config.exists());
+    fs::create_dir_all(config.parent().expect("a parent")).expect("a directory");
+    fs::write(&config, "{\"detachKeys\":\"ctrl-z\"}").expect("a file of our own");
+    let right = login(b"secret\n");
+    assert_eq!(right.code, Some(0), "{}", right.stderr);
+    let text = fs::read_to_string(&config).expect("a file");
+    assert!(text.contains("detachKeys") && text.contains(host.as_str()), "{text}");
+    assert_eq!(fs::metadata(&config).expect("a file").permissions().mode() & 0o777, 0o600);
+
+    let pushed: Value = serde_json::from_str(&works(&build, &["push", "--format=json", &name])).expect("JSON");
+    assert_eq!(pushed[0]["sent"], 3, "{pushed}");
+    let again: Value = serde_json::from_str(&works(&build, &["push", "--format=json", &name])).expect("JSON");
+    assert_eq!((&again[0]["sent"], &again[0]["present"]), (&Value::from(0), &Value::from(3)), "{again}");
+    registry.check("team/app:1", &["--src-creds=me:secret"]);
+
+    works(&build, &["logout", host]);
+    assert!(!fs::read_to_string(&config).expect("a file").contains(host.as_str()));
+    assert_eq!(nacre(&build, &["push", &name], None).code, Some(5));
+}
+
+#[test]
+fn images_are_pulled_named_looked_at_and_saved() {
+    let registry = Registry::plain();
+    registry.add_base();
+    let build = Build::new();
+    let name = format!("{}/library/busybox:1", registry.host);
+    let digest = works(&build, &["pull", "-q", &name]).trim().to_owned();
+    assert!(digest.starts_with("sha256:"), "{digest}");
+    works(&build, &["tag", &name, "localhost/mine:2"]);
+    works(&build, &["tag", &digest[..19], "short"]);
+    let listed: Value = serde_json::from_str(&works(&build, &["images", "--format=json"])).expect("JSON");
+    assert!(listed.to_string().contains("localhost/mine:2"), "{listed}");
+    let inspected: Value = serde_json::from_str(&works(&build, &["inspect", "localhost/mine:2"])).expect("JSON");
+    assert_eq!(inspected[0]["digest"], digest.as_str());
+    assert_eq!(inspected[0]["config"]["os"], "linux");
+    let archive = build.path("saved.tar");
+    works(&build, &["save", "-o", archive.to_str().expect("text"), "localhost/mine:2"]);
+    let output = Command::new("skopeo")
+        .arg("inspect")
+        .arg(format!("docker-archive:{}:localhost/mine:2", archive.display()))
+        .output()
+        .expect("these tests need the program skopeo");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+
+    works(&build, &["rmi", "localhost/mine:2", "short", &name]);
+    assert_eq!(works(&build, &["images", "-q"]), "");
+    assert_eq!(nacre(&build, &["rmi", "short"], None).code, Some(2));
+    assert_eq!(nacre(&build, &["inspect", "short"], None).code, Some(2));
+    works(&build, &["rmi", "--force", "short"]);
+    works(&build, &["prune", "--all"]);
+    assert_eq!(fs::read_dir(build.store().join("blobs/sha256")).expect("a directory").count(), 0);
+}
+
+/// A certificate for 127.0.0.1 that signs itself.
+fn certificate(dir: &Path) {
+    let status = Command::new("openssl")
+        .args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=test"])
+        .args(["-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=critical,CA:FALSE"])
+        .arg("-keyout")
+        .arg(dir.join("key.pem"))
+        .arg("-out")
+        .arg(dir.join("cert.pem"))
+        .stderr(Stdio::null())
+        .status()
+        .expect("these tests need the program openssl");
+    assert!(status.success());
+}
+
+#[test]
+fn certificates_are_checked_unless_told_otherwise() {
+    let registry = Registry::start("  tls:\n    certificate: DIR/cert.pem\n    key: DIR/key.pem\n", certificate);
+    let (host, ca) = (&registry.host, registry.dir.path().join("cert.pem"));
+    let ca = ca.to_str().expect("text");
+    let build = Build::new().dockerfile("FROM busybox\nCOPY a /a\n").file("a", "1");
+    let name = format!("{host}/app:1");
+    let build = build.flag(format!("-t={name}"));
+    build.runs();
+    assert_eq!(nacre(&build, &["push", &name], None).code, Some(5), "nobody vouches for it");
+    works(&build, &["push", "--insecure-registry", host, &name]);
+    works(&build, &["push", "--tls-ca", ca, &name]);
+    // A directory for the host, as docker and podman have it.
+    let directory = build.path("home/.docker/certs.d").join(host);
+    fs::create_dir_all(&directory).expect("a directory");
+    fs::copy(ca, directory.join("ca.crt")).expect("a file");
+    works(&build, &["push", &name]);
+    fs::write(directory.join("ca.crt"), "nothing").expect("a file");
+    let error = nacre(&build, &["push", &name], None);
+    assert!(error.code == Some(5) && error.stderr.contains("ca.crt"), "{}", error.stderr);
+    let other = Registry::plain();
+    let insecure = format!("{}/app:1", other.host);
+    works(&build, &["tag", &name, &insecure]);
+    works(&build, &["push", "--insecure-registry", &other.host, &insecure]);
+    other.check("app:1", &[]);
+}
+
+/// `du` of a store, as somebody who may look everywhere in it.
+fn du(store: &Path) -> u64 {
+    let script = "du -s -B1 \"$1\" | cut -f1";
+    let direct = Command::new("sh").args(["-c", script, "sh"]).arg(store).output().expect("sh runs");
+    let output = match direct.stderr.is_empty() {
+        true => direct,
+        false => Command::new("unshare")
+            .args(["--map-auto", "--map-root-user", "sh", "-c", script, "sh"])
+            .arg(store)
+            .output()
+            .expect("unshare runs"),
+    };
+    String::from_utf8_lossy(&output.stdout).trim().parse().expect("a number")
+}
+
+#[test]
+fn the_cache_is_measured_and_pruned() {
+    let build = Build::new()
+        .dockerfile(
+            "FROM busybox\nCOPY a /a\nRUN mkdir -m 700 /d && cp /a /d/b && chown -R 1000:1000 /d && chmod 0 /d\n",
+        )
+        .file("a", "1")
+        .flag("-t=kept:1");
+    build.runs();
+    let usage =
+        |build: &Build| -> Value { serde_json::from_str(&works(build, &["du", "--format=json"])).expect("JSON") };
+    assert_eq!(usage(&build)["total_bytes"], du(&build.store()));
+    let records = |build: &Build| usage(build)["kinds"]["records"]["count"].as_u64().unwrap_or(0);
+    let before = records(&build);
+    build.write("a", "2");
+    build.runs();
+    assert_eq!(records(&build), before * 2);
+
+    // Nothing is that old.
+    works(&build, &["prune", "--filter", "until=24h"]);
+    assert_eq!(records(&build), before * 2);
+    works(&build, &["prune"]);
+    assert_eq!(records(&build), before, "what newer results replaced is gone");
+    let again = build.runs();
+    assert!(again.ran().iter().all(|step| step.starts_with("[internal]")), "the newest stays: {}", again.stderr);
+
+    let pruned: Value = serde_json::from_str(&works(&build, &["prune", "--all", "--format=json"])).expect("JSON");
+    assert_eq!(pruned["left"], Value::Array(Vec::new()), "{pruned}");
+    assert!(pruned["freed_bytes"].as_u64().is_some_and(|bytes| bytes > 4096), "{pruned}");
+    assert_eq!(records(&build), 0);
+    assert_eq!(usage(&build)["total_bytes"], du(&build.store()));
+    let status = Command::new("skopeo")
+        .args(["--insecure-policy", "copy", "-q"])
+        .arg(format!("oci:{}:kept:1", build.store().display()))
+        .arg(format!("oci:{}:x", build.path("copy").display()))
+        .status()
+        .expect("these tests need the program skopeo");
+    assert!(status.success(), "an image with a name is whole");
+    assert!(!build.runs().ran().is_empty());
+    works(&build, &["prune", "--keep-storage", "1"]);
+    assert_eq!(records(&build), 0);
+    assert_eq!(nacre(&build, &["prune", "--filter", "until=soon"], None).code, Some(2));
+    assert_eq!(nacre(&build, &["prune", "--keep-storage", "much"], None).code, Some(2));
+}
+
+#[test]
+fn pruning_waits_for_builds() {
+    let build = Build::new().dockerfile("FROM busybox\nRUN sleep 2\n");
+    let mut child =
+        build.command().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("nacre starts");
+    while !build.store().join("lock").exists() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    std::thread::sleep(Duration::from_millis(200));
+    let ended = nacre(&build, &["prune", "--all"], None);
+    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+    assert!(ended.stderr.contains("waiting for builds"), "{}", ended.stderr);
+    assert!(child.wait().expect("it ends").success());
+}
