@@ -251,19 +251,27 @@ pub fn did_you_mean<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str
     if word.is_empty() || word.len() > MAX_GUESS {
         return None;
     }
+    let limit = (word.len() / 3).max(1).min(word.len() - 1);
     candidates
         .into_iter()
-        .map(|candidate| (edit_distance(&word, &candidate.to_lowercase().chars().collect::<Vec<_>>()), candidate))
-        .filter(|(distance, _)| *distance <= (word.len() / 3).max(1) && *distance < word.len())
+        .take(MAX_CANDIDATES)
+        // At least as many edits as the lengths differ; a character has at most four bytes.
+        .filter(|candidate| candidate.len() >= word.len() - limit && candidate.len() <= 4 * (word.len() + limit))
+        .filter_map(|candidate| {
+            let lower: Vec<char> = candidate.to_lowercase().chars().collect();
+            edit_distance(&word, &lower, limit).map(|distance| (distance, candidate))
+        })
         .min_by_key(|(distance, _)| *distance)
         .map(|(_, candidate)| candidate.to_owned())
 }
 
 /// Longest word that a guess is made for; no keyword comes near it.
 const MAX_GUESS: usize = 40;
+/// Most candidates that are looked at: whole files of mistakes must not take long either.
+const MAX_CANDIDATES: usize = 100;
 
-/// Edit distance where inserting, deleting, replacing and swapping two neighbours cost one each.
-fn edit_distance(a: &[char], b: &[char]) -> usize {
+/// Edit distance where inserting, deleting, replacing and swapping two neighbours cost one each; `None` above the limit.
+fn edit_distance(a: &[char], b: &[char], limit: usize) -> Option<usize> {
     let mut before: Vec<usize> = Vec::new();
     let mut above: Vec<usize> = (0..=b.len()).collect();
     for (i, &x) in a.iter().enumerate() {
@@ -275,9 +283,13 @@ fn edit_distance(a: &[char], b: &[char]) -> usize {
             }
             row.push(cost);
         }
+        // A swap reaches two rows back, everything else one: no later row gets below these two.
+        if row.iter().chain(&above).min().is_some_and(|least| *least > limit) {
+            return None;
+        }
         before = std::mem::replace(&mut above, row);
     }
-    above[b.len()]
+    Some(above[b.len()]).filter(|distance| *distance <= limit)
 }
 
 /// `did you mean` when one is near, else all of them.

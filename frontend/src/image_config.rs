@@ -94,17 +94,6 @@ impl ImageConfig {
     }
 }
 
-impl ContainerConfig {
-    /// Sets a variable: in place where it exists, else at the end.
-    pub fn set_env(&mut self, name: &str, value: &str) {
-        let text = format!("{name}={value}");
-        match self.env.iter_mut().find(|entry| split_env(entry).0 == name) {
-            Some(entry) => *entry = text,
-            None => self.env.push(text),
-        }
-    }
-}
-
 /// Splits `NAME=value`; without `=` the value is empty.
 pub fn split_env(entry: &str) -> (&str, &str) {
     entry.split_once('=').unwrap_or((entry, ""))

@@ -15,6 +15,7 @@
 
 mod config;
 mod copy;
+pub(crate) mod environment;
 mod git_url;
 pub(crate) mod mount;
 mod run;
@@ -34,11 +35,14 @@ use crate::outline::Outline;
 use crate::parser;
 use crate::platform;
 use crate::source::Span;
-use crate::stage::{Base, Command, External, Plan, SourceRef, problem, set_variable, variable};
+use crate::stage::{Base, Command, External, Plan, SourceRef, problem};
 use crate::units;
-use crate::word::{Lexer, Variables};
+use crate::word::{Lexer, Variables, WordError};
+use environment::Environment;
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
+use std::cell::Cell;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::rc::Rc;
 
 /// What the caller asks for.
 #[derive(Debug, Clone, PartialEq)]
@@ -232,6 +236,7 @@ pub fn lower_and_outline(
         hostname: options.hostname.clone().or_else(|| build_args.get("BUILDKIT_SANDBOX_HOSTNAME").cloned()),
         build_args,
         lexer,
+        budget: Cell::new(MAX_TEXT),
     };
     let mut graph = Graph::default();
     let mut problems = Vec::new();
@@ -253,7 +258,7 @@ pub fn lower_and_outline(
     if !problems.is_empty() {
         return Err(problems);
     }
-    let Some(state) = states.swap_remove(plan.target) else {
+    let Some(state) = take_with_history(&mut states, plan.target) else {
         return Err(vec![Diagnostic { problem: Problem::NoStage, span: None }]);
     };
     let used: Vec<&Instruction> =
@@ -263,6 +268,19 @@ pub fn lower_and_outline(
     let image = finish(state, options, &plan.target_platform, shared.created.clone());
     let definition = Definition { vertices: graph.vertices, image };
     Ok((Lowered::Graph(Box::new(definition)), warnings, outline))
+}
+
+/// The state of a stage, with the history of the stages that it is built on before its own.
+fn take_with_history(states: &mut [Option<State>], index: usize) -> Option<State> {
+    let mut state = states[index].take()?;
+    let mut parts = vec![std::mem::take(&mut state.image.history)];
+    let mut parent = state.parent;
+    while let Some(stage) = parent.and_then(|parent| states[parent].as_ref()) {
+        parts.push(stage.image.history.clone());
+        parent = stage.parent;
+    }
+    state.image.history = parts.into_iter().rev().flatten().collect();
+    Some(state)
 }
 
 /// Which stages the target needs, with the triggers of their bases put in; and the configurations that are missing.
@@ -353,9 +371,9 @@ fn in_trigger(diagnostic: Diagnostic, trigger: &str, base: &str, span: Span) -> 
 }
 
 /// SOURCE_DATE_EPOCH as a build arg or a global ARG with a value; empty is none.
-fn epoch(build_args: &BTreeMap<String, String>, global_args: &[(String, String)]) -> Result<Option<i64>, LowerProblem> {
+fn epoch(build_args: &BTreeMap<String, String>, global_args: &Environment) -> Result<Option<i64>, LowerProblem> {
     let name = "SOURCE_DATE_EPOCH";
-    match build_args.get(name).map(String::as_str).or_else(|| variable(global_args, name)) {
+    match build_args.get(name).map(String::as_str).or_else(|| global_args.get(name)) {
         None | Some("") => Ok(None),
         Some(value) => value.parse().map(Some).map_err(|_| LowerProblem::BadEpoch(value.to_owned())),
     }
@@ -414,11 +432,26 @@ struct Shared<'a> {
     plan: &'a Plan<'a>,
     build_args: BTreeMap<String, String>,
     lexer: Lexer,
+    /// Bytes of text that variables may still make.
+    budget: Cell<usize>,
     /// Date of new history entries, when it is known without a clock.
     created: Option<String>,
     proxies: Vec<(String, String)>,
     cache_namespace: String,
     hostname: Option<String>,
+}
+
+/// Most bytes that expansions, and environments of steps, may take in all; a file could ask for any number of them. Far
+/// beyond what a real one needs.
+const MAX_TEXT: usize = 256 << 20;
+
+impl Shared<'_> {
+    /// Takes some bytes off the budget.
+    fn spend(&self, bytes: usize) -> Result<(), WordError> {
+        let left = self.budget.get().checked_sub(bytes).ok_or(WordError::TooLong)?;
+        self.budget.set(left);
+        Ok(())
+    }
 }
 
 /// Vertices made so far.
@@ -453,10 +486,17 @@ impl Graph {
 #[derive(Clone)]
 struct State {
     top: Option<VertexId>,
-    /// Variables of expansion and RUN.
-    env: Vec<(String, String)>,
+    /// Stage that this one is built on. `image` has no history of that stage: a copy for each stage would make chains of
+    /// stages slow.
+    parent: Option<usize>,
+    /// Variables of expansion and RUN; shared with the parent while they are the same.
+    env: Rc<Environment>,
+    /// Where variables stand in the configuration.
+    image_env: Rc<HashMap<String, usize>>,
     /// Declared ARGs in order, for the history of RUN.
     build_args: Vec<(String, Option<String>)>,
+    /// Their names.
+    declared: Rc<HashSet<String>>,
     image: ImageConfig,
     platform: Platform,
     /// Descriptions of layers that no history entry belongs to: file trees as bases.
@@ -467,6 +507,50 @@ struct State {
 }
 
 impl State {
+    /// What a stage built on this one, number `parent`, begins with.
+    fn child(&self, parent: usize) -> Self {
+        let image = &self.image;
+        let mut config = image.config.clone();
+        // Triggers are for the direct child.
+        config.on_build.clear();
+        Self {
+            top: self.top,
+            parent: Some(parent),
+            env: Rc::clone(&self.env),
+            image_env: Rc::clone(&self.image_env),
+            build_args: self.build_args.clone(),
+            declared: Rc::clone(&self.declared),
+            image: ImageConfig {
+                created: image.created.clone(),
+                author: image.author.clone(),
+                architecture: image.architecture.clone(),
+                variant: image.variant.clone(),
+                os: image.os.clone(),
+                config,
+                rootfs: image.rootfs.clone(),
+                history: Vec::new(),
+                other: image.other.clone(),
+            },
+            platform: self.platform.clone(),
+            unrecorded_layers: self.unrecorded_layers.clone(),
+            workdir_set: self.workdir_set,
+            base_unknown: self.base_unknown,
+        }
+    }
+
+    /// Sets a variable of the image's configuration: in place where it exists, else at the end.
+    fn set_image_env(&mut self, name: &str, value: &str) {
+        let entry = format!("{name}={value}");
+        let list = &mut self.image.config.env;
+        match self.image_env.get(name).and_then(|&place| list.get_mut(place)) {
+            Some(old) => *old = entry,
+            None => {
+                Rc::make_mut(&mut self.image_env).insert(name.to_owned(), list.len());
+                list.push(entry);
+            }
+        }
+    }
+
     /// Absolute and clean.
     fn cwd(&self) -> String {
         text::absolute("/", &self.image.config.working_dir)
@@ -529,8 +613,11 @@ impl<'s, 'g> StageLowering<'s, 'g> {
             problems,
             state: State {
                 top: None,
-                env: Vec::new(),
+                parent: None,
+                env: Rc::default(),
+                image_env: Rc::default(),
                 build_args: Vec::new(),
+                declared: Rc::default(),
                 image: ImageConfig::default(),
                 platform: stage.platform.clone().unwrap_or_else(|| shared.plan.target_platform.clone()),
                 unrecorded_layers: Vec::new(),
@@ -552,13 +639,21 @@ impl<'s, 'g> StageLowering<'s, 'g> {
         if stage.replaced {
             return self.state;
         }
-        if !self.state.image.config.env.iter().any(|entry| split_env(entry).0 == "PATH") {
-            self.state.image.config.env.push(format!("PATH={DEFAULT_PATH}"));
+        if self.state.parent.is_none() {
+            let places = Rc::make_mut(&mut self.state.image_env);
+            for (place, entry) in self.state.image.config.env.iter().enumerate() {
+                places.entry(split_env(entry).0.to_owned()).or_insert(place);
+            }
+        }
+        if !self.state.image_env.contains_key("PATH") {
+            self.state.set_image_env("PATH", DEFAULT_PATH);
         }
         // ENV of the base wins over an ARG of the same name that a parent stage declared later.
-        for entry in self.state.image.config.env.clone() {
-            let (name, value) = split_env(&entry);
-            set_variable(&mut self.state.env, name, value.to_owned());
+        for entry in &self.state.image.config.env {
+            let (name, value) = split_env(entry);
+            if self.state.env.get(name) != Some(value) {
+                Rc::make_mut(&mut self.state.env).set(name, value.to_owned());
+            }
         }
         for command in &stage.commands {
             if let Err(found) = self.command(command) {
@@ -577,9 +672,7 @@ impl<'s, 'g> StageLowering<'s, 'g> {
         match &stage.base {
             Base::Stage(base) => {
                 if let Some(state) = &self.states[*base] {
-                    self.state = state.clone();
-                    // Triggers are for the direct child.
-                    self.state.image.config.on_build.clear();
+                    self.state = state.child(*base);
                 }
             }
             Base::External(External::Scratch) => {
@@ -639,8 +732,9 @@ impl<'s, 'g> StageLowering<'s, 'g> {
     }
 
     fn expand_with(&mut self, at: &At<'_>, lexer: &Lexer, text: &str, span: Span) -> Result<String, Diagnostic> {
-        let expanded =
-            lexer.word(text, self.state.env.as_slice()).map_err(|error| Diagnostic::at(span, error.into()))?;
+        let at_span = |error: WordError| Diagnostic::at(span, error.into());
+        let expanded = lexer.word(text, &*self.state.env).map_err(at_span)?;
+        self.shared.spend(expanded.value.len().saturating_sub(text.len())).map_err(at_span)?;
         for name in &expanded.unmatched {
             self.undefined(at, name, span);
         }
@@ -648,7 +742,7 @@ impl<'s, 'g> StageLowering<'s, 'g> {
     }
 
     fn undefined(&mut self, at: &At<'_>, name: &str, span: Span) {
-        if self.state.base_unknown || self.state.build_args.iter().any(|(declared, _)| declared == name) {
+        if self.state.base_unknown || self.state.declared.contains(name) {
             return;
         }
         let hint = did_you_mean(name, self.state.env.names()).map(|name| format!(" (did you mean `${name}`?)"));

@@ -5,9 +5,10 @@
 
 use crate::instruction::{Dockerfile, Instruction, InstructionKind, Text};
 use crate::llb::MountKind;
+use crate::lower::environment::Environment;
 use crate::source::Span;
-use crate::stage::{described, variable};
-use crate::word::Lexer;
+use crate::stage::described;
+use crate::word::{Lexer, Variables};
 use std::collections::BTreeSet;
 
 /// All that a target can be given.
@@ -85,7 +86,7 @@ impl Outline {
         &mut self,
         file: &Dockerfile,
         used_by: &[&Instruction],
-        values: &[(String, String)],
+        values: &Environment,
         lexer: &Lexer,
     ) {
         let names = |word: &Text| -> BTreeSet<String> {
@@ -110,7 +111,7 @@ impl Outline {
                 found.push(Argument {
                     name: name.value.clone(),
                     description: described(instruction, &name.value),
-                    value: variable(values, &name.value).map(str::to_owned),
+                    value: values.get(&name.value).map(str::to_owned),
                     span: name.span,
                 });
             }

@@ -9,6 +9,7 @@ use crate::diagnostic::{Diagnostic, Problem, did_you_mean};
 use crate::flag::option_span;
 use crate::instruction::{Dockerfile, Instruction, InstructionKind, Text};
 use crate::llb::{ImageSource, Platform, Source};
+use crate::lower::environment::Environment;
 use crate::lower::mount::split_csv;
 use crate::lower::{NamedContext, Options, use_of_variable};
 use crate::lower_problem::LowerProblem;
@@ -74,7 +75,7 @@ pub(crate) fn described(instruction: &Instruction, name: &str) -> Option<String>
 pub(crate) struct Plan<'a> {
     pub(crate) stages: Vec<Stage<'a>>,
     /// Arguments from before the first FROM and the predefined ones, with their values.
-    pub(crate) global_args: Vec<(String, String)>,
+    pub(crate) global_args: Environment,
     /// What the build is for.
     pub(crate) target_platform: Platform,
     /// Number of the stage to build.
@@ -390,14 +391,14 @@ struct Builder<'o, 'r> {
 
 impl Builder<'_, '_> {
     /// TARGETPLATFORM and its like; a build arg of the same name wins.
-    fn predefined_args(&self, raw: &[(&Instruction, Vec<&Instruction>)]) -> Vec<(String, String)> {
+    fn predefined_args(&self, raw: &[(&Instruction, Vec<&Instruction>)]) -> Environment {
         let (build, target) = (&self.options.build_platform, &self.target_platform);
         let last = raw.last().and_then(|(from, _)| match &from.kind {
             InstructionKind::From { name: Some(name), .. } => Some(name.value.to_lowercase()),
             _ => None,
         });
         let stage = self.options.target.clone().or(last).unwrap_or_else(|| "default".to_owned());
-        [
+        let all = [
             ("BUILDPLATFORM", build.to_string()),
             ("BUILDOS", build.os.clone()),
             ("BUILDOSVERSION", String::new()),
@@ -409,19 +410,21 @@ impl Builder<'_, '_> {
             ("TARGETARCH", target.architecture.clone()),
             ("TARGETVARIANT", target.variant.clone()),
             ("TARGETSTAGE", stage),
-        ]
-        .into_iter()
-        .map(|(name, value)| (name.to_owned(), self.build_args.get(name).cloned().unwrap_or(value)))
-        .collect()
+        ];
+        let mut args = Environment::default();
+        for (name, value) in all {
+            args.set(name, self.build_args.get(name).cloned().unwrap_or(value));
+        }
+        args
     }
 
     /// Values of the ARGs before the first FROM, and all names declared there.
     fn global_args(
         &mut self,
-        mut args: Vec<(String, String)>,
+        mut args: Environment,
         globals: &[Instruction],
         build_args: &BTreeMap<String, String>,
-    ) -> (Vec<(String, String)>, BTreeSet<String>) {
+    ) -> (Environment, BTreeSet<String>) {
         let mut declared = BTreeSet::new();
         for instruction in globals {
             let InstructionKind::Arg(pairs) = &instruction.kind else { continue };
@@ -429,7 +432,7 @@ impl Builder<'_, '_> {
                 declared.insert(name.value.clone());
                 let value = match (build_args.get(&name.value), default) {
                     (Some(value), _) => value.clone(),
-                    (None, Some(default)) => match self.lexer.word(&default.value, args.as_slice()) {
+                    (None, Some(default)) => match self.lexer.word(&default.value, &args) {
                         Ok(expanded) => expanded.value,
                         Err(error) => {
                             self.problems.push(Diagnostic::at(default.span, error.into()));
@@ -438,7 +441,7 @@ impl Builder<'_, '_> {
                     },
                     (None, None) => continue,
                 };
-                set_variable(&mut args, &name.value, value);
+                args.set(&name.value, value);
             }
         }
         (args, declared)
@@ -448,11 +451,11 @@ impl Builder<'_, '_> {
     fn check_defaults(
         &mut self,
         raw: &[(&Instruction, Vec<&Instruction>)],
-        predefined: &[(String, String)],
+        predefined: &Environment,
         globals: &[Instruction],
     ) {
         let before = self.problems.len();
-        let (args, _) = self.global_args(predefined.to_vec(), globals, &BTreeMap::new());
+        let (args, _) = self.global_args(predefined.clone(), globals, &BTreeMap::new());
         if self.problems.len() != before {
             // The same mistakes are found again with the real arguments, if they matter then.
             self.problems.truncate(before);
@@ -460,7 +463,7 @@ impl Builder<'_, '_> {
         }
         for (from, _) in raw {
             let InstructionKind::From { image, .. } = &from.kind else { continue };
-            let Ok(expanded) = self.lexer.word(&image.value, args.as_slice()) else { continue };
+            let Ok(expanded) = self.lexer.word(&image.value, &args) else { continue };
             if expanded.value.is_empty() || Reference::parse(&expanded.value).is_err() {
                 let message = format!("without build args `{}` is no valid base image name", image.value);
                 self.reporter.report(Rule::InvalidDefaultArgInFrom, from, image.span, message);
@@ -525,7 +528,7 @@ impl Builder<'_, '_> {
         image: &Text,
         declared: &BTreeSet<String>,
     ) -> Option<String> {
-        let args = plan.global_args.as_slice();
+        let args = &plan.global_args;
         let expanded = match self.lexer.word(&image.value, args) {
             Ok(expanded) => expanded,
             Err(error) => {
@@ -552,7 +555,7 @@ impl Builder<'_, '_> {
         stage: Option<&str>,
         declared: &BTreeSet<String>,
     ) -> Option<Platform> {
-        let args = plan.global_args.as_slice();
+        let args = &plan.global_args;
         let expanded = match self.lexer.word(&text.value, args) {
             Ok(expanded) => expanded,
             Err(error) => {
@@ -583,7 +586,7 @@ impl Builder<'_, '_> {
         } else if expanded.unmatched.is_empty()
             && expanded.matched.len() == 1
             && expanded.matched.contains("TARGETPLATFORM")
-            && variable(args, "TARGETPLATFORM") == Some(expanded.value.as_str())
+            && args.get("TARGETPLATFORM") == Some(expanded.value.as_str())
         {
             let message = format!("--platform={} is the default and can be left out", text.value);
             self.reporter.report(Rule::RedundantTargetPlatform, from, text.span, message);
@@ -594,7 +597,7 @@ impl Builder<'_, '_> {
     fn undefined_in_from(
         &mut self,
         unmatched: &BTreeSet<String>,
-        args: &[(String, String)],
+        args: &Environment,
         from: &Instruction,
         text: &Text,
         declared: &BTreeSet<String>,
@@ -611,21 +614,8 @@ impl Builder<'_, '_> {
     }
 }
 
-fn similar_variable(unset: &BTreeSet<String>, args: &[(String, String)]) -> Option<String> {
+fn similar_variable(unset: &BTreeSet<String>, args: &Environment) -> Option<String> {
     unset.iter().find_map(|name| did_you_mean(name, args.names()))
-}
-
-/// Value of a variable.
-pub(crate) fn variable<'v>(variables: &'v [(String, String)], name: &str) -> Option<&'v str> {
-    Variables::get(variables, name)
-}
-
-/// Sets a variable: in place where it exists, else at the end.
-pub(crate) fn set_variable(variables: &mut Vec<(String, String)>, name: &str, value: String) {
-    match variables.iter_mut().find(|(key, _)| key == name) {
-        Some((_, old)) => *old = value,
-        None => variables.push((name.to_owned(), value)),
-    }
 }
 
 /// Where an instruction names its source number `at`: the value of `--from`, or `from=…` of a mount.

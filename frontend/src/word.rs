@@ -44,6 +44,9 @@ pub enum WordError {
     /// A pattern with an escape that does not exist.
     #[error("invalid pattern ({0}) in substitution")]
     InvalidPattern(String),
+    /// Variables that hold variables that hold … make a long text of a short one.
+    #[error("variables expand to too long a text")]
+    TooLong,
     /// Substitutions inside each other, more than anybody writes.
     #[error("substitutions nested too deeply")]
     TooDeep,
@@ -64,6 +67,7 @@ impl WordError {
             WordError::UnsupportedModifier(_) => "`:-`, `:+`, `:?`, `#`, `%` and `/` are possible",
             WordError::Required { .. } => "give it a value with ENV, ARG or `--build-arg`",
             WordError::InvalidPattern(_) => "only `*`, `?`, `/`, `}` and the backslash can be escaped in a pattern",
+            WordError::TooLong => "Linux passes at most 128 KiB in a variable: write longer text to a file",
             WordError::TooDeep => "set an ARG or ENV first and use that",
         };
         Some(help.to_owned())
@@ -136,6 +140,9 @@ impl Lexer {
 
 /// Substitutions inside each other; keeps the recursion within any thread's stack.
 const MAX_DEPTH: usize = 100;
+/// Bytes that variables may add to a text: the longest string that Linux passes to a program. Without a limit, 40 lines
+/// like `ENV A=$A$A` would fill any memory.
+const MAX_GROWTH: usize = 128 << 10;
 
 struct Run<'a, V: ?Sized> {
     lexer: &'a Lexer,
@@ -143,6 +150,8 @@ struct Run<'a, V: ?Sized> {
     vars: &'a V,
     raw_escapes: bool,
     depth: usize,
+    /// Bytes that came from variables.
+    grown: usize,
     /// The word being read. There is one for all levels: a word inside `${}` ends the one outside of it, whose start
     /// is lost, so `x${A:-b}y` splits into `by` alone. BuildKit does that; only splitting is concerned.
     split: String,
@@ -158,6 +167,7 @@ impl<'a, V: Variables + ?Sized> Run<'a, V> {
             vars,
             raw_escapes: lexer.raw_escapes,
             depth: 0,
+            grown: 0,
             split: String::new(),
             matched: BTreeSet::new(),
             unmatched: BTreeSet::new(),
@@ -326,6 +336,12 @@ impl<'a, V: Variables + ?Sized> Run<'a, V> {
 
     /// Everything that starts with `$`.
     fn dollar(&mut self) -> Result<String, WordError> {
+        let value = self.substitution()?;
+        self.grown = self.grown.saturating_add(value.len());
+        if self.grown > MAX_GROWTH { Err(WordError::TooLong) } else { Ok(value) }
+    }
+
+    fn substitution(&mut self) -> Result<String, WordError> {
         self.next();
         if self.peek() != Some('{') {
             let name = self.name();
@@ -413,7 +429,7 @@ impl<'a, V: Variables + ?Sized> Run<'a, V> {
         let regex = pattern_regex(&pattern, true, false)?;
         if all {
             // BuildKit hands the replacement to its regular expressions as it is, so `$1` in it stands for nothing.
-            return Ok(regex.replace_all(&value, replacement.as_str()).into_owned());
+            return replace_all(&regex, &value, &replacement);
         }
         Ok(match regex.find(&value) {
             Some(found) => [&value[..found.start()], &replacement, &value[found.end()..]].concat(),
@@ -425,6 +441,7 @@ impl<'a, V: Variables + ?Sized> Run<'a, V> {
     fn inner_word(&mut self, stop: char, raw_escapes: bool, at_end: WordError) -> Result<String, WordError> {
         match self.until(Some(stop), raw_escapes) {
             Ok((word, _)) => Ok(word),
+            Err(WordError::TooLong) => Err(WordError::TooLong),
             Err(_) if self.peek().is_none() => Err(at_end),
             Err(error) => Err(error),
         }
@@ -468,6 +485,23 @@ impl<'a, V: Variables + ?Sized> Run<'a, V> {
 
 fn is_digit(ch: char) -> bool {
     ch.is_ascii_digit() || (!ch.is_ascii() && ch.is_numeric() && !ch.is_alphabetic())
+}
+
+fn replace_all(regex: &Regex, value: &str, replacement: &str) -> Result<String, WordError> {
+    let groups = replacement.matches('$').count();
+    let mut out = String::new();
+    let mut end = 0;
+    for found in regex.captures_iter(value) {
+        let whole = found.get_match();
+        out.push_str(&value[end..whole.start()]);
+        if out.len() + replacement.len() + groups.saturating_mul(whole.len()) > MAX_GROWTH {
+            return Err(WordError::TooLong);
+        }
+        found.expand(replacement, &mut out);
+        end = whole.end();
+    }
+    out.push_str(&value[end..]);
+    Ok(out)
 }
 
 fn trim_prefix(pattern: &str, value: &str, greedy: bool) -> Result<String, WordError> {
@@ -589,5 +623,27 @@ mod tests {
     fn heredoc_words_keep_their_blanks() {
         let words = Lexer::new('\\').words("cat <<  EOF > f", [].as_slice()).unwrap();
         assert_eq!(words, ["cat", "<<  EOF", ">", "f"]);
+    }
+
+    #[test]
+    fn text_does_not_grow_without_end() {
+        let long = "x".repeat(100 << 10);
+        let vars = [("A".to_owned(), long.clone()), ("B".to_owned(), "xy".repeat(1000))];
+        let word = |text: &str| Lexer::new('\\').word(text, vars.as_slice()).map(|word| word.value.len());
+        assert_eq!(word("$A"), Ok(long.len()));
+        for text in [
+            "$A$A",
+            "${A}${A}",
+            "\"$A$A\"",
+            "${A:-x}$A",
+            "${B:+$A$A}",
+            "${A//x/abc}",
+            &format!("${{B//*/{}}}", "\\$0".repeat(70)),
+        ] {
+            assert_eq!(word(text), Err(WordError::TooLong), "{text}");
+        }
+        // What was written at that length is not concerned.
+        assert_eq!(word(&long.repeat(3)), Ok(3 * long.len()));
+        assert_eq!(word("${B//x/z\\$0}"), Ok(2000 + 2 * 1000));
     }
 }

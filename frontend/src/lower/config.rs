@@ -8,7 +8,9 @@ use crate::instruction::{Command as CommandLine, HealthcheckInstruction, Text};
 use crate::llb::{MkdirOp, Op};
 use crate::lower_problem::LowerProblem;
 use crate::source::Span;
-use crate::stage::{problem, set_variable, variable};
+use crate::stage::problem;
+use crate::word::Variables;
+use std::rc::Rc;
 
 impl StageLowering<'_, '_> {
     pub(super) fn arg(&mut self, at: &At<'_>, pairs: &[(Text, Option<Text>)]) -> Result<(), Diagnostic> {
@@ -18,7 +20,7 @@ impl StageLowering<'_, '_> {
             let value = match (self.shared.build_args.get(&name.value), default) {
                 (Some(value), _) => Some(value.clone()),
                 (None, Some(default)) => Some(self.expand(at, default)?),
-                (None, None) => variable(&self.shared.plan.global_args, &name.value).map(str::to_owned),
+                (None, None) => self.shared.plan.global_args.get(&name.value).map(str::to_owned),
             };
             words.push(match &value {
                 Some(value) => format!("{}={value}", name.value),
@@ -27,7 +29,10 @@ impl StageLowering<'_, '_> {
             if let Some(value) = &value
                 && !matches!(name.value.as_str(), "BUILDKIT_SBOM_SCAN_CONTEXT" | "BUILDKIT_SBOM_SCAN_STAGE")
             {
-                set_variable(&mut self.state.env, &name.value, value.clone());
+                Rc::make_mut(&mut self.state.env).set(&name.value, value.clone());
+            }
+            if !self.state.declared.contains(&name.value) {
+                Rc::make_mut(&mut self.state.declared).insert(name.value.clone());
             }
             if !at.trigger {
                 self.graph.outline.arg(at.instruction, name, default.is_some(), value.as_deref());
@@ -53,8 +58,8 @@ impl StageLowering<'_, '_> {
         for ((key, value), (written, _)) in expanded.into_iter().zip(pairs) {
             self.secret_name(at, "ENV", &key, written.span);
             words.push(format!("{key}={value}"));
-            self.state.image.config.set_env(&key, &value);
-            set_variable(&mut self.state.env, &key, value);
+            self.state.set_image_env(&key, &value);
+            Rc::make_mut(&mut self.state.env).set(&key, value);
         }
         self.commit(words.join(" "), true);
         Ok(())
@@ -131,7 +136,7 @@ impl StageLowering<'_, '_> {
         self.state.image.config.working_dir.clone_from(&absolute);
         let has_layer = absolute != "/";
         if has_layer {
-            let env = self.state.env.clone();
+            let env = Rc::clone(&self.state.env);
             let name = self.words(at.instruction, at.trigger, &self.shared.lexer, &env, "");
             let op = MkdirOp { path: text::absolute("/", &absolute), user: self.state.image.config.user.clone() };
             let inputs = vec![self.state.top];
@@ -193,10 +198,13 @@ impl StageLowering<'_, '_> {
         words.sort_by(|a, b| a.value.cmp(&b.value));
         let mut ports = Vec::new();
         for word in words {
-            let env = self.state.env.as_slice();
-            let expanded = self.shared.lexer.words(&word.value, env);
+            let env = Rc::clone(&self.state.env);
+            let expanded = self.shared.lexer.words(&word.value, &*env);
             let expanded = expanded.map_err(|error| Diagnostic::at(word.span, error.into()))?;
-            let unset = self.shared.lexer.word(&word.value, env).map(|word| word.unmatched).unwrap_or_default();
+            let length: usize = expanded.iter().map(String::len).sum();
+            let spent = self.shared.spend(length.saturating_sub(word.value.len()));
+            spent.map_err(|error| Diagnostic::at(word.span, error.into()))?;
+            let unset = self.shared.lexer.word(&word.value, &*env).map(|word| word.unmatched).unwrap_or_default();
             for name in unset {
                 self.undefined(at, &name, word.span);
             }

@@ -11,6 +11,7 @@ use crate::mode;
 use crate::source::Span;
 use crate::stage::{Base, External, SourceRef, problem};
 use crate::word::Lexer;
+use std::rc::Rc;
 
 impl StageLowering<'_, '_> {
     pub(super) fn copy(
@@ -68,7 +69,7 @@ impl StageLowering<'_, '_> {
         }
         created_by.push_str(" # buildkit");
 
-        let env = self.state.env.clone();
+        let env = Rc::clone(&self.state.env);
         let name = self.words(at.instruction, at.trigger, &self.shared.lexer, &env, "");
         let mut inputs = vec![self.state.top];
         let mut sources = Vec::new();

@@ -96,7 +96,8 @@ impl StageLowering<'_, '_> {
     fn mount_spec(&mut self, at: &At<'_>, text: &Text) -> Result<MountSpec, Diagnostic> {
         let mut unset = BTreeSet::new();
         let spec = flag::parse_mount_with(&text.value, |value| {
-            let expanded = self.shared.lexer.word(value, self.state.env.as_slice())?;
+            let expanded = self.shared.lexer.word(value, &*self.state.env)?;
+            self.shared.spend(expanded.value.len().saturating_sub(value.len()))?;
             unset.extend(expanded.unmatched);
             Ok(expanded.value)
         });

@@ -5,9 +5,14 @@ use super::{At, StageLowering, text};
 use crate::diagnostic::{Diagnostic, Problem};
 use crate::instruction::{Command as CommandLine, Heredoc, RunFlags};
 use crate::llb::{Mount, MountKind, Network, Op, RunOp, Security};
+use crate::lower::environment::Environment;
 use crate::lower_problem::LowerProblem;
-use crate::stage::{SourceRef, problem, set_variable};
-use crate::word::Lexer;
+use crate::stage::{SourceRef, problem};
+use crate::word::{Lexer, Variables};
+use std::rc::Rc;
+
+/// What a variable takes beside its text.
+const PAIR: usize = 64;
 
 impl StageLowering<'_, '_> {
     pub(super) fn run_command(
@@ -23,18 +28,21 @@ impl StageLowering<'_, '_> {
         if let Some(device) = flags.devices.first() {
             return Err(problem(device.span, LowerProblem::Device(device.value.clone())));
         }
+        let (shared, options) = (self.shared, self.shared.options);
         let mut inputs = vec![self.state.top];
         let Mounts { mut mounts, ssh_socket, secret_env } = self.mounts(at, &flags.mounts, sources, &mut inputs)?;
 
         let (args, script) = self.arguments(at, line, heredocs);
         mounts.extend(script);
-        let mut env = self.state.env.clone();
+        // Every step has an environment of its own in the graph.
+        let size: usize = self.state.env.list().iter().map(|(name, value)| name.len() + value.len() + PAIR).sum();
+        shared.spend(size).map_err(|error| Diagnostic::at(line.span, error.into()))?;
+        let mut env = self.state.env.list().to_vec();
         if let Some(socket) = ssh_socket
             && !env.iter().any(|(name, _)| name == "SSH_AUTH_SOCK")
         {
             env.push(("SSH_AUTH_SOCK".to_owned(), socket));
         }
-        let (shared, options) = (self.shared, self.shared.options);
         let proxies = shared.proxies.iter().filter(|(name, _)| !env.iter().any(|(set, _)| set == name));
         let op = RunOp {
             args: args.clone(),
@@ -54,9 +62,9 @@ impl StageLowering<'_, '_> {
 
         // Names of steps show what is known; the shell's own variables stay, and so do quotes.
         let lexer = Lexer { raw_quotes: true, skip_unset_env: true, ..shared.lexer };
-        let mut shown = self.state.env.clone();
+        let mut shown = Rc::clone(&self.state.env);
         for name in secret_env {
-            set_variable(&mut shown, &name, "****".to_owned());
+            Rc::make_mut(&mut shown).set(&name, "****".to_owned());
         }
         let name = self.words(at.instruction, at.trigger, &lexer, &shown, &summary(line, heredocs));
         self.add(Op::Run(Box::new(op)), inputs, name);
@@ -118,11 +126,12 @@ impl StageLowering<'_, '_> {
 
     /// `|2 A=1 B=2 `: the declared arguments with their values, each once.
     fn declared_args(&self) -> String {
-        let mut words: Vec<(String, String)> = Vec::new();
+        let mut words = Environment::default();
         for (name, value) in &self.state.build_args {
-            let current = self.state.env.iter().find(|(key, _)| key == name).map(|(_, value)| value.clone());
-            set_variable(&mut words, name, current.or_else(|| value.clone()).unwrap_or_default());
+            let current = self.state.env.get(name).map(str::to_owned);
+            words.set(name, current.or_else(|| value.clone()).unwrap_or_default());
         }
+        let words = words.list();
         if words.is_empty() {
             return String::new();
         }

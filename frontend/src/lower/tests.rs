@@ -675,6 +675,34 @@ fn compare(expected: &Value, image: &Image) -> Option<String> {
     None
 }
 
+#[test]
+fn files_that_ask_for_endless_text_are_refused() {
+    let problems = |text: String| lower_all(&text, &Options::new(amd64())).0.unwrap_err();
+    let doubling = "ENV A=$A$A\n".repeat(60);
+    assert!(problems(format!("FROM scratch\nENV A=x\n{doubling}"))[0].contains("too long"));
+    assert!(problems(format!("ARG A=x\n{}FROM $A\n", "ARG A=$A$A\n".repeat(60)))[0].contains("too long"));
+    // Each alone is short enough; all together are not.
+    let long = "x".repeat(100 << 10);
+    assert!(problems(format!("FROM scratch\nENV A={long}\n{}", "LABEL a=$A\n".repeat(3000)))[0].contains("too long"));
+    assert!(problems(format!("FROM scratch\nENV A={long}\n{}", "RUN x\n".repeat(3000)))[0].contains("too long"));
+}
+
+#[test]
+fn the_history_of_a_chain_of_stages_is_whole() {
+    let mut text = "FROM busybox AS s0\nENV A0=0\n".to_owned();
+    for stage in 1..50 {
+        text.push_str(&format!("FROM s{} AS s{stage}\nENV A{stage}=$A{}\n", stage - 1, stage - 1));
+    }
+    let mut options = Options::new(amd64());
+    options.target = Some("s40".to_owned());
+    options.all_stages = true;
+    let image = lower_all(&text, &options).0.unwrap().0.image;
+    let history: Vec<&str> = image.config.history.iter().filter_map(|one| one.created_by.as_deref()).collect();
+    assert_eq!(history.len(), 1 + 41);
+    assert_eq!((history[0], history[1], history[41]), ("base", "ENV A0=0", "ENV A40=0"));
+    assert_eq!(image.config.config.env.len(), 1 + 41);
+}
+
 /// The text that a mistake marks, and the help: both are what a user looks at first.
 #[test]
 fn mistakes_mark_the_exact_word() {

@@ -1,7 +1,8 @@
 //! Small texts: clean paths, and Go's way to print durations, quoted strings and dates, which history entries use.
 
 use crate::llb::Platform;
-use crate::stage::variable;
+use crate::lower::environment::Environment;
+use crate::word::Variables;
 
 /// Joins `path` to `base` unless it is absolute, and removes `.`, `..` and doubled slashes without looking at files.
 pub(super) fn absolute(base: &str, path: &str) -> String {
@@ -105,9 +106,9 @@ pub(super) fn rfc3339(seconds: i64) -> String {
 }
 
 /// `->arm64` when the variables in force name another target than the platform of the stage.
-pub(super) fn cross_target(stage: &Platform, env: &[(String, String)]) -> String {
-    let part = |name: &str| variable(env, name).unwrap_or_default().to_owned();
-    let target = match variable(env, "TARGETPLATFORM") {
+pub(super) fn cross_target(stage: &Platform, env: &Environment) -> String {
+    let part = |name: &str| env.get(name).unwrap_or_default().to_owned();
+    let target = match env.get("TARGETPLATFORM") {
         Some(target) => {
             let mut parts = target.split('/').map(str::to_owned);
             let mut next = || parts.next().unwrap_or_default();

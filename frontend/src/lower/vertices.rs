@@ -4,6 +4,7 @@ use super::{BaseConfigs, BaseRequest, StageLowering, text, without_credentials};
 use crate::diagnostic::Diagnostic;
 use crate::instruction::Instruction;
 use crate::llb::{ImageSource, Op, Platform, Source, Vertex, VertexId};
+use crate::lower::environment::Environment;
 use crate::lower_problem::LowerProblem;
 use crate::source::Span;
 use crate::stage::{External, SourceRef, from_context, problem};
@@ -18,7 +19,7 @@ impl StageLowering<'_, '_> {
             ImageSource::Reference(reference) => format!("FROM {reference}"),
             ImageSource::OciLayout { .. } => format!("FROM {name}"),
         };
-        let step_name = self.step_name(&text, false, &[]);
+        let step_name = self.step_name(&text, false, &Environment::default());
         let (lines, label) = (Some(stage.from.lines), stage.label(self.index));
         let platform = platform.clone();
         self.graph.source(Source::Image(source), |op| Vertex {
@@ -127,7 +128,7 @@ impl StageLowering<'_, '_> {
     }
 
     /// `[stage 2/5] ` and the words; counts the step.
-    pub(super) fn step_name(&mut self, words: &str, trigger: bool, env: &[(String, String)]) -> String {
+    pub(super) fn step_name(&mut self, words: &str, trigger: bool, env: &Environment) -> String {
         self.step += 1;
         let mut name = String::from("[");
         if self.shared.options.multi_platform {
@@ -153,11 +154,13 @@ impl StageLowering<'_, '_> {
         instruction: &Instruction,
         trigger: bool,
         lexer: &Lexer,
-        env: &[(String, String)],
+        env: &Environment,
         suffix: &str,
     ) -> (String, String) {
         let written = format!("{}{suffix}", instruction.original);
-        let expanded = lexer.word(&written, env).map_or(written, |expanded| expanded.value);
+        let expanded = lexer.word(&written, env).map(|expanded| expanded.value);
+        let fits = |value: &String| self.shared.spend(value.len().saturating_sub(written.len())).is_ok();
+        let expanded = expanded.ok().filter(fits).unwrap_or(written);
         let (keyword, rest) = expanded.split_once(' ').unwrap_or((&expanded, ""));
         let text = format!("{} {rest}", keyword.to_uppercase()).replace(['\n', '\r'], " ");
         let text = text.trim_end().to_owned();

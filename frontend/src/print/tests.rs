@@ -45,7 +45,8 @@ fn awkward() {
         "FROM a\nCOPY [\"<<E\", \"<<\\\"a b\\\"\", \"/\"]",
         // Quotes of flags are others than those of heredoc markers.
         "# escape=`\nFROM a\nRUN --device=`\" <<E",
-        "FROM a\nRUN --device='${' <<E",
+        "FROM a\nRUN --device=${ <<E",
+        "FROM a\nRUN --device='${' <<E\nx\nE\n",
         "FROM a\nRUN <<E <<E\n1\nE\n2\nE\n",
         "FROM a\nCOPY <<\"E\tF\" a /\nE\tF\n",
         "FROM a\nENV a b = c\nENV a=b\\ c 'd e'=\"f g\"\nARG a b=c 'd'\nLABEL \"a b\"=c",

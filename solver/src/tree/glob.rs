@@ -244,4 +244,44 @@ mod tests {
             assert_eq!(has_meta(pattern.as_bytes()), expected, "{pattern}");
         }
     }
+
+    /// Tries every length for every star.
+    fn naive(pattern: &[u8], name: &[u8]) -> bool {
+        match pattern {
+            [] => name.is_empty(),
+            [b'*', rest @ ..] => {
+                let reach = name.iter().position(|&byte| byte == b'/').unwrap_or(name.len());
+                (0..=reach).any(|skip| naive(rest, &name[skip..]))
+            }
+            [b'?', rest @ ..] => name.first().is_some_and(|&byte| byte != b'/') && naive(rest, &name[1..]),
+            [b'[', b'^', b'a', b'-', b'b', b']', rest @ ..] => {
+                name.first().is_some_and(|byte| !(b'a'..=b'b').contains(byte)) && naive(rest, &name[1..])
+            }
+            [b'\\', literal, rest @ ..] | [literal, rest @ ..] => {
+                name.first() == Some(literal) && naive(rest, &name[1..])
+            }
+        }
+    }
+
+    #[test]
+    fn agrees_with_a_matcher_that_tries_everything() {
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut below = |limit: usize| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state % limit as u64) as usize
+        };
+        let parts = ["a", "b", "c", "*", "**", "?", "/", "[^a-b]", "\\*", "ab"];
+        let names = ["a", "b", "c", "/", "*", "ab", "ca"];
+        let mut matched = 0;
+        for _ in 0..50_000 {
+            let pattern: String = (0..below(7)).map(|_| parts[below(parts.len())]).collect();
+            let name: String = (0..below(6)).map(|_| names[below(names.len())]).collect();
+            let want = naive(pattern.as_bytes(), name.as_bytes());
+            check(&pattern, name.as_bytes(), Some(want));
+            matched += usize::from(want);
+        }
+        assert!(matched > 1000, "{matched}");
+    }
 }

@@ -34,10 +34,21 @@ pub enum IgnoreError {
         /// As written, without `!`.
         pattern: String,
     },
+    /// More wildcards or classes of characters than anybody writes; matching would take very long.
+    #[error("pattern `{pattern}` is too complex")]
+    TooComplex {
+        /// As written, without `!`.
+        pattern: String,
+    },
     /// `!` alone.
     #[error("illegal exclusion pattern: \"!\"")]
     EmptyException,
 }
+
+/// Most stars in a pattern: the time to match grows with their number, for every path.
+const MAX_STARS: usize = 100;
+/// Most `\pL` and its like in all patterns: each is a large table.
+const MAX_CLASSES: usize = 100;
 
 /// Reads an ignore file into patterns. Bytes that are not UTF-8 become U+FFFD, which matches any such byte.
 pub fn parse(text: &[u8]) -> Vec<String> {
@@ -130,6 +141,7 @@ impl Matcher {
     /// Compiles patterns as [`parse`] returns them, or as they stand after `--exclude=`.
     pub fn new<S: AsRef<str>>(patterns: impl IntoIterator<Item = S>) -> Result<Self, IgnoreError> {
         let mut compiled = Vec::new();
+        let mut classes = 0;
         for pattern in patterns {
             let trimmed = pattern.as_ref().trim();
             if trimmed.is_empty() {
@@ -143,6 +155,10 @@ impl Matcher {
             };
             let bad = || IgnoreError::BadPattern { pattern: cleaned.clone() };
             Glob::new(cleaned.as_bytes()).map_err(|_| bad())?;
+            classes += cleaned.matches("\\p").count() + cleaned.matches("\\P").count();
+            if cleaned.matches('*').count() > MAX_STARS || classes > MAX_CLASSES {
+                return Err(IgnoreError::TooComplex { pattern: cleaned });
+            }
             let test = compile(&cleaned).ok_or_else(bad)?;
             let meta = ['*', '?', '[', ']', '\\', '^', '\u{feff}'];
             let literal_prefix = match test {
@@ -653,5 +669,69 @@ mod tests {
     fn lines() {
         let parsed = parse(b"\xef\xbb\xbf# no\n #yes\n\n  /a/../b/ \r\n! /c \n!\n..\n");
         assert_eq!(parsed, ["#yes", "b", "!c", "!", ".."]);
+    }
+
+    #[test]
+    fn patterns_that_would_take_for_ever_are_refused() {
+        let complex = |patterns: &[String]| matches!(Matcher::new(patterns), Err(IgnoreError::TooComplex { .. }));
+        assert!(complex(&["a*".repeat(3000)]));
+        assert!(complex(&["**/a?*".repeat(600)]));
+        let classes: Vec<String> = (0..20).map(|line| format!("{}{line}", "[\\pL]".repeat(300))).collect();
+        assert!(complex(&classes));
+        assert!(!complex(&["a*".repeat(50), "[\\pL]x".to_owned(), "?".repeat(4000)]));
+    }
+
+    /// What the patterns mean, read from the beginning for every path: all ways to split it are tried.
+    fn naive(pattern: &[char], path: &[char]) -> bool {
+        match pattern {
+            [] => path.is_empty(),
+            ['*', '*', '/', rest @ ..] | ['*', '*', rest @ ..] if !rest.is_empty() => {
+                naive(rest, path) || (0..path.len()).any(|at| path[at] == '/' && naive(rest, &path[at + 1..]))
+            }
+            ['*', '*', ..] => true,
+            ['*', rest @ ..] => {
+                let reach = path.iter().position(|&next| next == '/').unwrap_or(path.len());
+                (0..=reach).any(|skip| naive(rest, &path[skip..]))
+            }
+            ['?', rest @ ..] => path.first().is_some_and(|&next| next != '/') && naive(rest, &path[1..]),
+            ['\\', literal, rest @ ..] | [literal, rest @ ..] => {
+                path.first() == Some(literal) && naive(rest, &path[1..])
+            }
+        }
+    }
+
+    #[test]
+    fn agrees_with_a_matcher_that_tries_everything() {
+        let mut state = 0x2545_f491_4f6c_dd1d_u64;
+        let mut below = |limit: usize| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state % limit as u64) as usize
+        };
+        let parts = ["a", "b", "ab", "*", "?", "**", "\\*", ".", "a*b", "**/", "*.a"];
+        let names = ["a", "b", "ab", "ba", ".", "x.a", "*", "aab"];
+        let mut matched = 0;
+        for _ in 0..20_000 {
+            let pattern: Vec<&str> = (0..1 + below(3)).map(|_| parts[below(parts.len())]).collect();
+            let pattern = clean(&pattern.join(if below(3) == 0 { "" } else { "/" }));
+            // Behind a star `**` is a suffix or prefix test in the reference, which is its own table of corners.
+            let corner = pattern.starts_with("**") || pattern.contains("***") || pattern.ends_with("**");
+            let path: Vec<&str> = (0..1 + below(4)).map(|_| names[below(names.len())]).collect();
+            let path = clean(&path.join("/"));
+            if corner || path.starts_with('.') || pattern == "." {
+                continue;
+            }
+            let chars = |text: &str| text.chars().collect::<Vec<_>>();
+            let want = path
+                .match_indices('/')
+                .map(|(at, _)| at)
+                .chain([path.len()])
+                .any(|end| naive(&chars(&pattern), &chars(&path[..end])));
+            let Ok(matcher) = Matcher::new([&pattern]) else { panic!("{pattern}") };
+            assert_eq!(matcher.excluded(&path), want, "{pattern} on {path}");
+            matched += usize::from(want);
+        }
+        assert!(matched > 500, "{matched}");
     }
 }

@@ -34,6 +34,9 @@ const OPAQUE_NAME: &[u8] = b".wh..wh..opq";
 const MAX_PATH: usize = 8192;
 /// Symlinks to follow for one name, as the kernel's limit for a chain that somebody meant.
 const MAX_LINKS: usize = 255;
+/// Most components that are followed behind symbolic links in an archive, beside some for each entry: chains of long
+/// links cost seconds for each block of 512 bytes otherwise.
+const LINK_STEPS: u64 = 5_000_000;
 
 /// Why a layer could not be written or read. Paths are shown as text.
 #[derive(Debug, thiserror::Error)]
@@ -401,6 +404,8 @@ struct Builder {
     entries: u64,
     file_bytes: u64,
     metadata_bytes: u64,
+    /// Components of paths behind symbolic links that were followed.
+    link_steps: u64,
     /// A directory (as the archive names it) that is known to need no resolving.
     plain_parent: Option<Vec<u8>>,
 }
@@ -415,6 +420,7 @@ impl Builder {
             entries: 0,
             file_bytes: 0,
             metadata_bytes: 0,
+            link_steps: 0,
             plain_parent: None,
         }
     }
@@ -640,10 +646,15 @@ impl Builder {
             path.split(|&byte| byte == separator).rev().map(<[u8]>::to_vec).collect()
         };
         let bad_name = || LayerError::BadName { path: show(&path_of(key)) };
+        let limit = LINK_STEPS + 64 * self.entries;
         let mut pending = parts(directory, 0);
         let mut done: Vec<u8> = Vec::new();
         let mut links = 0;
         while let Some(part) = pending.pop() {
+            self.link_steps += u64::from(links > 0);
+            if self.link_steps > limit {
+                return Err(LayerError::Limit { what: "steps through symbolic links", limit });
+            }
             match part.as_slice() {
                 b"" | b"." => continue,
                 b".." => {
@@ -913,6 +924,31 @@ pub(super) mod tests {
         let size = data.len() as u64;
         let header = Header { name: name.into(), link: link.into(), typeflag, size, mode: 0o644, ..Header::default() };
         [header.encode(), data.to_vec(), vec![0; padding(size)]].concat()
+    }
+
+    #[test]
+    fn long_links_are_not_followed_for_ever() {
+        // 200 links, each through the one before by a detour of 2,000 parts; every file below the last costs all of it.
+        let mut tar = entry(b'5', b"d", b"", b"");
+        for link in 0..200 {
+            let target = match link {
+                0 => "d".to_owned(),
+                _ => format!("{}l{}", "x/../".repeat(1000), link - 1),
+            };
+            tar.extend(pax(&[("linkpath", target.as_bytes())]));
+            tar.extend(entry(b'2', format!("l{link}").as_bytes(), b"", b""));
+        }
+        for file in 0..500 {
+            tar.extend(entry(b'0', format!("l199/{file}").as_bytes(), b"", b""));
+        }
+        let error = read_tar(&mut tar.as_slice(), &mut NoSink, &Limits::default()).unwrap_err();
+        assert!(error.to_string().contains("steps through symbolic links"), "{error}");
+        // An archive where all goes through links stays far below.
+        let mut tar = entry(b'2', b"lib", b"usr/lib", b"");
+        for file in 0..2000 {
+            tar.extend(entry(b'0', format!("lib/a/b/c/{}/{file}", file % 7).as_bytes(), b"", b""));
+        }
+        assert_eq!(read_tar(&mut tar.as_slice(), &mut NoSink, &Limits::default()).unwrap().nodes().len(), 2001);
     }
 
     fn plain(name: &str) -> Vec<u8> {
