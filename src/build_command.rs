@@ -339,6 +339,7 @@ fn context_error(error: &ContextError) -> CommandError {
         failure.message = source.to_string();
         failure.help = Some(match source {
             IgnoreError::EmptyException => "put a pattern behind `!`, or remove the line".to_owned(),
+            IgnoreError::TooComplex { .. } => "use fewer wildcards and classes of characters".to_owned(),
             IgnoreError::BadPattern { .. } => "close `[` with `]`, or write `[[]` for the character itself".to_owned(),
         });
         let text = std::fs::read(path).map(|bytes| parser::decode(&bytes)).unwrap_or_default();
@@ -347,7 +348,7 @@ fn context_error(error: &ContextError) -> CommandError {
         let file = SourceFile::new(name, text);
         let wanted = match source {
             IgnoreError::EmptyException => "!",
-            IgnoreError::BadPattern { pattern } => pattern.as_str(),
+            IgnoreError::BadPattern { pattern } | IgnoreError::TooComplex { pattern } => pattern.as_str(),
         };
         let word = blame::line_of(&file.text, wanted);
         failure.place = Some(Place::word(&file, word));

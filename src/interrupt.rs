@@ -54,11 +54,8 @@ impl Signals {
                 }
                 None => {}
                 Some(at) if at.elapsed() < SAME_WISH => self.again.store(false, Ordering::SeqCst),
-                Some(at) => {
-                    if self.again.load(Ordering::SeqCst) || at.elapsed() > PATIENCE {
-                        break;
-                    }
-                }
+                Some(at) if self.again.load(Ordering::SeqCst) || at.elapsed() > PATIENCE => break,
+                Some(_) => {}
             }
             std::thread::park_timeout(PAUSE);
         }

@@ -8,6 +8,9 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
 
+/// A name, and the entries of an archive: path, kind, and content or link target.
+type Attempt<'a> = (&'a str, Vec<(&'a [u8], tar::EntryType, &'a [u8])>);
+
 /// Shell commands. Each prints `ESCAPED` if it gets what it must not, and none of their failures ends the step.
 const ATTEMPTS: &[(&str, &str)] = &[
     ("mount a tmpfs", "mkdir -p /m; mount -t tmpfs t /m && echo ESCAPED"),
@@ -277,7 +280,7 @@ fn archives_stay_inside() {
     fs::write(outside.join("victim"), "before").expect("a file of our own");
     let climb = [&b"../../../../../../../../../.."[..], out, b"/c"].concat();
     let through = b"l/through".to_vec();
-    let hostile: Vec<(&str, Vec<(&[u8], T, &[u8])>)> = vec![
+    let hostile: Vec<Attempt<'_>> = vec![
         ("dots", vec![(&climb, T::Regular, b"x")]),
         ("dots in the middle", vec![(b"a/../../../../../../../../tmp/nacre-evil", T::Regular, b"x")]),
         ("absolute", vec![(&victim, T::Regular, b"after")]),
@@ -400,7 +403,7 @@ fn hostile_base_images() {
     fs::write(outside.join("victim"), "before").expect("a file of our own");
     let out = outside.as_os_str().as_bytes();
     let whiteout = [&b"l/.wh.victim"[..]].concat();
-    let tricks: Vec<(&str, Vec<(&[u8], T, &[u8])>)> = vec![
+    let tricks: Vec<Attempt<'_>> = vec![
         ("a whiteout through a link", vec![(b"l", T::Symlink, out), (&whiteout, T::Regular, b"")]),
         ("a whiteout of ..", vec![(b"a/.wh...", T::Regular, b"")]),
         ("a whiteout of .", vec![(b"a/.wh..", T::Regular, b"")]),
