@@ -106,6 +106,7 @@ fn run(text: &str) -> (Duration, usize) {
 fn main() {
     let assert = std::env::args().any(|argument| argument == "--assert");
     println!("{:34} {:>7} {:>7} {:>9} {:>9} {:>8}", "shape", "lines", "stages", "vertices", "ms", "ns/line");
+    #[expect(clippy::type_complexity, reason = "a table")]
     let shapes: [(&str, Shape, &[(usize, usize)]); 12] = [
         ("chain", Shape::Chain, &[(1_000, 100), (2_500, 500), (5_000, 1_000), (10_000, 2_000), (20_000, 4_000)]),
         ("fan", Shape::Fan, &[(1_000, 100), (2_500, 500), (5_000, 1_000), (10_000, 2_000), (20_000, 4_000)]),

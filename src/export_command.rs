@@ -156,6 +156,7 @@ fn write_files(
     several: bool,
 ) -> Result<(), CommandError> {
     let tree = workspace.flatten(&built.snapshot).map_err(snapshot_error)?;
+    workspace.prepare(&tree).map_err(snapshot_error)?;
     let open = |node: &Node| workspace.open(node);
     let read = |node: &Node| workspace.open(node).map(|reader| reader as Box<dyn Read>);
     let image = ExportImage { images: &[], index: None, names: &[] };

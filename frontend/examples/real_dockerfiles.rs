@@ -37,7 +37,7 @@ fn outcome(text: String) -> (String, Vec<&'static str>) {
                 return ("ok".to_owned(), warnings.iter().map(|warning| warning.rule.name()).collect());
             }
             Ok((Lowered::NeedsBases(missing), _)) => {
-                bases.extend(missing.into_iter().map(|(request, _)| {
+                bases.extend(missing.into_keys().map(|request| {
                     let config = ImageConfig::scratch(&request.platform);
                     (request, BaseImage { config, digest: None })
                 }));

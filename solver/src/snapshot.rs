@@ -380,11 +380,30 @@ impl Workspace {
     fn make_tree(&self, layer: &Layer, recipe: Option<&Recipe>) -> Result<PathBuf, SnapshotError> {
         let tree = self.readable(layer, recipe)?;
         let name = &layer.0.id.0;
+        self.prepare(&tree)?;
         let staging = self.store.begin_tree()?;
         let read = |node: &Node| self.open(node).map(|reader| reader as Box<dyn Read>);
         materialize::write_tree(&tree, &read, &staging, self.sources.write)
             .map_err(|source| SnapshotError::Materialize { layer: name.clone(), source })?;
         Ok(self.store.commit_tree(&staging, &layer.0.id)?)
+    }
+
+    /// Makes the directories that files of this tree are read from. Whoever reads them in a pool of threads calls this
+    /// first: a directory is written by the same pool, and would wait for itself.
+    pub fn prepare(&self, tree: &Tree) -> Result<(), SnapshotError> {
+        let mut seen = std::collections::BTreeSet::new();
+        for node in tree.nodes() {
+            let Origin::Layer(id, _) = &node.origin else { continue };
+            if !seen.insert(id) {
+                continue;
+            }
+            let layer = self.layers.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned();
+            // A layer that nobody knows is told where its file is read.
+            if let Some(layer) = layer {
+                self.tree_dir(&layer)?;
+            }
+        }
+        Ok(())
     }
 
     /// The layer's entries with origins that can be read although it has no tree.
@@ -449,6 +468,7 @@ impl Workspace {
             None => self.readable(layer, recipe)?,
             Some(_) => self.tree(layer)?,
         };
+        self.prepare(&tree)?;
         let _making = layer.0.making.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(blob) = known() {
             return Ok(blob);

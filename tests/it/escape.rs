@@ -23,7 +23,7 @@ const ATTEMPTS: &[(&str, &str)] = &[
     ("a new mount namespace", "unshare -m true && echo ESCAPED"),
     ("the namespace of process 1", "nsenter -t 1 -m true && echo ESCAPED"),
     ("read a device made by hand", "mknod /d b 7 0 2>/dev/null && head -c 1 /d && echo ESCAPED"),
-    ("write a harmless device made by hand", "mknod /n c 1 3 2>/dev/null && echo x > /n && echo ESCAPED"),
+    ("write a harmless device made by hand", "mknod /n c 1 3 2>/dev/null && [ -c /n ] && echo x > /n && echo ESCAPED"),
     ("host files behind process 1", "[ -e /proc/1/root$MARK ] && echo ESCAPED"),
     ("host files behind any process", "for p in /proc/[0-9]*; do [ -e $p/root$MARK ] && echo ESCAPED; done"),
     (
@@ -49,7 +49,6 @@ const ATTEMPTS: &[(&str, &str)] = &[
     ("be spared by the out-of-memory killer", "(echo -1000 > /proc/self/oom_score_adj) && echo ESCAPED"),
     ("change the network", "ip link set lo down && echo ESCAPED; ip addr add 192.0.2.9 dev lo && echo ESCAPED"),
     ("see other processes", "[ $(ls -d /proc/[0-9]* | wc -l) -gt 8 ] && echo ESCAPED"),
-    ("kill everything", "kill -9 -1; [ -d /proc/1 ] || echo ESCAPED"),
     (
         "leaked descriptors",
         "for f in /proc/1/fd/*; do case $(readlink $f) in pipe:*|/dev/null|/t.sh|socket:*) ;; *) echo ESCAPED $f $(readlink $f);; esac; done",
@@ -63,6 +62,8 @@ const ATTEMPTS: &[(&str, &str)] = &[
         "head -c 200000000 /dev/zero > /dev/shm/x 2>/dev/null && echo ESCAPED; rm -f /dev/shm/x",
     ),
     ("the terminal", "(: < /dev/tty) && echo ESCAPED"),
+    // The last one: it ends the script, too.
+    ("kill everything", "kill -9 -1; [ -d /proc/1 ] || echo ESCAPED"),
 ];
 
 /// System calls that busybox has no command for.
