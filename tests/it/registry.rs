@@ -150,7 +150,7 @@ fn a_base_in_the_same_registry_is_not_downloaded() {
     let registry = Registry::plain();
     registry.add_base();
     let host = &registry.host;
-    let build = Build::new().dockerfile(&format!("FROM {host}/library/busybox:1\nWORKDIR /w\n"));
+    let build = Build::new().dockerfile(&format!("FROM {host}/library/busybox:1\nLABEL a=b\n"));
     let build = build.flag(format!("-t={host}/team/app:1")).flag("--push");
     build.runs();
     let found = registry.check("team/app:1", &[]);
