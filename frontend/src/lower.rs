@@ -636,14 +636,14 @@ impl<'s, 'g> StageLowering<'s, 'g> {
     fn run(mut self) -> State {
         let stage = &self.shared.plan.stages[self.index];
         self.base();
-        if stage.replaced {
-            return self.state;
-        }
         if self.state.parent.is_none() {
             let places = Rc::make_mut(&mut self.state.image_env);
             for (place, entry) in self.state.image.config.env.iter().enumerate() {
                 places.entry(split_env(entry).0.to_owned()).or_insert(place);
             }
+        }
+        if stage.replaced {
+            return self.state;
         }
         if !self.state.image_env.contains_key("PATH") {
             self.state.set_image_env("PATH", DEFAULT_PATH);

@@ -39,6 +39,8 @@ const PROTOCOLS: &str = "http:https:git:ssh";
 const OUTPUT_LIMIT_BYTES: u64 = 16 << 20;
 /// Lines of git's complaint that an error repeats.
 const COMPLAINT_LINES: usize = 6;
+/// How long the rest of what an ended git said is waited for.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Changes when checkouts are made in another way.
 const FORMAT: &str = "nacre checkout 1";
 
@@ -467,6 +469,7 @@ impl Git<'_> {
         });
         let mut said: Vec<String> = Vec::new();
         let mut interrupted: Option<Instant> = None;
+        let mut ended: Option<Instant> = None;
         loop {
             match inbox.recv_timeout(Duration::from_millis(20)) {
                 Ok(line) if !line.is_empty() => {
@@ -479,8 +482,11 @@ impl Git<'_> {
                 Ok(_) => {}
                 Err(mpsc::RecvTimeoutError::Disconnected) => break,
                 Err(mpsc::RecvTimeoutError::Timeout) => {
-                    // What it leaves behind, a shared ssh connection say, may hold the other end for long.
-                    if matches!(child.try_wait(), Ok(Some(_))) {
+                    // What it leaves behind, a shared ssh connection say, may hold the other end for long; what it said
+                    // itself is read soon.
+                    if matches!(child.try_wait(), Ok(Some(_)))
+                        && ended.get_or_insert_with(Instant::now).elapsed() > LAST_WORDS
+                    {
                         break;
                     }
                 }
