@@ -5,7 +5,7 @@ use crate::export_command::{self, Built};
 use crate::input::{self, Fetcher, Files, Input};
 use crate::interrupt::{Signals, last_words};
 use crate::progress::{Screen, ScreenOptions};
-use crate::report::{CommandError, Exit, Failure, Place, StepFailure, StepOutcome, Style, with_causes};
+use crate::report::{CommandError, Exit, Failure, Place, StepFailure, StepOutcome, Style, disk_help, with_causes};
 use crate::request::{BuildRequest, CacheUse, Call, Environment, NamedSource, ProgressMode, SshSource};
 use nacre_frontend::check::{IgnoreRules, Warning};
 use nacre_frontend::diagnostic::Diagnostic;
@@ -473,7 +473,9 @@ fn solve_error(error: SolveError, steps: &blame::Steps<'_>) -> CommandError {
             let source = steps.dockerfile.source.clone();
             let place = lines.map(|lines| Place { source, lines, word: found.word });
             let outcome = match &*cause {
-                VertexError::Run(RunError::Exit { code, program }) => Some((StepOutcome::Exit(*code), program.clone())),
+                VertexError::Run(RunError::Exit { code, program, disk_full }) => {
+                    Some((StepOutcome::Exit { code: *code, disk_full: *disk_full }, program.clone()))
+                }
                 VertexError::Run(RunError::Signal { signal }) => Some((StepOutcome::Signal(*signal), String::new())),
                 _ => None,
             };
@@ -492,7 +494,8 @@ fn solve_error(error: SolveError, steps: &blame::Steps<'_>) -> CommandError {
                 _ => Exit::General,
             };
             let message = with_causes(&*cause);
-            CommandError::Failure(Box::new(Failure { exit, message, place, help: found.help }))
+            let help = found.help.or_else(|| disk_help(&*cause));
+            CommandError::Failure(Box::new(Failure { exit, message, place, help }))
         }
     }
 }
