@@ -171,6 +171,9 @@ pub(crate) struct BuildArgs {
     /// Network of RUN steps: default, none, host
     #[arg(long, value_name = "MODE", help_heading = "Steps")]
     pub(crate) network: Option<String>,
+    /// How files get owners: auto, subid (real ones; needs root or subordinate ids), emulate (needs neither)
+    #[arg(long, value_name = "HOW", help_heading = "Steps")]
+    pub(crate) ownership: Option<String>,
     /// Line in the steps' /etc/hosts
     #[arg(long = "add-host", value_name = "NAME:ADDRESS", help_heading = "Steps")]
     pub(crate) add_hosts: Vec<String>,

@@ -23,7 +23,10 @@ const ATTEMPTS: &[(&str, &str)] = &[
     ("a new mount namespace", "unshare -m true && echo ESCAPED"),
     ("the namespace of process 1", "nsenter -t 1 -m true && echo ESCAPED"),
     ("read a device made by hand", "mknod /d b 7 0 2>/dev/null && head -c 1 /d && echo ESCAPED"),
-    ("write a harmless device made by hand", "mknod /n c 1 3 2>/dev/null && [ -c /n ] && echo x > /n && echo ESCAPED"),
+    (
+        "write a harmless device made by hand",
+        "mknod /n c 1 3 2>/dev/null && [ -c /n ] && echo x > /n && [ ! -s /n ] && echo ESCAPED",
+    ),
     ("host files behind process 1", "[ -e /proc/1/root$MARK ] && echo ESCAPED"),
     ("host files behind any process", "for p in /proc/[0-9]*; do [ -e $p/root$MARK ] && echo ESCAPED; done"),
     (

@@ -26,5 +26,6 @@ mod escape;
 mod interrupt;
 mod mistakes;
 mod output;
+mod ownership;
 mod registry;
 mod story;
