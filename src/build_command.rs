@@ -52,7 +52,7 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
     };
     // Before any thread exists, and before standard input is read: an ordinary user's build goes on in a process inside
     // of a user namespace.
-    let Some(place) = enter(known.as_ref().map(|(dockerfile, _)| dockerfile), request.ownership)? else {
+    let Some(place) = enter(known.as_ref().map(|(dockerfile, _)| dockerfile), request)? else {
         return Ok(());
     };
     let host_error = |error: &(dyn std::error::Error + 'static)| CommandError::new(Exit::Host, error, None);
@@ -135,7 +135,7 @@ fn has_runs(dockerfile: &Dockerfile) -> bool {
 
 /// Goes into a user namespace if the file needs one and we are not root; a file that is not known yet may. `None` when
 /// a process inside has done the work.
-fn enter(dockerfile: Option<&Dockerfile>, choice: OwnershipChoice) -> Result<Option<Surroundings>, CommandError> {
+fn enter(dockerfile: Option<&Dockerfile>, build: &BuildRequest) -> Result<Option<Surroundings>, CommandError> {
     let runs = dockerfile.is_some_and(has_runs);
     // A base may have triggers that run, and its files have owners.
     let bases = dockerfile.is_none_or(|dockerfile| {
@@ -149,15 +149,15 @@ fn enter(dockerfile: Option<&Dockerfile>, choice: OwnershipChoice) -> Result<Opt
     if !runs && !bases {
         return Ok(Some(place(Ownership::SingleId)));
     }
-    let request = match choice {
+    let request = match build.ownership {
         OwnershipChoice::Emulate => sandbox::idmap::EnterRequest::SingleId,
         OwnershipChoice::Auto | OwnershipChoice::SubordinateIds => sandbox::idmap::EnterRequest::Best,
     };
     match sandbox::idmap::enter(request) {
         // Root of a namespace may have no other id than its own, too.
-        Ok(sandbox::idmap::Entered::Root) => owners(choice, sandbox::idmap::ownership(), None).map(place).map(Some),
+        Ok(sandbox::idmap::Entered::Root) => owners(build, sandbox::idmap::ownership(), None).map(place).map(Some),
         Ok(sandbox::idmap::Entered::Inside { ownership, notice }) => {
-            owners(choice, ownership, notice).map(place).map(Some)
+            owners(build, ownership, notice).map(place).map(Some)
         }
         Ok(sandbox::idmap::Entered::Parent { exit_code: 0 }) => Ok(None),
         Ok(sandbox::idmap::Entered::Parent { exit_code }) => {
@@ -177,19 +177,22 @@ fn enter(dockerfile: Option<&Dockerfile>, choice: OwnershipChoice) -> Result<Opt
 
 /// Whether files have owners on disk; says so if they are emulated without having been asked for.
 fn owners(
-    choice: OwnershipChoice,
+    build: &BuildRequest,
     ownership: sandbox::Ownership,
     notice: Option<String>,
 ) -> Result<Ownership, CommandError> {
     let why = || notice.unwrap_or_else(|| "this user namespace has only one id".to_owned());
-    match (ownership, choice) {
+    match (ownership, build.ownership) {
         (sandbox::Ownership::Native, _) => Ok(Ownership::Native),
         (sandbox::Ownership::SingleId, OwnershipChoice::Emulate) => Ok(Ownership::SingleId),
         (sandbox::Ownership::SingleId, OwnershipChoice::Auto) => {
             let why = why();
-            crate::print_error(&format!(
-                "notice: only one user id can be used, so owners and users of RUN steps are emulated\nhelp: {why}\n"
-            ));
+            // The result is the same, so programs and those who want to hear nothing are not told.
+            if !build.quiet && matches!(build.progress, ProgressMode::Plain | ProgressMode::Tty) {
+                crate::print_error(&format!(
+                    "notice: only one user id can be used, so owners and users of RUN steps are emulated\nhelp: {why}\n"
+                ));
+            }
             Ok(Ownership::SingleId)
         }
         (sandbox::Ownership::SingleId, OwnershipChoice::SubordinateIds) => {
