@@ -73,6 +73,8 @@ pub(crate) enum Command {
     Logout(LogoutArgs),
     /// Remove what the cache no longer needs
     Prune(PruneArgs),
+    /// Look whether the store is whole: every blob, layer, record and name. Ends with 7 if something is wrong
+    Fsck(FsckArgs),
     /// Show how much space the store takes
     #[command(name = "du")]
     Usage(UsageArgs),
@@ -423,6 +425,20 @@ pub(crate) struct PruneArgs {
     /// Accepted for docker's sake; there is no question
     #[arg(short, long, hide = true)]
     pub(crate) force: bool,
+    /// How to print the result
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: ListFormat,
+}
+
+/// `nacre fsck`.
+#[derive(Debug, Args)]
+pub(crate) struct FsckArgs {
+    /// Directory of cache and images
+    #[arg(long, value_name = "DIR")]
+    pub(crate) store: Option<PathBuf>,
+    /// Remove what is broken, to be made or fetched anew; ends with 0 if nothing broken is left
+    #[arg(long)]
+    pub(crate) repair: bool,
     /// How to print the result
     #[arg(long, value_enum, default_value = "table")]
     pub(crate) format: ListFormat,
