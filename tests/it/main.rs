@@ -24,6 +24,7 @@ mod context;
 mod context_git;
 mod escape;
 mod interrupt;
+mod kill;
 mod mistakes;
 mod output;
 mod ownership;
