@@ -73,6 +73,8 @@ pub(crate) enum Command {
     Logout(LogoutArgs),
     /// Remove what the cache no longer needs
     Prune(PruneArgs),
+    /// Tell what of the kernel's rights is there, what is missing, and what helps. Ends with 6 if RUN cannot work
+    Doctor(DoctorArgs),
     /// Look whether the store is whole: every blob, layer, record and name. Ends with 7 if something is wrong
     Fsck(FsckArgs),
     /// Show how much space the store takes
@@ -425,6 +427,17 @@ pub(crate) struct PruneArgs {
     /// Accepted for docker's sake; there is no question
     #[arg(short, long, hide = true)]
     pub(crate) force: bool,
+    /// How to print the result
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: ListFormat,
+}
+
+/// `nacre doctor`.
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// Directory of cache and images
+    #[arg(long, value_name = "DIR")]
+    pub(crate) store: Option<PathBuf>,
     /// How to print the result
     #[arg(long, value_enum, default_value = "table")]
     pub(crate) format: ListFormat,

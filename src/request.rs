@@ -413,6 +413,23 @@ pub(crate) struct Environment {
     pub(crate) color: bool,
 }
 
+/// Where the program runs, as far as that decides what helps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Surroundings {
+    /// A job of a GitLab runner.
+    GitLab,
+    /// A job of GitHub Actions.
+    GitHub,
+    /// A pod.
+    Kubernetes,
+    /// A container of podman.
+    Podman,
+    /// A container of Docker.
+    Docker,
+    /// None of these.
+    Machine,
+}
+
 impl Environment {
     /// Takes in the process's own.
     #[expect(clippy::disallowed_methods, reason = "the one place where the environment is read")]
@@ -425,6 +442,19 @@ impl Environment {
             stderr_terminal: stderr.is_terminal(),
             // Knows NO_COLOR, CLICOLOR_FORCE and TERM.
             color: anstream::AutoStream::choice(&stderr) != anstream::ColorChoice::Never,
+        }
+    }
+
+    /// Returns where the program seems to run: in a job of a service, in a container, or on a machine.
+    pub(crate) fn surroundings(&self) -> Surroundings {
+        let set = |name: &str| self.get(name).is_some();
+        match () {
+            () if set("GITLAB_CI") => Surroundings::GitLab,
+            () if set("GITHUB_ACTIONS") => Surroundings::GitHub,
+            () if set("KUBERNETES_SERVICE_HOST") => Surroundings::Kubernetes,
+            () if Path::new("/run/.containerenv").exists() => Surroundings::Podman,
+            () if Path::new("/.dockerenv").exists() => Surroundings::Docker,
+            () => Surroundings::Machine,
         }
     }
 

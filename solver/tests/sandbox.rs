@@ -7,8 +7,8 @@
 use nacre_solver::sandbox::emulation::{Emulation, Scope};
 use nacre_solver::sandbox::idmap::{self, EnterRequest, Entered};
 use nacre_solver::sandbox::{
-    self, Cancel, Net, Outcome, Ownership, Rootfs, RunSpec, SANDBOX_ARGUMENT, SandboxError, SetupMount, SpecProblem,
-    Status, Stream,
+    self, Cancel, Net, Outcome, Ownership, Right, Rootfs, RunSpec, SANDBOX_ARGUMENT, SandboxError, SetupMount,
+    SpecProblem, Status, Stream, Verdict,
 };
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
@@ -728,7 +728,11 @@ const CASES: &[Case] = &[
     }),
     ("what the kernel allows can be asked", |fixture| {
         let probe = sandbox::probe(fixture.dir.path()).expect("probe");
-        assert_eq!((probe.user_namespace, probe.overlay, probe.fresh_proc), (None, None, None));
+        for (right, verdict) in &probe.tries {
+            let expected = *right != Right::ManyIds || fixture.native;
+            assert_eq!(*verdict == Verdict::Works, expected, "{right:?}: {verdict:?}");
+        }
+        assert_eq!(probe.tries.len(), 7);
     }),
 ];
 

@@ -392,6 +392,25 @@ fn map_everything(pid: Pid) -> Result<(), String> {
     Ok(())
 }
 
+/// Maps the caller's ranges to a new namespace, to see whether that works; says why not.
+pub(super) fn try_ranges() -> Result<(), String> {
+    let failed = |error: CallError| format!("{error}: {}", error.source);
+    let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|error| error.to_string())?;
+    let pid = match sys::fork(libc::CLONE_NEWUSER).map_err(failed)? {
+        // Lives until the other end of the pipe is closed.
+        Fork::Child => {
+            drop(write);
+            _ = rustix::io::read(&read, &mut [0; 1]);
+            sys::exit_now(0)
+        }
+        Fork::Parent(pid) => pid,
+    };
+    let mapped = map_ranges(pid);
+    drop(write);
+    _ = rustix::process::waitpid(Some(pid), WaitOptions::empty());
+    mapped
+}
+
 fn user_name(uid: u32) -> Option<String> {
     let passwd = std::fs::read_to_string("/etc/passwd").ok()?;
     passwd.lines().find_map(|line| {

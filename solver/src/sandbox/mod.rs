@@ -41,7 +41,7 @@ mod syscalls;
 
 pub use idmap::Ownership;
 pub use init::sandbox_main;
-pub use probe::{Probe, probe};
+pub use probe::{Probe, Right, Verdict, probe};
 
 use crate::sys::{self, Call, CallError};
 use rustix::event::{PollFd, PollFlags};
