@@ -6,7 +6,7 @@ use crate::input::{self, Fetcher, Files, Input};
 use crate::interrupt::{Signals, last_words};
 use crate::progress::{Screen, ScreenOptions};
 use crate::report::{CommandError, Exit, Failure, Place, StepFailure, StepOutcome, Style, disk_help, with_causes};
-use crate::request::{BuildRequest, CacheUse, Call, Environment, NamedSource, ProgressMode};
+use crate::request::{BuildRequest, CacheUse, Call, Environment, NamedSource, OwnershipChoice, ProgressMode};
 use crate::ssh_agents::SshAgents;
 use nacre_frontend::check::{IgnoreRules, Warning};
 use nacre_frontend::diagnostic::Diagnostic;
@@ -51,7 +51,9 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
     };
     // Before any thread exists, and before standard input is read: an ordinary user's build goes on in a process inside
     // of a user namespace.
-    let Some(place) = enter(known.as_ref().map(|(dockerfile, _)| dockerfile))? else { return Ok(()) };
+    let Some(place) = enter(known.as_ref().map(|(dockerfile, _)| dockerfile), request)? else {
+        return Ok(());
+    };
     let host_error = |error: &(dyn std::error::Error + 'static)| CommandError::new(Exit::Host, error, None);
     let signals = Signals::listen(signalled).map_err(|error| host_error(&error))?;
     let cancel = Cancel::new().map_err(|error| host_error(&error))?;
@@ -133,7 +135,7 @@ fn has_runs(dockerfile: &Dockerfile) -> bool {
 
 /// Goes into a user namespace if the file needs one and we are not root; a file that is not known yet may. `None` when
 /// a process inside has done the work.
-fn enter(dockerfile: Option<&Dockerfile>) -> Result<Option<Surroundings>, CommandError> {
+fn enter(dockerfile: Option<&Dockerfile>, build: &BuildRequest) -> Result<Option<Surroundings>, CommandError> {
     let runs = dockerfile.is_some_and(has_runs);
     // A base may have triggers that run, and its files have owners.
     let bases = dockerfile.is_none_or(|dockerfile| {
@@ -147,13 +149,16 @@ fn enter(dockerfile: Option<&Dockerfile>) -> Result<Option<Surroundings>, Comman
     if !runs && !bases {
         return Ok(Some(place(Ownership::SingleId)));
     }
-    match sandbox::idmap::enter(sandbox::idmap::EnterRequest::Best) {
+    let request = match build.ownership {
+        OwnershipChoice::Emulate => sandbox::idmap::EnterRequest::SingleId,
+        OwnershipChoice::Auto | OwnershipChoice::SubordinateIds => sandbox::idmap::EnterRequest::Best,
+    };
+    match sandbox::idmap::enter(request) {
         // Root of a namespace may have no other id than its own, too.
-        Ok(sandbox::idmap::Entered::Root) => {
-            let why = "this user namespace has only one id".to_owned();
-            Ok(Some(place(owners(sandbox::idmap::ownership(), Some(why)))))
+        Ok(sandbox::idmap::Entered::Root) => owners(build, sandbox::idmap::ownership(), None).map(place).map(Some),
+        Ok(sandbox::idmap::Entered::Inside { ownership, notice }) => {
+            owners(build, ownership, notice).map(place).map(Some)
         }
-        Ok(sandbox::idmap::Entered::Inside { ownership, notice }) => Ok(Some(place(owners(ownership, notice)))),
         Ok(sandbox::idmap::Entered::Parent { exit_code: 0 }) => Ok(None),
         Ok(sandbox::idmap::Entered::Parent { exit_code }) => {
             Err(CommandError::Inside(u8::try_from(exit_code).unwrap_or(u8::MAX)))
@@ -170,17 +175,29 @@ fn enter(dockerfile: Option<&Dockerfile>) -> Result<Option<Surroundings>, Comman
     }
 }
 
-/// Whether files have owners; says so if they do not.
-fn owners(ownership: sandbox::Ownership, notice: Option<String>) -> Ownership {
-    match ownership {
-        sandbox::Ownership::Native => Ownership::Native,
-        sandbox::Ownership::SingleId => {
-            let why = notice.unwrap_or_else(|| "this user namespace has only one id".to_owned());
-            crate::print_error(&format!(
-                "notice: only one user id can be used: what RUN makes belongs to root, other owners come from COPY, ADD \
-                 and base images alone\nhelp: {why}\n"
-            ));
-            Ownership::SingleId
+/// Whether files have owners on disk; says so if they are emulated without having been asked for.
+fn owners(
+    build: &BuildRequest,
+    ownership: sandbox::Ownership,
+    notice: Option<String>,
+) -> Result<Ownership, CommandError> {
+    let why = || notice.unwrap_or_else(|| "this user namespace has only one id".to_owned());
+    match (ownership, build.ownership) {
+        (sandbox::Ownership::Native, _) => Ok(Ownership::Native),
+        (sandbox::Ownership::SingleId, OwnershipChoice::Emulate) => Ok(Ownership::SingleId),
+        (sandbox::Ownership::SingleId, OwnershipChoice::Auto) => {
+            let why = why();
+            // The result is the same, so programs and those who want to hear nothing are not told.
+            if !build.quiet && matches!(build.progress, ProgressMode::Plain | ProgressMode::Tty) {
+                crate::print_error(&format!(
+                    "notice: only one user id can be used, so owners and users of RUN steps are emulated\nhelp: {why}\n"
+                ));
+            }
+            Ok(Ownership::SingleId)
+        }
+        (sandbox::Ownership::SingleId, OwnershipChoice::SubordinateIds) => {
+            let message = format!("--ownership=subid: only one user id can be used: {}", why());
+            Err(failure(Exit::Host, &message, Some("leave it out to have owners emulated".to_owned())))
         }
     }
 }

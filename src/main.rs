@@ -6,7 +6,9 @@ mod blame;
 mod build_command;
 mod call_command;
 mod cli;
+mod doctor_command;
 mod export_command;
+mod fsck_command;
 mod image_commands;
 mod images_command;
 mod input;
@@ -75,6 +77,8 @@ fn run(command: Command, env: &Environment, cancel: &Arc<AtomicBool>) -> Result<
         Command::Login(args) => login_command::login(&args, env),
         Command::Logout(args) => login_command::logout(&args, env),
         Command::Prune(args) => prune_command::prune(&args, env),
+        Command::Doctor(args) => doctor_command::run(&args, env),
+        Command::Fsck(args) => fsck_command::run(&args, env),
         Command::Usage(args) => prune_command::usage(&args, env),
         Command::Version => print_result(&format!("nacre {}\n", env!("CARGO_PKG_VERSION"))),
         Command::Sandbox => unreachable!("dispatched before the command line is read"),
