@@ -1,7 +1,8 @@
 //! `nacre build`: read the Dockerfile, lower it, solve the graph, export. The one place that knows both crates.
 
 use crate::blame;
-use crate::export_command::{self, Built};
+use crate::cache_command;
+use crate::export_command::{self, Built, Live};
 use crate::input::{self, Fetcher, Files, Input};
 use crate::interrupt::{Signals, last_words};
 use crate::progress::{Screen, ScreenOptions};
@@ -16,6 +17,7 @@ use nacre_frontend::parser::ParseFailure;
 use nacre_frontend::reference::Reference;
 use nacre_frontend::source::{SourceFile, Span};
 use nacre_frontend::{parser, platform};
+use nacre_solver::cache::import::Imports;
 use nacre_solver::context::{Context, ContextError, DigestCache, IgnoreFile};
 use nacre_solver::materialize::{Ownership, WriteOptions};
 use nacre_solver::op::file::LocalContext;
@@ -297,6 +299,8 @@ fn build(
     found.source = Some(input.source.clone());
     let contexts = contexts(request, &input, &workspace.store)?;
     let mut all = Vec::new();
+    let imports = Arc::new(Imports::new(request.cache_from.clone()));
+    let collect = !request.cache_from.is_empty() || !request.cache_to.is_empty();
     for platform in platforms(request)? {
         let mut options = options(request, platform)?;
         options.ignored = contexts.get("context").and_then(|local| ignored(local.context()?));
@@ -306,18 +310,27 @@ fn build(
             images,
             host: host.clone(),
             git: git.clone(),
+            imports: imports.clone(),
+            collect,
             project: input.project.clone(),
         };
-        let snapshot = solve::solve(&definition, &workspace, &solve_request, cancel, events);
+        let solved = solve::solve(&definition, &workspace, &solve_request, cancel, events);
         for local in contexts.values() {
             // Digests that are not kept are made again: no reason to fail.
             let _ = local.save();
         }
         let steps = blame::Steps { dockerfile: &dockerfile, definition: &definition, contexts: &contexts };
-        let snapshot = snapshot.map_err(|error| solve_error(error, &steps))?;
-        all.push(Built::new(definition.image, snapshot));
+        let solved = solved.map_err(|error| solve_error(error, &steps))?;
+        all.push(Built::new(definition.image, solved));
     }
-    export_command::export(request, &workspace, &mut all, events, &|| cancel.is_cancelled())?;
+    let live = Live { events, stop: &|| cancel.is_cancelled() };
+    export_command::export(request, &workspace, &mut all, &live)?;
+    cache_command::keep_imported(&workspace, &all)?;
+    cache_command::write_caches(&request.cache_to, &workspace, &all, &live)?;
+    let received_bytes = workspace.sources.client.received_bytes();
+    if received_bytes > 0 {
+        events(Event::Traffic { received_bytes });
+    }
     Ok(all)
 }
 

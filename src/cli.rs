@@ -155,10 +155,10 @@ pub(crate) struct BuildArgs {
     /// Say for every step that ran which input differs from the last time
     #[arg(long, help_heading = "Cache", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", value_parser = boolean, value_name = "BOOL", hide_default_value = true)]
     pub(crate) explain: bool,
-    /// Cache to read from (not yet used)
+    /// Cache of other machines to read: NAME or type=registry,ref=NAME; type=local,src=DIR; may be repeated
     #[arg(long = "cache-from", value_name = "SOURCE", help_heading = "Cache")]
     pub(crate) cache_from: Vec<String>,
-    /// Cache to write to (not yet used)
+    /// Cache to write for other machines: type=registry,ref=NAME; type=local,dest=DIR; type=inline; mode=min|max
     #[arg(long = "cache-to", value_name = "DEST", help_heading = "Cache")]
     pub(crate) cache_to: Vec<String>,
 
@@ -471,11 +471,6 @@ impl BuildArgs {
         }
         if docker.attest.iter().any(|value| !value.contains("disabled=true")) {
             notices.push("--attest does nothing yet: no attestation is made".to_owned());
-        }
-        for (flag, values) in [("--cache-from", &self.cache_from), ("--cache-to", &self.cache_to)] {
-            if !values.is_empty() {
-                notices.push(format!("{flag} does nothing yet: only the cache in the store is used"));
-            }
         }
         notices
     }

@@ -4,6 +4,8 @@
 
 mod blame;
 mod build_command;
+mod cache_command;
+mod cache_options;
 mod call_command;
 mod cli;
 mod export_command;

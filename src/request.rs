@@ -4,11 +4,13 @@
 //! looked at on disk is only what a flag's meaning depends on (is the context a directory, is the ssh source a socket,
 //! is there a secret file); contents are read when the build needs them.
 
+use crate::cache_options::{self, CacheTarget};
 use crate::cli::{self, BuildArgs, RegistryArgs};
 use nacre_frontend::llb::Network;
 use nacre_frontend::lower::{GitUrl, GitUrlError};
 use nacre_frontend::reference::Reference;
 use nacre_frontend::units;
+use nacre_solver::cache::import::CacheSource;
 use nacre_solver::registry::{ClientOptions, Proxies};
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -72,6 +74,10 @@ pub(crate) struct BuildRequest {
     pub(crate) store: PathBuf,
     /// Which results of earlier builds may be used.
     pub(crate) cache_use: CacheUse,
+    /// `--cache-from`, in order.
+    pub(crate) cache_from: Vec<CacheSource>,
+    /// `--cache-to`.
+    pub(crate) cache_to: Vec<CacheTarget>,
     /// `--pull`.
     pub(crate) pull: bool,
     /// `--explain`.
@@ -825,6 +831,17 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
             registry.insecure.extend(Reference::parse(name).map(|reference| reference.host));
         }
     }
+    let given = |values: &[String]| -> Vec<String> {
+        values.iter().filter(|value| !value.trim().is_empty()).cloned().collect()
+    };
+    let mut cache_from = Vec::new();
+    for text in given(&args.cache_from) {
+        cache_from.push(cache_options::cache_source(&text, env, &mut registry.insecure)?);
+    }
+    let mut cache_to = Vec::new();
+    for text in given(&args.cache_to) {
+        cache_to.push(cache_options::cache_target(&text, env, &mut registry.insecure)?);
+    }
 
     Ok(BuildRequest {
         context,
@@ -846,6 +863,8 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
         call,
         store,
         cache_use,
+        cache_from,
+        cache_to,
         pull: args.pull,
         explain: args.explain,
         secrets,
@@ -985,7 +1004,7 @@ fn directory(name: &str, path: &str, env: &Environment) -> Result<PathBuf, Reque
 }
 
 /// Splits comma separated fields; a field in double quotes may hold commas, `""` in it is a quote.
-fn fields(text: &str) -> Vec<String> {
+pub(crate) fn fields(text: &str) -> Vec<String> {
     let mut fields = vec![String::new()];
     let mut quoted = false;
     let mut chars = text.chars().peekable();
@@ -1012,7 +1031,7 @@ fn push(fields: &mut [String], c: char) {
 }
 
 /// Fields as names (in lower case) and values; a field without `=` has the value `default`.
-fn attributes(text: &str, default: &str) -> Vec<(String, String)> {
+pub(crate) fn attributes(text: &str, default: &str) -> Vec<(String, String)> {
     fields(text)
         .iter()
         .map(|field| match field.split_once('=') {
@@ -1233,7 +1252,8 @@ fn output(text: &str, tags: &[String], env: &Environment, notices: &mut Vec<Stri
     Ok(output)
 }
 
-fn compression(codec: Option<&str>, level: Option<&str>) -> Result<Compression, &'static str> {
+/// Reads `compression` and `compression-level`; the error is a sentence.
+pub(crate) fn compression(codec: Option<&str>, level: Option<&str>) -> Result<Compression, &'static str> {
     let level = |limit: std::ops::RangeInclusive<u32>, expected| match level {
         None | Some("") => Ok(None),
         Some(level) => level.parse().ok().filter(|level| limit.contains(level)).map(Some).ok_or(expected),

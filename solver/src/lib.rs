@@ -1,5 +1,6 @@
 //! Executes a build graph.
 
+pub mod cache;
 pub mod context;
 pub mod export;
 pub mod image;

@@ -27,4 +27,5 @@ mod interrupt;
 mod mistakes;
 mod output;
 mod registry;
+mod remote_cache;
 mod story;

@@ -9,9 +9,9 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-struct Registry {
+pub(crate) struct Registry {
     child: Child,
-    host: String,
+    pub(crate) host: String,
     dir: tempfile::TempDir,
 }
 
@@ -49,7 +49,7 @@ impl Registry {
         panic!("docker-registry did not start");
     }
 
-    fn plain() -> Registry {
+    pub(crate) fn plain() -> Registry {
         Self::start("", |_| ())
     }
 
@@ -62,7 +62,7 @@ impl Registry {
     }
 
     /// Has skopeo put the busybox base there.
-    fn add_base(&self) {
+    pub(crate) fn add_base(&self) {
         let status = Command::new("skopeo")
             .args(["--insecure-policy", "copy", "-q", "--dest-tls-verify=false"])
             .arg(format!("oci:{}:latest", busybox_base().display()))
@@ -73,7 +73,7 @@ impl Registry {
     }
 
     /// What skopeo says of an image; it reads all of its blobs.
-    fn check(&self, name: &str, more: &[&str]) -> Value {
+    pub(crate) fn check(&self, name: &str, more: &[&str]) -> Value {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let copy = Command::new("skopeo")
             .args(["--insecure-policy", "copy", "-q", "--src-tls-verify=false"])

@@ -126,6 +126,39 @@ pub fn parts(
     op: &RunOp,
     inputs: &[Option<Value>],
 ) -> Result<Parts, SnapshotError> {
+    let mut parts = described(vertex, op);
+    for (input, mount, source) in mounted_inputs(op) {
+        let name = format!("content of mount {} ({source})", mount.target);
+        let tree = mounted_tree(workspace, &inputs[input], source)?;
+        parts.add(name, tree.map_or_else(String::new, |(tree, _)| Key(index::content_key(&tree)).hex()));
+    }
+    Ok(parts)
+}
+
+/// The parts of the key with the content of whole stages in place of what is mounted of them: they can be had without a
+/// look at any file. `None` when nothing of a stage is mounted, or something else than stages.
+pub fn parts_of_inputs(vertex: &Vertex, op: &RunOp, inputs: &[Option<Value>]) -> Option<Parts> {
+    let mounted = mounted_inputs(op);
+    let mut parts = described(vertex, op);
+    for (input, mount, source) in &mounted {
+        let Some(Some(Value::Snapshot(snapshot))) = inputs.get(*input) else { return None };
+        parts.add(format!("stage of mount {} ({source})", mount.target), snapshot.content().hex());
+    }
+    (!mounted.is_empty()).then_some(parts)
+}
+
+/// Mounts that show something of another input than the step's own file system, and which part.
+fn mounted_inputs(op: &RunOp) -> Vec<(usize, &Mount, &str)> {
+    let shown = op.mounts.iter().filter_map(|mount| match &mount.kind {
+        MountKind::Bind { input: Some(input), source } => Some((*input, mount, source.as_str())),
+        MountKind::Cache { from: Some((input, source)), .. } => Some((*input, mount, source.as_str())),
+        _ => None,
+    });
+    shown.filter(|(input, ..)| *input != 0).collect()
+}
+
+/// The parts of the key that depend on no file.
+fn described(vertex: &Vertex, op: &RunOp) -> Parts {
     let mut parts = Parts::default();
     parts.add("op", "run");
     parts.add("command", shell_text(&op.args));
@@ -149,20 +182,9 @@ pub fn parts(
         // Which cache and whose secret are part of it, what they hold is not.
         let name = format!("mount {} {}", at + 1, mount.target);
         leaves(&mut parts, &name, &serde_json::to_value(mount).unwrap_or_default());
-        let (input, source) = match &mount.kind {
-            MountKind::Bind { input: Some(input), source } => (*input, source),
-            MountKind::Cache { from: Some((input, source)), .. } => (*input, source),
-            _ => continue,
-        };
-        if input == 0 {
-            continue;
-        }
-        let name = format!("content of mount {} ({source})", mount.target);
-        let tree = mounted_tree(workspace, &inputs[input], source)?;
-        parts.add(name, tree.map_or_else(String::new, |(tree, _)| Key(index::content_key(&tree)).hex()));
     }
     parts.add("platform", vertex.platform.to_string());
-    Ok(parts)
+    parts
 }
 
 /// Adds the members of a value one by one, so that a difference is told by the member it is in.

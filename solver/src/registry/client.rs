@@ -105,6 +105,8 @@ struct Shared {
     authorizations: Mutex<HashMap<(String, String), HeaderValue>>,
     /// Which of the hosts that may speak plain HTTP speak HTTPS.
     speaks_https: Mutex<HashMap<String, bool>>,
+    /// Bytes of bodies that came.
+    received: AtomicU64,
 }
 
 /// Kinds of connections, each with a client of its own: loopback ones take no proxy, and only HTTPS loads certificates.
@@ -229,7 +231,13 @@ impl Client {
             credentials: Mutex::default(),
             authorizations: Mutex::default(),
             speaks_https: Mutex::default(),
+            received: AtomicU64::new(0),
         }))
+    }
+
+    /// Bytes of manifests, blobs and files that came so far.
+    pub fn received_bytes(&self) -> u64 {
+        self.0.received.load(Ordering::Relaxed)
     }
 
     /// Fetches a manifest or index by the image's tag or digest and checks it.
@@ -907,6 +915,7 @@ impl Body {
                     self.skip -= skipped;
                     let bytes = &bytes[usize::try_from(skipped).unwrap_or(bytes.len())..];
                     self.received += bytes.len() as u64;
+                    self.client.0.received.fetch_add(bytes.len() as u64, Ordering::Relaxed);
                     if let Some(expected) = self.expected.filter(|expected| self.received > *expected) {
                         return Err(RegistryError::TooLong { host, repository, expected });
                     }
