@@ -24,6 +24,7 @@ use nacre_solver::op::file::LocalContext;
 use nacre_solver::op::run::{Host, RunError};
 use nacre_solver::op::source::{Progress, PullPolicy, ResolvedImage, SourceContext, SourceError, resolve_image};
 use nacre_solver::registry::Client;
+use nacre_solver::sandbox::emulation::{self, Emulation};
 use nacre_solver::sandbox::{self, Cancel};
 use nacre_solver::snapshot::Workspace;
 use nacre_solver::solve::{self, Event, SolveError, VertexError};
@@ -52,7 +53,8 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
     };
     // Before any thread exists, and before standard input is read: an ordinary user's build goes on in a process inside
     // of a user namespace.
-    let Some(place) = enter(known.as_ref().map(|(dockerfile, _)| dockerfile))? else { return Ok(()) };
+    let foreign = foreign_platforms(request, known.as_ref().map(|(dockerfile, _)| dockerfile))?;
+    let Some(place) = enter(known.as_ref().map(|(dockerfile, _)| dockerfile), &foreign)? else { return Ok(()) };
     let host_error = |error: &(dyn std::error::Error + 'static)| CommandError::new(Exit::Host, error, None);
     let signals = Signals::listen(signalled).map_err(|error| host_error(&error))?;
     let cancel = Cancel::new().map_err(|error| host_error(&error))?;
@@ -121,6 +123,30 @@ struct Surroundings {
     ownership: Ownership,
     /// Why steps cannot run.
     refused: Option<CommandError>,
+    /// In a user namespace that was made for this build.
+    own_namespace: bool,
+}
+
+/// Platforms that are asked for, or named by FROM, and are not this machine's.
+fn foreign_platforms(request: &BuildRequest, dockerfile: Option<&Dockerfile>) -> Result<Vec<Platform>, CommandError> {
+    let host = platform::host();
+    let named = dockerfile.into_iter().flat_map(|dockerfile| &dockerfile.instructions).filter_map(|instruction| {
+        match &instruction.kind {
+            InstructionKind::From { platform: Some(text), .. } => platform::parse(&text.value, &host).ok(),
+            _ => None,
+        }
+    });
+    let mut foreign: Vec<Platform> = platforms(request)?.into_iter().flatten().chain(named).collect();
+    foreign.retain(|platform| !emulation::is_native(platform));
+    foreign.sort();
+    foreign.dedup();
+    Ok(foreign)
+}
+
+/// Would emulators have to be registered for these platforms?
+fn needs_emulators(foreign: &[Platform]) -> bool {
+    let Ok(scratch) = tempfile::tempdir() else { return false };
+    foreign.iter().any(|platform| !emulation::runs(platform, scratch.path()))
 }
 
 fn has_runs(dockerfile: &Dockerfile) -> bool {
@@ -133,7 +159,9 @@ fn has_runs(dockerfile: &Dockerfile) -> bool {
 
 /// Goes into a user namespace if the file needs one and we are not root; a file that is not known yet may. `None` when
 /// a process inside has done the work.
-fn enter(dockerfile: Option<&Dockerfile>) -> Result<Option<Surroundings>, CommandError> {
+///
+/// For foreign platforms root goes there, too: emulators are registered in a namespace of the build's own.
+fn enter(dockerfile: Option<&Dockerfile>, foreign: &[Platform]) -> Result<Option<Surroundings>, CommandError> {
     let runs = dockerfile.is_some_and(has_runs);
     // A base may have triggers that run, and its files have owners.
     let bases = dockerfile.is_none_or(|dockerfile| {
@@ -143,17 +171,26 @@ fn enter(dockerfile: Option<&Dockerfile>) -> Result<Option<Surroundings>, Comman
             _ => false,
         })
     });
-    let place = |ownership| Surroundings { ownership, refused: None };
+    let place = |ownership| Surroundings { ownership, refused: None, own_namespace: false };
     if !runs && !bases {
         return Ok(Some(place(Ownership::SingleId)));
     }
-    match sandbox::idmap::enter(sandbox::idmap::EnterRequest::Best) {
+    let own = runs && !foreign.is_empty() && needs_emulators(foreign);
+    let entered = match own {
+        // What root may not have a namespace for, it may well be able to do without.
+        true => sandbox::idmap::enter(sandbox::idmap::EnterRequest::Own)
+            .or_else(|_| sandbox::idmap::enter(sandbox::idmap::EnterRequest::Best)),
+        false => sandbox::idmap::enter(sandbox::idmap::EnterRequest::Best),
+    };
+    match entered {
         // Root of a namespace may have no other id than its own, too.
         Ok(sandbox::idmap::Entered::Root) => {
             let why = "this user namespace has only one id".to_owned();
             Ok(Some(place(owners(sandbox::idmap::ownership(), Some(why)))))
         }
-        Ok(sandbox::idmap::Entered::Inside { ownership, notice }) => Ok(Some(place(owners(ownership, notice)))),
+        Ok(sandbox::idmap::Entered::Inside { ownership, notice }) => {
+            Ok(Some(Surroundings { own_namespace: true, ..place(owners(ownership, notice)) }))
+        }
         Ok(sandbox::idmap::Entered::Parent { exit_code: 0 }) => Ok(None),
         Ok(sandbox::idmap::Entered::Parent { exit_code }) => {
             Err(CommandError::Inside(u8::try_from(exit_code).unwrap_or(u8::MAX)))
@@ -164,7 +201,8 @@ fn enter(dockerfile: Option<&Dockerfile>) -> Result<Option<Surroundings>, Comman
             if runs {
                 Err(error)
             } else {
-                Ok(Some(Surroundings { ownership: Ownership::SingleId, refused: Some(error) }))
+                let ownership = Ownership::SingleId;
+                Ok(Some(Surroundings { ownership, refused: Some(error), own_namespace: false }))
             }
         }
     }
@@ -283,7 +321,10 @@ fn build(
 ) -> Result<Vec<Built>, CommandError> {
     let workspace = workspace(request, place.ownership, Some(progress))?.with_cancel(cancel.clone());
     let git = input::git_settings(request, env)?;
-    let host = host(request)?;
+    let mut host = host(request)?;
+    let mut emulators = env.program_directories();
+    emulators.push(emulation::DEBIAN_DIRECTORY.into());
+    host.emulation = Emulation::new(emulators, place.own_namespace);
     let (dockerfile, input) = match known {
         Some(known) => known,
         None => {
@@ -495,7 +536,7 @@ fn solve_error(error: SolveError, steps: &blame::Steps<'_>) -> CommandError {
                 return CommandError::Step(Box::new(failure));
             }
             let exit = match &*cause {
-                VertexError::Run(RunError::Sandbox(_)) => Exit::Host,
+                VertexError::Run(RunError::Sandbox(_) | RunError::Emulation(_)) => Exit::Host,
                 VertexError::Run(RunError::Snapshot(error)) => export_command::snapshot_exit(error),
                 VertexError::Run(RunError::Store(_) | RunError::Io { .. }) | VertexError::Store(_) => Exit::Store,
                 VertexError::Run(_) => Exit::Step,

@@ -449,6 +449,12 @@ impl Environment {
         Ok(self.current_dir.join(path))
     }
 
+    /// Returns the directories of programs.
+    pub(crate) fn program_directories(&self) -> Vec<PathBuf> {
+        let path = self.get("PATH").unwrap_or(OsStr::new("/usr/local/bin:/usr/bin:/bin"));
+        std::env::split_paths(path).filter(|directory| directory.is_absolute()).collect()
+    }
+
     /// Returns the user's home directory.
     pub(crate) fn home(&self) -> Option<&Path> {
         self.get("HOME").map(Path::new)

@@ -26,6 +26,7 @@ mod escape;
 mod interrupt;
 mod mistakes;
 mod output;
+mod platforms;
 mod registry;
 mod remote_cache;
 mod story;

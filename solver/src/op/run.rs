@@ -5,12 +5,13 @@ use crate::op::agent::AgentSocket;
 use crate::op::file::Value;
 use crate::op::user::{self, UserError};
 use crate::plan::cache_key::{Key, Parts};
+use crate::sandbox::emulation::{self, Emulation, EmulationError};
 use crate::sandbox::{self, Cancel, Net, Outcome, Rootfs, RunSpec, SandboxError, SetupMount, Status, Stream};
 use crate::snapshot::{Layer, Made, Snapshot, SnapshotError, Workspace};
 use crate::store::StoreError;
 use crate::tree::{Entry, Node, Resolved, Tree, index};
 use crate::upper::{self, UpperError};
-use nacre_frontend::llb::{Mount, MountKind, Network, RunOp, Security, Sharing, Vertex};
+use nacre_frontend::llb::{Mount, MountKind, Network, Platform, RunOp, Security, Sharing, Vertex};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
@@ -26,6 +27,8 @@ pub struct Host {
     pub ssh: BTreeMap<String, PathBuf>,
     /// Content of /etc/resolv.conf for steps.
     pub resolv_conf: String,
+    /// Emulators for steps of other platforms.
+    pub emulation: Emulation,
     /// Network of steps that ask for none in particular.
     pub default_network_none: bool,
 }
@@ -42,6 +45,9 @@ pub enum RunError {
     /// The sandbox could not be set up.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
+    /// The step is for another processor.
+    #[error(transparent)]
+    Emulation(#[from] EmulationError),
     /// What the step wrote could not be read.
     #[error("cannot read what the step wrote")]
     Upper(#[from] UpperError),
@@ -107,6 +113,7 @@ impl RunError {
             Self::User(UserError::NoGroup { name }) => {
                 format!("make group `{name}` in an earlier step, or give a number: `USER name:1000`")
             }
+            Self::Emulation(error) => return error.help(),
             Self::NoSecret(id) => {
                 format!("give it with `--secret id={id},src=FILE` or `--secret id={id},env=VARIABLE`")
             }
@@ -240,6 +247,22 @@ pub struct Ran {
     pub changes: Tree,
     /// The upper directory, to become the layer's tree.
     pub upper: PathBuf,
+}
+
+/// Makes sure that the platform's programs can run here.
+pub fn ensure_platform(
+    workspace: &Workspace,
+    platform: &Platform,
+    host: &Host,
+    cancel: &Cancel,
+) -> Result<(), RunError> {
+    if emulation::is_native(platform) {
+        return Ok(());
+    }
+    let scratch = workspace.store.begin_tree()?;
+    let result = host.emulation.ensure(platform, &scratch, cancel);
+    let _ = materialize::remove_tree(&scratch);
+    Ok(result?)
 }
 
 /// Runs the step.

@@ -24,11 +24,13 @@
 //! | overlayfs in a user namespace, `userxattr` | 5.11 | the root file system | error (root: same) |
 //! | overlayfs `lowerdir+` | 6.8 | up to 500 layers | mount(2), options in one page: about 220 |
 //! | close_range with CLOEXEC | 5.11 | no descriptor reaches the step | error |
+//! | binfmt_misc in a user namespace | 6.7 | emulators for other processors' programs | those that root registered |
 //! | a procfs that is not masked | – | fresh /proc, pid namespace | the outer /proc, processes swept up after the step |
 //!
 //! Device nodes on the root file system and on mounts cannot be opened (`nodev`): that replaces the devices
 //! cgroup, so no cgroup is needed even when the builder is really root.
 
+pub mod emulation;
 pub mod idmap;
 pub mod init;
 mod points;

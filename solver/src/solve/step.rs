@@ -145,6 +145,7 @@ impl Build<'_> {
             if self.cancel.is_cancelled() {
                 return Err(RunError::Interrupted.into());
             }
+            run::ensure_platform(self.workspace, &vertex.platform, &self.request.host, self.cancel)?;
             self.tell(Event::Started { id: id.0 });
             self.explain(id, reason, &parts, None);
             log.path = Some(self.workspace.store.part("logs").join(key.hex()));
