@@ -6,8 +6,9 @@ use crate::export_command::{self, Built, Live};
 use crate::input::{self, Fetcher, Files, Input};
 use crate::interrupt::{Signals, last_words};
 use crate::progress::{Screen, ScreenOptions};
-use crate::report::{CommandError, Exit, Failure, Place, StepFailure, StepOutcome, Style, with_causes};
-use crate::request::{BuildRequest, CacheUse, Call, Environment, NamedSource, ProgressMode, SshSource};
+use crate::report::{CommandError, Exit, Failure, Place, StepFailure, StepOutcome, Style, disk_help, with_causes};
+use crate::request::{BuildRequest, CacheUse, Call, Environment, NamedSource, ProgressMode};
+use crate::ssh_agents::SshAgents;
 use nacre_frontend::check::{IgnoreRules, Warning};
 use nacre_frontend::diagnostic::Diagnostic;
 use nacre_frontend::instruction::{Dockerfile, InstructionKind};
@@ -95,7 +96,8 @@ fn call(request: &BuildRequest, env: &Environment, signalled: &Arc<AtomicBool>) 
         Some(input) => input,
         None => {
             let workspace = workspace(request, Ownership::SingleId, None)?;
-            let git = input::git_settings(request, env)?;
+            let agents = SshAgents::start(&request.ssh)?;
+            let git = input::git_settings(request, env, &agents)?;
             let stop = || signalled.load(Ordering::SeqCst);
             Fetcher { workspace: &workspace, git: &git, stop: &stop, events: &|_| {} }.input(request)?
         }
@@ -320,8 +322,9 @@ fn build(
     found: &mut Findings,
 ) -> Result<Vec<Built>, CommandError> {
     let workspace = workspace(request, place.ownership, Some(progress))?.with_cancel(cancel.clone());
-    let git = input::git_settings(request, env)?;
-    let mut host = host(request)?;
+    let agents = SshAgents::start(&request.ssh)?;
+    let git = input::git_settings(request, env, &agents)?;
+    let mut host = host(request, &agents)?;
     let mut emulators = env.program_directories();
     emulators.push(emulation::DEBIAN_DIRECTORY.into());
     host.emulation = Emulation::new(emulators, place.own_namespace);
@@ -497,7 +500,7 @@ fn base_error(error: &SourceError, dockerfile: &Dockerfile, span: Span) -> Comma
     CommandError::Failure(Box::new(Failure { exit: Exit::Source, message, place, help }))
 }
 
-fn host(request: &BuildRequest) -> Result<Host, CommandError> {
+fn host(request: &BuildRequest, agents: &SshAgents) -> Result<Host, CommandError> {
     let mut host = Host {
         resolv_conf: std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
         default_network_none: request.network == Network::None,
@@ -506,15 +509,7 @@ fn host(request: &BuildRequest) -> Result<Host, CommandError> {
     for secret in &request.secrets {
         host.secrets.insert(secret.id.clone(), secret.read()?);
     }
-    for agent in &request.ssh {
-        match &agent.source {
-            SshSource::Socket(path) => host.ssh.insert(agent.id.clone(), path.clone()),
-            SshSource::Keys(_) => {
-                let message = format!("--ssh {}: key files cannot be used yet", agent.id);
-                return Err(failure(Exit::Usage, &message, Some("start an ssh-agent and add them".to_owned())));
-            }
-        };
-    }
+    host.ssh = agents.sockets().clone();
     Ok(host)
 }
 
@@ -527,7 +522,9 @@ fn solve_error(error: SolveError, steps: &blame::Steps<'_>) -> CommandError {
             let source = steps.dockerfile.source.clone();
             let place = lines.map(|lines| Place { source, lines, word: found.word });
             let outcome = match &*cause {
-                VertexError::Run(RunError::Exit { code, program }) => Some((StepOutcome::Exit(*code), program.clone())),
+                VertexError::Run(RunError::Exit { code, program, disk_full }) => {
+                    Some((StepOutcome::Exit { code: *code, disk_full: *disk_full }, program.clone()))
+                }
                 VertexError::Run(RunError::Signal { signal }) => Some((StepOutcome::Signal(*signal), String::new())),
                 _ => None,
             };
@@ -546,7 +543,8 @@ fn solve_error(error: SolveError, steps: &blame::Steps<'_>) -> CommandError {
                 _ => Exit::General,
             };
             let message = with_causes(&*cause);
-            CommandError::Failure(Box::new(Failure { exit, message, place, help: found.help }))
+            let help = found.help.or_else(|| disk_help(&*cause));
+            CommandError::Failure(Box::new(Failure { exit, message, place, help }))
         }
     }
 }
