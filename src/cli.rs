@@ -5,6 +5,7 @@
 //! accepted, and [`BuildArgs::without_meaning`] names those that were given.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use nacre_solver::registry::Mirror;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
@@ -279,6 +280,13 @@ pub(crate) struct RegistryArgs {
     /// Certificates (PEM) of authorities to trust besides the system's; may be repeated
     #[arg(long = "tls-ca", value_name = "FILE")]
     pub(crate) authorities: Vec<PathBuf>,
+    /// Registry to ask first for what another has, as docker.io=HOST[/PATH]; may be repeated
+    #[arg(long = "registry-mirror", value_name = "HOST=MIRROR", value_parser = mirror)]
+    pub(crate) mirrors: Vec<Mirror>,
+}
+
+fn mirror(text: &str) -> Result<Mirror, String> {
+    Mirror::parse(text).ok_or_else(|| "expected HOST=MIRROR, as docker.io=mirror.example.com:5000".to_owned())
 }
 
 /// `nacre pull`.

@@ -3,6 +3,7 @@
 use crate::build_command::failure;
 use crate::cli::{InspectArgs, ListFormat, PullArgs, PushArgs, RmiArgs, SaveArgs, TagArgs};
 use crate::export_command::{registry_help, send};
+use crate::interrupt::end_on_signals;
 use crate::report::{CommandError, Exit};
 use crate::request::Environment;
 use nacre_frontend::llb::ImageSource;
@@ -15,12 +16,14 @@ use nacre_solver::op::source::{PullPolicy, ResolvedImage, SourceContext, SourceE
 use nacre_solver::push::PushImage;
 use nacre_solver::registry::{Client, ClientOptions, RemoteImage};
 use nacre_solver::solve::Event;
+use nacre_solver::store::refs::RememberedReference;
 use nacre_solver::store::{Store, StoreError};
 use nacre_solver::tree::layer::Limits;
 use serde_json::{Value, json};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Layers that are fetched at once.
 const PARALLEL_LAYERS: usize = 4;
@@ -43,6 +46,10 @@ fn reference(name: &str) -> Result<Reference, CommandError> {
 
 fn open(env: &Environment, flag: Option<&Path>) -> Result<Arc<Store>, CommandError> {
     Store::open(&env.store(flag)?).map(Arc::new).map_err(store_error)
+}
+
+fn listen(env: &Environment) -> Result<(), CommandError> {
+    end_on_signals(env.color).map_err(|error| CommandError::new(Exit::Host, &error, None))
 }
 
 fn sources(store: &Arc<Store>, options: ClientOptions) -> SourceContext {
@@ -88,6 +95,7 @@ pub(crate) fn pull(args: &PullArgs, env: &Environment) -> Result<(), CommandErro
         None => host,
         Some(text) => platform::parse(text, &host).map_err(|error| CommandError::new(Exit::Usage, &error, None))?,
     };
+    listen(env)?;
     let store = open(env, args.store.as_deref())?;
     let sources = sources(&store, env.registry(&args.registry));
     let remote = RemoteImage::parse(&name.to_string())
@@ -95,6 +103,14 @@ pub(crate) fn pull(args: &PullArgs, env: &Environment) -> Result<(), CommandErro
     let registry = |error| source_error(&SourceError::Registry(error));
     let (bytes, root) = sources.client.manifest(&remote).map_err(registry)?;
     store.put_document(&bytes).map_err(store_error)?;
+    // Where its layers are, for a later push to the same registry.
+    let resolved = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let remembered = RememberedReference {
+        reference: remote.to_string(),
+        descriptor: root.clone(),
+        resolved: i64::try_from(resolved).unwrap_or(i64::MAX),
+    };
+    store.remember_reference(&remembered).map_err(store_error)?;
     // By the digest: what has this name in the store does not matter, and the tag may move meanwhile.
     let pinned = RemoteImage { tag: None, digest: Some(root.digest), ..remote };
     let image = resolve_image(&ImageSource::Reference(pinned.to_string()), &platform, &sources)
@@ -156,6 +172,7 @@ fn fetch_layers(image: &ResolvedImage, sources: &SourceContext, quiet: bool) -> 
 
 /// Sends images of the store to the registries that their names tell.
 pub(crate) fn push(args: &PushArgs, env: &Environment) -> Result<(), CommandError> {
+    listen(env)?;
     let store = open(env, args.store.as_deref())?;
     let sources = sources(&store, env.registry(&args.registry));
     let mut results = Vec::new();

@@ -11,7 +11,7 @@ use nacre_frontend::lower::{GitUrl, GitUrlError};
 use nacre_frontend::reference::Reference;
 use nacre_frontend::units;
 use nacre_solver::cache::import::CacheSource;
-use nacre_solver::registry::{ClientOptions, Proxies};
+use nacre_solver::registry::{ClientOptions, Mirror, Proxies};
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -534,8 +534,18 @@ impl Environment {
             certificates: certificates.into_iter().flatten().collect(),
             authorities: absolute(args.authorities.clone()),
             insecure: args.insecure.clone(),
+            mirrors: self.mirrors(args),
             proxies: self.proxies(),
             ..ClientOptions::default()
+        }
+    }
+
+    /// Those of the flags, else those of NACRE_REGISTRY_MIRRORS.
+    fn mirrors(&self, args: &RegistryArgs) -> Vec<Mirror> {
+        let variable = self.get("NACRE_REGISTRY_MIRRORS").and_then(OsStr::to_str).unwrap_or_default();
+        match args.mirrors.as_slice() {
+            [] => variable.split([',', ' ']).filter_map(Mirror::parse).collect(),
+            given => given.to_vec(),
         }
     }
 

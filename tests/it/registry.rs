@@ -344,3 +344,68 @@ fn pruning_waits_for_builds() {
     assert!(ended.stderr.contains("waiting for builds"), "{}", ended.stderr);
     assert!(child.wait().expect("it ends").success());
 }
+
+#[test]
+fn what_was_pulled_is_mounted_when_it_is_pushed_elsewhere_in_its_registry() {
+    let registry = Registry::plain();
+    registry.add_base();
+    let host = &registry.host;
+    let build = Build::new();
+    works(&build, &["pull", "-q", &format!("{host}/library/busybox:1")]);
+    works(&build, &["tag", &format!("{host}/library/busybox:1"), &format!("{host}/team/copy:1")]);
+    let text = works(&build, &["push", "--format=json", &format!("{host}/team/copy:1")]);
+    let pushed: Value = serde_json::from_str(&text).expect("JSON");
+    // The layer; the configuration is sent.
+    assert_eq!((&pushed[0]["mounted"], &pushed[0]["sent"]), (&Value::from(1), &Value::from(1)), "{pushed}");
+    registry.check("team/copy:1", &[]);
+}
+
+#[test]
+fn mirrors_are_asked_first() {
+    let registry = Registry::plain();
+    registry.add_base();
+    let build = Build::new();
+    let mirror = format!("--registry-mirror=registry.test={}", registry.host);
+    let digest = works(&build, &["pull", "-q", &mirror, "registry.test/library/busybox:1"]);
+    assert!(digest.starts_with("sha256:"), "{digest}");
+    let build = Build::new().dockerfile("FROM library/busybox:1\nCOPY Dockerfile /\n");
+    // Without a host it is one of Docker Hub.
+    build.env("NACRE_REGISTRY_MIRRORS", &registry.host).runs();
+    let build = Build::new();
+    assert_eq!(nacre(&build, &["pull", "--registry-mirror=nothing=", "x"], None).code, Some(2));
+}
+
+#[test]
+fn signals_end_commands_with_their_number() {
+    use rustix::process::{Pid, Signal, kill_process};
+    // Takes connections and never answers.
+    let silent = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let host = silent.local_addr().expect("an address").to_string();
+    let build = Build::new().dockerfile("FROM busybox\nCOPY Dockerfile /\n").flag(format!("-t={host}/app:1"));
+    build.runs();
+    let name = format!("{host}/app:1");
+    for (signal, code) in [(Signal::INT, 130), (Signal::TERM, 143)] {
+        for args in [&["push", &name][..], &["pull", &name], &["prune", "--all"]] {
+            // A build that takes its time.
+            let lock = fs::File::options().read(true).write(true).open(build.store().join("lock")).expect("a file");
+            lock.lock_shared().expect("nobody else has it");
+            let mut child = Command::new(env!("CARGO_BIN_EXE_nacre"))
+                .args(args)
+                .env("NACRE_STORE", build.store())
+                .env("HOME", build.path("home"))
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::piped())
+                .spawn()
+                .expect("nacre starts");
+            std::thread::sleep(Duration::from_millis(700));
+            kill_process(Pid::from_child(&child), signal).expect("it still runs");
+            let status = child.wait().expect("it ends");
+            let mut words = String::new();
+            std::io::Read::read_to_string(&mut child.stderr.take().expect("a pipe"), &mut words).expect("text");
+            assert_eq!(status.code(), Some(code), "{args:?}: {words}");
+            assert!(words.contains("interrupted"), "{args:?}: {words}");
+        }
+    }
+    crate::story::assert_store_is_whole(&build.store());
+}
