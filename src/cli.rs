@@ -68,6 +68,10 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// Write images of the store into an archive that docker and podman load
     Save(SaveArgs),
+    /// Put the images of an archive into the store
+    Load(LoadArgs),
+    /// Look at images in registries
+    Manifest(ManifestArgs),
     /// Keep credentials for a registry
     Login(LoginArgs),
     /// Forget the credentials for a registry
@@ -301,6 +305,9 @@ pub(crate) struct PullArgs {
     /// Print only the digest
     #[arg(short, long)]
     pub(crate) quiet: bool,
+    /// Form of the result
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: ListFormat,
     /// Directory of cache and images
     #[arg(long, value_name = "DIR")]
     pub(crate) store: Option<PathBuf>,
@@ -350,6 +357,9 @@ pub(crate) struct RmiArgs {
     /// A name that is not there is no error
     #[arg(short, long)]
     pub(crate) force: bool,
+    /// Form of the result
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: ListFormat,
     /// Directory of cache and images
     #[arg(long, value_name = "DIR")]
     pub(crate) store: Option<PathBuf>,
@@ -381,6 +391,60 @@ pub(crate) struct SaveArgs {
     /// Directory of cache and images
     #[arg(long, value_name = "DIR")]
     pub(crate) store: Option<PathBuf>,
+}
+
+/// `nacre load`.
+#[derive(Debug, Args)]
+pub(crate) struct LoadArgs {
+    /// Archive, also compressed [default: standard input]
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) input: Option<PathBuf>,
+    /// Name for the archive's only image, in place of those it has
+    #[arg(short, long, value_name = "NAME")]
+    pub(crate) tag: Option<String>,
+    /// Print only digests
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// Form of the result
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: ListFormat,
+    /// Directory of cache and images
+    #[arg(long, value_name = "DIR")]
+    pub(crate) store: Option<PathBuf>,
+}
+
+/// `nacre manifest`.
+#[derive(Debug, Args)]
+pub(crate) struct ManifestArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: ManifestCommand,
+}
+
+/// Subcommands of `nacre manifest`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ManifestCommand {
+    /// Print a manifest or index, as JSON
+    Inspect(ManifestInspectArgs),
+}
+
+/// `nacre manifest inspect`.
+#[derive(Debug, Args)]
+pub(crate) struct ManifestInspectArgs {
+    /// Image in a registry
+    #[arg(value_name = "NAME")]
+    pub(crate) name: String,
+    /// The bytes as they are, for digests
+    #[arg(long)]
+    pub(crate) raw: bool,
+    /// Accepted for symmetry; the result is always JSON
+    #[arg(long, hide = true)]
+    pub(crate) format: Option<String>,
+    /// The registry's certificate is not checked, and it may speak plain HTTP
+    #[arg(long = "insecure", hide = true)]
+    pub(crate) unchecked: bool,
+    #[command(flatten)]
+    pub(crate) registry: RegistryArgs,
 }
 
 /// `nacre login`.
@@ -493,7 +557,10 @@ pub(crate) fn without_docker_groups(mut args: Vec<OsString>) -> Vec<OsString> {
         ("buildx", "build" | "b" | "version" | "prune")
             | ("builder", "build" | "prune")
             | ("builder" | "buildx", "du")
-            | ("image", "build" | "ls" | "list" | "pull" | "push" | "tag" | "rm" | "inspect" | "save" | "prune")
+            | (
+                "image",
+                "build" | "ls" | "list" | "pull" | "push" | "tag" | "rm" | "inspect" | "save" | "load" | "prune"
+            )
     );
     if grouped {
         args.remove(1);

@@ -28,11 +28,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 /// Layers that are fetched at once.
 const PARALLEL_LAYERS: usize = 4;
 
-fn store_error(error: StoreError) -> CommandError {
+pub(crate) fn store_error(error: StoreError) -> CommandError {
     CommandError::new(Exit::Store, &error, None)
 }
 
-fn source_error(error: &SourceError) -> CommandError {
+pub(crate) fn source_error(error: &SourceError) -> CommandError {
     let help = match error {
         SourceError::Registry(error) => registry_help(error),
         _ => None,
@@ -40,19 +40,19 @@ fn source_error(error: &SourceError) -> CommandError {
     CommandError::new(Exit::Source, error, help)
 }
 
-fn reference(name: &str) -> Result<Reference, CommandError> {
+pub(crate) fn reference(name: &str) -> Result<Reference, CommandError> {
     Reference::parse(name).map_err(|error| failure(Exit::Usage, &format!("image name `{name}`: {error}"), error.help()))
 }
 
-fn open(env: &Environment, flag: Option<&Path>) -> Result<Arc<Store>, CommandError> {
+pub(crate) fn open(env: &Environment, flag: Option<&Path>) -> Result<Arc<Store>, CommandError> {
     Store::open(&env.store(flag)?).map(Arc::new).map_err(store_error)
 }
 
-fn listen(env: &Environment) -> Result<(), CommandError> {
+pub(crate) fn listen(env: &Environment) -> Result<(), CommandError> {
     end_on_signals(env.color).map_err(|error| CommandError::new(Exit::Host, &error, None))
 }
 
-fn sources(store: &Arc<Store>, options: ClientOptions) -> SourceContext {
+pub(crate) fn sources(store: &Arc<Store>, options: ClientOptions) -> SourceContext {
     SourceContext {
         store: store.clone(),
         client: Client::new(options),
@@ -136,7 +136,15 @@ pub(crate) fn pull(args: &PullArgs, env: &Environment) -> Result<(), CommandErro
         }
         None => store.tag(&name.to_string(), &descriptor).map_err(store_error)?,
     }
-    crate::print_result(&format!("{}\n", image.manifest_digest))
+    crate::print_result(&match args.format {
+        ListFormat::Table => format!("{}\n", image.manifest_digest),
+        ListFormat::Json => {
+            let name = format!("{}", RemoteImage { digest: None, ..pinned });
+            let bytes = sources.client.received_bytes();
+            let list = json!([{"name": name, "digest": image.manifest_digest, "received_bytes": bytes}]);
+            format!("{list:#}\n")
+        }
+    })
 }
 
 fn fetch_layers(image: &ResolvedImage, sources: &SourceContext, quiet: bool) -> Result<(), CommandError> {
@@ -231,6 +239,7 @@ pub(crate) fn tag(args: &TagArgs, env: &Environment) -> Result<(), CommandError>
 /// Takes names away.
 pub(crate) fn remove(args: &RmiArgs, env: &Environment) -> Result<(), CommandError> {
     let store = open(env, args.store.as_deref())?;
+    let mut removed = Vec::new();
     for name in &args.names {
         let canonical = reference(name)?.to_string();
         let found = store.untag(&canonical).map_err(store_error)?;
@@ -239,10 +248,13 @@ pub(crate) fn remove(args: &RmiArgs, env: &Environment) -> Result<(), CommandErr
             return Err(failure(Exit::Usage, &format!("no image `{name}` in the store"), help));
         }
         if found {
-            crate::print_result(&format!("{canonical}\n"))?;
+            removed.push(canonical);
         }
     }
-    Ok(())
+    crate::print_result(&match args.format {
+        ListFormat::Table => removed.iter().map(|name| format!("{name}\n")).collect(),
+        ListFormat::Json => format!("{:#}\n", json!({"removed": removed})),
+    })
 }
 
 /// Prints manifest and configuration of images.

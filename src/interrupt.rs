@@ -76,19 +76,19 @@ pub(crate) fn end_on_signals(color: bool) -> std::io::Result<()> {
     for signal in [SIGINT, SIGTERM] {
         signal_hook::flag::register_usize(signal, Arc::clone(&seen), usize::try_from(signal).unwrap_or_default())?;
     }
-    std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
-        loop {
-            let signal = seen.load(Ordering::SeqCst);
-            if signal != 0 {
-                // Nobody may be reading, and then the words would wait for ever.
-                std::thread::spawn(move || crate::print_error(&last_words(color)));
-                std::thread::sleep(PAUSE * 5);
-                std::process::exit(128 + i32::try_from(signal).unwrap_or_default());
-            }
-            std::thread::sleep(PAUSE);
-        }
-    })?;
+    std::thread::Builder::new().name("signals".to_owned()).spawn(move || wait_for_end(&seen, last_words(color)))?;
     Ok(())
+}
+
+#[expect(clippy::exit, reason = "there is nothing to wait for")]
+fn wait_for_end(seen: &AtomicUsize, last_words: String) -> ! {
+    while seen.load(Ordering::SeqCst) == 0 {
+        std::thread::sleep(PAUSE);
+    }
+    // Nobody may be reading, and then the words would wait for ever.
+    std::thread::spawn(move || crate::print_error(&last_words));
+    std::thread::sleep(PAUSE * 5);
+    std::process::exit(128 + i32::try_from(seen.load(Ordering::SeqCst)).unwrap_or_default())
 }
 
 /// What a build that was interrupted ends with.

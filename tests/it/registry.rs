@@ -409,3 +409,73 @@ fn signals_end_commands_with_their_number() {
     }
     crate::story::assert_store_is_whole(&build.store());
 }
+
+#[test]
+fn archives_of_all_kinds_are_loaded() {
+    let source = Build::new().dockerfile("FROM busybox\nCOPY a /a\n").file("a", "loaded");
+    let own = source.path("own.tar");
+    let mut command = source.command();
+    command.args(["-t=app:1", "-t=localhost/other:2"]).arg(format!("--output=type=docker,dest={}", own.display()));
+    assert_eq!(run(command, None).code, Some(0));
+    let skopeo = |to: &str| {
+        let path = source.path("archive").join(to.replace(':', "-"));
+        fs::create_dir_all(path.parent().expect("a parent")).expect("a directory");
+        let kind = to.split(':').next().unwrap_or_default();
+        let status = Command::new("skopeo")
+            .args(["--insecure-policy", "copy", "-q"])
+            .arg(format!("docker-archive:{}:app:1", own.display()))
+            .arg(format!("{kind}:{}:app:1", path.display()))
+            .status()
+            .expect("these tests need the program skopeo");
+        assert!(status.success());
+        path
+    };
+    let (docker, oci) = (skopeo("docker-archive:x"), skopeo("oci-archive:x"));
+    for (path, names) in [(&own, 2), (&docker, 1), (&oci, 1)] {
+        let build = Build::new().dockerfile("FROM app:1\nRUN test $(cat /a) = loaded\n");
+        let path = path.to_str().expect("text");
+        let text = works(&build, &["load", "--format=json", "-i", path]);
+        let loaded: Value = serde_json::from_str(&text).expect("JSON");
+        assert_eq!(loaded[0]["names"].as_array().map(Vec::len), Some(names), "{loaded}");
+        build.runs();
+        crate::story::assert_store_is_whole(&build.store());
+        // From a pipe, compressed, under another name.
+        let gzip = Command::new("gzip").arg("-c").arg(path).output().expect("gzip runs").stdout;
+        let ended = nacre(&build, &["load", "-q", "--tag=renamed:3"], Some(&gzip));
+        assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+        let saved = build.path("saved.tar");
+        works(&build, &["save", "-o", saved.to_str().expect("text"), "renamed:3"]);
+        let again = Build::new();
+        works(&again, &["load", "-i", saved.to_str().expect("text")]);
+        assert!(works(&again, &["images", "--format=json"]).contains("renamed:3"));
+    }
+    let build = Build::new();
+    let cut = fs::read(&own).expect("a file");
+    let ended = nacre(&build, &["load"], Some(&cut[..cut.len() / 2]));
+    assert_eq!(ended.code, Some(5), "{}", ended.stderr);
+    assert_eq!(nacre(&build, &["load"], Some(b"nothing")).code, Some(5));
+    assert_eq!(nacre(&build, &["load", "-i", "/nonexistent"], None).code, Some(2));
+    assert_eq!(works(&build, &["images", "-q"]), "");
+}
+
+#[test]
+fn manifests_are_looked_at_where_they_are() {
+    let registry = Registry::plain();
+    registry.add_base();
+    let build = Build::new();
+    let name = format!("{}/library/busybox:1", registry.host);
+    let text = works(&build, &["manifest", "inspect", &name]);
+    let manifest: Value = serde_json::from_str(&text).expect("JSON");
+    assert!(manifest["layers"][0]["digest"].is_string(), "{manifest}");
+    let digest = works(&build, &["pull", "-q", &name]);
+    let raw = works(&build, &["manifest", "inspect", "--raw", &name]);
+    use sha2::Digest;
+    let found: String = sha2::Sha256::digest(raw.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect();
+    assert_eq!(format!("sha256:{found}"), digest.trim());
+    let text = works(&build, &["pull", "--format=json", &name]);
+    let pulled: Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!(pulled[0]["digest"], digest.trim());
+    let removed: Value = serde_json::from_str(&works(&build, &["rmi", "--format=json", &name])).expect("JSON");
+    assert_eq!(removed["removed"][0], name.as_str());
+    assert_eq!(nacre(&build, &["manifest", "inspect", &format!("{}/none:1", registry.host)], None).code, Some(5));
+}
