@@ -420,6 +420,14 @@ struct MountSetup<'a> {
     agents: Vec<AgentSocket>,
 }
 
+/// What a cache is known by: as with BuildKit, another owner or mode of its directory makes it another cache.
+fn cache_name(id: &str, mode: u32, owner: (u32, u32)) -> String {
+    match (mode & 0o777, owner) {
+        (0o755, (0, 0)) => id.to_owned(),
+        (mode, (uid, gid)) => format!("{id}\0{uid}:{gid}:{mode:o}"),
+    }
+}
+
 /// Locks the caches that a step mounts; the locks are to be held until it has ended. A step waits for one cache while
 /// it holds others, so all steps take them in one order, and one that a step mounts twice is taken once.
 fn lock_caches(
@@ -435,8 +443,8 @@ fn lock_caches(
     };
     let mut wanted: BTreeMap<String, Sharing> = BTreeMap::new();
     for mount in mounts {
-        if let MountKind::Cache { id, sharing, .. } = &mount.kind {
-            let entry = wanted.entry(id.clone()).or_insert(*sharing);
+        if let MountKind::Cache { id, sharing, mode, uid, gid, .. } = &mount.kind {
+            let entry = wanted.entry(cache_name(id, *mode, (*uid, *gid))).or_insert(*sharing);
             if strictness(*sharing) > strictness(*entry) {
                 *entry = *sharing;
             }
@@ -520,7 +528,9 @@ impl MountSetup<'_> {
             }
             MountKind::Bind { input, source } => Some(self.bind(at, mount, *input, source)?),
             MountKind::Cache { id, from, mode, uid, gid, .. } => {
-                let directory = self.cache(id, from.as_ref(), *mode, (*uid, *gid), &mount.target)?;
+                // As with BuildKit, special bits do not count.
+                let mode = mode & 0o777;
+                let directory = self.cache(id, from.as_ref(), mode, (*uid, *gid), &mount.target)?;
                 Some(SetupMount::Bind { source: directory, target, read_only: mount.read_only })
             }
         })
@@ -591,7 +601,7 @@ impl MountSetup<'_> {
         target: &str,
     ) -> Result<PathBuf, RunError> {
         let missing = || RunError::Io { path: PathBuf::from(target), source: io::ErrorKind::NotFound.into() };
-        let data = self.caches.get(id).ok_or_else(missing)?.join("data");
+        let data = self.caches.get(&cache_name(id, mode, owner)).ok_or_else(missing)?.join("data");
         if !data.is_dir() {
             self.fill_cache(&data, from, mode, owner, target)?;
         }
