@@ -27,6 +27,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+/// Trees of files are many small pieces of memory, made and dropped by several threads: glibc's allocator takes a third of the
+/// time of a build that finds everything cached.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().collect();
     // Before anything else: a step's first process must have one thread and as little state as possible.

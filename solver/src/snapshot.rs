@@ -20,9 +20,10 @@ use crate::op::source::{self, Form, ImageLayer, ResolvedImage, SourceContext, So
 use crate::op::unpacked::UnpackError;
 use crate::plan::cache_key::Key;
 use crate::sandbox::Cancel;
+use crate::store::chunks::KnownChunks;
 use crate::store::layers::pulled_layer_id;
 use crate::store::{Store, StoreError};
-use crate::tree::blob::{BlobInfo, BlobOptions, Codec, write_blob};
+use crate::tree::blob::{BlobInfo, BlobOptions, ChunkCache, Codec, write_blob};
 use crate::tree::layer::{LayerError, TarOptions};
 use crate::tree::{LayerId, Node, Origin, Tree};
 use std::collections::HashMap;
@@ -235,6 +236,8 @@ pub struct Workspace {
     pub threads: usize,
     cancel: Option<Cancel>,
     layers: Mutex<HashMap<LayerId, Layer>>,
+    /// Read when the first blob is written.
+    chunks: OnceLock<KnownChunks>,
 }
 
 impl Workspace {
@@ -242,7 +245,7 @@ impl Workspace {
     pub fn new(sources: SourceContext) -> Self {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let (store, ownership) = (sources.store.clone(), sources.write.ownership);
-        Self { store, sources, ownership, threads, cancel: None, layers: Mutex::default() }
+        Self { store, sources, ownership, threads, cancel: None, layers: Mutex::default(), chunks: OnceLock::new() }
     }
 
     /// This workspace, with reading that fails once `cancel` is requested: that ends copies and exports half-way.
@@ -480,11 +483,16 @@ impl Workspace {
             }
             _ => self.open(node),
         };
-        let mut writer = self.store.blob_writer()?;
+        let mut writer = self.store.trusting_blob_writer()?;
+        let chunks = (codec != Codec::None).then(|| self.chunks.get_or_init(|| self.store.known_chunks()).blob());
+        let cache = chunks.as_ref().map(|chunks| chunks as &dyn ChunkCache);
         let options = BlobOptions { tar: TarOptions { clamp_mtime }, codec, level, threads: self.threads };
-        let info = write_blob(&tree, &open, &options, None, &mut writer)
+        let info = write_blob(&tree, &open, &options, cache, &mut writer)
             .map_err(|source| SnapshotError::Layer { layer: name.clone(), source })?;
         writer.commit(Some(&info.digest))?;
+        if let Some(chunks) = chunks {
+            self.store.put_chunks(&info.digest, chunks);
+        }
         self.store.set_blob_memo(&layer.0.id, codec, level, clamp_mtime, &info)?;
         Ok(layer_blob(info))
     }

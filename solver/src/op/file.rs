@@ -58,7 +58,7 @@ impl LocalContext {
             return Ok(tree.clone());
         }
         let tree = match &self.directory {
-            Some((context, _)) => Arc::new(context.tree()?.clone()),
+            Some((context, _)) => context.tree()?.clone(),
             None => Arc::default(),
         };
         Ok(self.tree.get_or_init(|| tree).clone())

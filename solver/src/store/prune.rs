@@ -523,6 +523,11 @@ impl ExclusiveStore {
                 }
             }
         }
+        for path in entries(&self.root.join("chunks")) {
+            if path.file_name().is_none_or(|name| !self.root.join("blobs/sha256").join(name).exists()) {
+                let _ = fs::remove_file(&path);
+            }
+        }
         for path in entries(&self.root.join("tmp")) {
             if path.file_name().is_some_and(|name| name != ".lock") {
                 let _ = remove_tree(&path);
@@ -625,6 +630,9 @@ mod tests {
         }
         store.tag("localhost/app:1", &image.manifest_descriptor).unwrap();
         let (garbage, _) = store.write_blob(None, &mut &b"garbage"[..]).unwrap();
+        for digest in [&garbage, &layer_digest] {
+            store.put_chunks(digest, store.known_chunks().blob());
+        }
         drop(store);
         let exclusive = exclusive(directory.path());
         let exists = |part: &str, name: &str| exclusive.root.join(part).join(name).exists();
@@ -639,6 +647,8 @@ mod tests {
         assert!(exists("records", "k2") && exists("layers", &new.0), "the newest of its step");
         assert!(!exists("records", "k1") && !exists("layers", &old.0) && !exists("layers", &orphan.0));
         assert!(!blob(&garbage) && blob(&layer_digest));
+        let chunks = |digest: &str| exists("chunks", blob::digest_hex(digest).unwrap());
+        assert!(!chunks(&garbage) && chunks(&layer_digest));
         assert_eq!(pruned.removed[&Kind::Layers].count, 2);
         assert!(pruned.freed_bytes >= 200_000 && pruned.left.is_empty(), "{pruned:?}");
 

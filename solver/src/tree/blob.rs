@@ -104,7 +104,7 @@ pub struct BlobInfo {
 pub trait ChunkCache: Sync {
     /// A chunk that was put in before, exactly as it was.
     fn get(&self, key: &[u8; 32]) -> Option<Vec<u8>>;
-    /// Keeps a chunk; may also drop it.
+    /// Is told of all chunks of a blob in their order, whether they were known or not.
     fn put(&self, key: &[u8; 32], compressed: &[u8]);
 }
 
@@ -147,6 +147,7 @@ pub fn write_blob(
             sha: Sha256::new(),
             size_bytes: 0,
             out,
+            cache,
             failed: None,
         };
         // Dropping the sink on any way out ends the threads.
@@ -188,7 +189,13 @@ pub(super) fn is_zstd(head: &[u8]) -> bool {
 /// A chunk to compress and where the result goes.
 struct Job {
     chunk: Arc<Vec<u8>>,
-    done: SyncSender<io::Result<Vec<u8>>>,
+    done: SyncSender<io::Result<Compressed>>,
+}
+
+/// A compressed chunk and its key, which only a cache needs.
+struct Compressed {
+    key: Option<[u8; 32]>,
+    bytes: Vec<u8>,
 }
 
 /// Takes jobs until there are no more.
@@ -205,9 +212,7 @@ fn work(jobs: &Mutex<Receiver<Job>>, codec: Codec, level: u32, cache: Option<&dy
             Some(compressed) => Ok(compressed),
             None => compress(&mut compressor, &chunk, codec, level),
         };
-        if let (Some(cache), Some(key), Ok(compressed)) = (cache, &key, &result) {
-            cache.put(key, compressed);
-        }
+        let result = result.map(|bytes| Compressed { key, bytes });
         // Nobody waits any more when the build failed elsewhere.
         drop(done.send(result));
     }
@@ -263,11 +268,12 @@ struct ChunkSink<'a> {
     /// `None` when nothing is compressed.
     jobs: Option<SyncSender<Job>>,
     /// Results to come, in the order of the stream.
-    pending: VecDeque<Receiver<io::Result<Vec<u8>>>>,
+    pending: VecDeque<Receiver<io::Result<Compressed>>>,
     in_flight: usize,
     sha: Sha256,
     size_bytes: u64,
     out: &'a mut dyn Write,
+    cache: Option<&'a dyn ChunkCache>,
     /// The reason behind an error that the tar writer was told of.
     failed: Option<LayerError>,
 }
@@ -329,7 +335,11 @@ impl ChunkSink<'_> {
             return Ok(());
         };
         let compressed = oldest.recv().map_err(|_| worker_lost())?;
-        self.put(&compressed.map_err(|source| LayerError::Compress { source })?)
+        let Compressed { key, bytes } = compressed.map_err(|source| LayerError::Compress { source })?;
+        if let (Some(cache), Some(key)) = (self.cache, key) {
+            cache.put(&key, &bytes);
+        }
+        self.put(&bytes)
     }
 
     fn put(&mut self, bytes: &[u8]) -> Result<(), LayerError> {
