@@ -76,6 +76,10 @@ pub(crate) struct BuildRequest {
     pub(crate) pull: bool,
     /// `--explain`.
     pub(crate) explain: bool,
+    /// `--timings`.
+    pub(crate) timings: bool,
+    /// `--trace`.
+    pub(crate) trace: Option<PathBuf>,
     /// `--secret`, ids unique.
     pub(crate) secrets: Vec<Secret>,
     /// `--ssh`, ids unique.
@@ -848,6 +852,8 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
         cache_use,
         pull: args.pull,
         explain: args.explain,
+        timings: args.timings,
+        trace: args.trace,
         secrets,
         ssh,
         network,

@@ -20,6 +20,7 @@ use crate::tree::{ContentDigest, Kind, Node, Origin, Tree};
 use rayon::prelude::*;
 use rustix::fs::{CWD, Mode, OFlags, Statx, openat};
 use rustix::io::Errno;
+use std::cell::RefCell;
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -298,20 +299,25 @@ fn read_ignore_file(path: &Path) -> Result<Option<Matcher>, ContextError> {
 
 /// BLAKE3 and length of all that is left to read.
 pub(crate) fn digest_of(reader: &mut impl Read) -> io::Result<(ContentDigest, u64)> {
-    let mut hasher = blake3::Hasher::new();
-    let mut buffer = vec![0; 1 << 17];
-    let mut length = 0;
-    loop {
-        match reader.read(&mut buffer) {
-            Ok(0) => return Ok((*hasher.finalize().as_bytes(), length)),
-            Ok(read) => {
-                hasher.update(&buffer[..read]);
-                length += read as u64;
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
+    thread_local! {
+        /// Kept: most files are much smaller than it takes to clear it.
+        static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; 1 << 17]);
     }
+    BUFFER.with_borrow_mut(|buffer| {
+        let mut hasher = blake3::Hasher::new();
+        let mut length = 0;
+        loop {
+            match reader.read(buffer) {
+                Ok(0) => return Ok((*hasher.finalize().as_bytes(), length)),
+                Ok(read) => {
+                    hasher.update(&buffer[..read]);
+                    length += read as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    })
 }
 
 /// Flags to read a file that somebody may have replaced by a FIFO or a symlink.
@@ -347,15 +353,22 @@ fn read_content(path: &Path, contexts: &[&Context]) -> io::Result<Record> {
 /// come from: such files are opened without following any symlink and are remembered, and their times and capabilities
 /// are taken at the same moment. Reads in parallel.
 pub fn digest_files(nodes: &mut [Node], contexts: &[&Context], cache: &mut DigestCache) -> Result<(), ContextError> {
-    let known = &*cache;
     let near = || (0, 0);
-    let results: Vec<_> =
-        nodes.par_iter_mut().map_init(near, |near, node| digest_node(node, contexts, known, near)).collect();
-    for result in results {
-        if let Some((path, record)) = result? {
-            cache.changes.insert(path.as_os_str().as_bytes().to_vec(), record);
+    // A pool of threads is woken for many files only.
+    if nodes.len() < 64 {
+        let mut near = near();
+        for node in nodes {
+            if let Some((path, record)) = digest_node(node, contexts, &*cache, &mut near)? {
+                cache.changes.insert(path.as_os_str().as_bytes().to_vec(), record);
+            }
         }
+        return Ok(());
     }
+    let known = &*cache;
+    let digested = nodes.par_iter_mut().map_init(near, |near, node| digest_node(node, contexts, known, near));
+    let learned = digested.filter_map(Result::transpose).collect::<Result<Vec<_>, _>>()?;
+    let learned = learned.into_iter().map(|(path, record)| (path.as_os_str().as_bytes().to_vec(), record));
+    cache.changes.extend(learned);
     Ok(())
 }
 
@@ -711,7 +724,7 @@ mod tests {
         cache.changes.insert(b"/x".to_vec(), record.clone());
         cache.save().unwrap();
         let bytes = std::fs::read(&file).unwrap();
-        assert_eq!(DigestCache::load(&file).unwrap().look_up(Path::new("/x"), stamp), Some(record));
+        assert_eq!(DigestCache::load(&file).unwrap().look_up(Path::new("/x"), stamp, &mut 0), Some(record));
         for length in 0..bytes.len() {
             std::fs::write(&file, &bytes[..length]).unwrap();
             assert!(DigestCache::load(&file).unwrap().starts.is_empty(), "{length}");

@@ -19,7 +19,7 @@ use crate::sandbox::{Cancel, SandboxError};
 use crate::snapshot::{Layer, Made, Snapshot, SnapshotError, Workspace};
 use crate::store::StoreError;
 use crate::store::record::{Part, Record};
-use crate::tree::{LayerId, Tree, index};
+use crate::tree::{Kind, LayerId, Node, Tree, index};
 use nacre_frontend::llb::{Definition, ImageSource, Op, Platform, Source, Vertex, VertexId};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io::Write;
@@ -142,6 +142,50 @@ pub enum Event {
         /// In words.
         message: String,
     },
+    /// What time was spent on; told when it is over.
+    Span(Span),
+}
+
+/// What a vertex spends time on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Working out its key, with reading what is new of a context, and looking for a record.
+    LookUp,
+    /// The step's own time with its sandbox; of a copy, working out what it changes.
+    Run,
+    /// Reading what changed, and storing it.
+    Hash,
+    /// Making a blob of the layer.
+    Compress,
+}
+
+impl Phase {
+    /// A word or two.
+    pub fn name(self) -> &'static str {
+        match self {
+            Phase::LookUp => "look up",
+            Phase::Run => "run",
+            Phase::Hash => "hash",
+            Phase::Compress => "compress",
+        }
+    }
+}
+
+/// Time spent on one thing.
+#[derive(Debug, Clone)]
+pub struct Span {
+    /// For which vertex.
+    pub id: Option<usize>,
+    /// The layer that was made or found.
+    pub layer: Option<LayerId>,
+    /// On what.
+    pub phase: Phase,
+    /// From when.
+    pub started: Instant,
+    /// How long.
+    pub duration: Duration,
+    /// Bytes of the files, or of the blob, that it was about; 0 if it is about none.
+    pub bytes: u64,
 }
 
 /// A vertex as a display names it.
@@ -462,8 +506,9 @@ impl Build<'_> {
             }
         };
         let content = index::content_key(&tree);
-        let id = self.workspace.store.put_layer(&tree)?;
-        let layer = self.workspace.layer(id, Made::Step(None), Some(Arc::new(tree)));
+        let tree = Arc::new(tree);
+        let id = self.workspace.store.put_layer(tree.clone())?;
+        let layer = self.workspace.layer(id, Made::Step(None), Some(tree));
         Ok(Snapshot::scratch().with(layer, &content, Some(self.now.0)))
     }
 
@@ -505,6 +550,19 @@ impl Build<'_> {
         [step("text", &vertex.text), step("position", &same_stage)]
     }
 
+    /// Tells of time that ends now.
+    fn span(&self, id: VertexId, phase: Phase, layer: Option<&LayerId>, started: Instant, bytes: u64) {
+        let (id, layer, duration) = (Some(id.0), layer.cloned(), started.elapsed());
+        self.tell(Event::Span(Span { id, layer, phase, started, duration, bytes }));
+    }
+
+    /// Tells of a look-up that found a layer.
+    fn found(&self, id: VertexId, snapshot: &Snapshot, started: Instant) {
+        let layers = snapshot.layers();
+        self.span(id, Phase::LookUp, layers.last().map(Layer::id), started, 0);
+        self.tell(Event::Cached { id: id.0 });
+    }
+
     /// The snapshot a record stands for, if its layer can still be had.
     fn look_up(&self, key: &Key, parent: &Snapshot, recipe: Option<&Recipe>) -> Result<Snapshot, Reason> {
         let record = self.workspace.store.get_record(&key.hex()).ok().flatten().ok_or(Reason::FirstBuild)?;
@@ -536,7 +594,7 @@ impl Build<'_> {
                     }
                     let files = differences.iter().any(|difference| difference.part == "files");
                     differences.retain(|difference| difference.part != "files");
-                    let layer = record.layer.as_ref().and_then(|layer| store.layer(layer).ok());
+                    let layer = record.layer.as_ref().filter(|_| files).and_then(|layer| store.read_layer(layer).ok());
                     match (files, selection, layer) {
                         (true, Some(new), Some(old)) => {
                             let mut names = explain::changed_files(&old, new);
@@ -595,7 +653,7 @@ impl Build<'_> {
             true => Reason::CacheOff,
             false => match self.look_up(&key, &parent, Some(&recipe)) {
                 Ok(snapshot) => {
-                    self.tell(Event::Cached { id: id.0 });
+                    self.found(id, &snapshot, started);
                     return Ok(snapshot);
                 }
                 Err(reason) => reason,
@@ -603,10 +661,17 @@ impl Build<'_> {
         };
         self.tell(Event::Started { id: id.0 });
         self.explain(id, reason, &steps, &parts, selection.as_ref());
-        let tree = recipe.carry_out(self.workspace)?;
+        drop(selection);
+        self.span(id, Phase::LookUp, None, started, 0);
+        let working = Instant::now();
+        let tree = Arc::new(recipe.carry_out(self.workspace)?);
+        self.span(id, Phase::Run, None, working, 0);
+        let storing = Instant::now();
+        let bytes = file_bytes(&tree);
         let content = index::content_key(&tree);
-        let layer_id = self.workspace.store.put_layer(&tree)?;
-        let layer = self.workspace.layer(layer_id, Made::Step(Some(recipe)), Some(Arc::new(tree)));
+        let layer_id = self.workspace.store.put_layer(tree.clone())?;
+        self.span(id, Phase::Hash, Some(&layer_id), storing, bytes);
+        let layer = self.workspace.layer(layer_id, Made::Step(Some(recipe)), Some(tree));
         self.keep(&key, &steps, parts, layer.id(), &content, started)?;
         self.tell(Event::Finished { id: id.0, duration: started.elapsed() });
         Ok(parent.with(layer, &content, Some(self.now.0)))
@@ -636,7 +701,7 @@ impl Build<'_> {
             true => Reason::CacheOff,
             false => match self.look_up(&key, &parent, None) {
                 Ok(snapshot) => {
-                    self.tell(Event::Cached { id: id.0 });
+                    self.found(id, &snapshot, started);
                     return Ok(snapshot);
                 }
                 Err(reason) => reason,
@@ -648,11 +713,17 @@ impl Build<'_> {
         self.tell(Event::Started { id: id.0 });
         self.explain(id, reason, &steps, &parts, None);
         log.path = Some(self.workspace.store.part("logs").join(key.hex()));
+        self.span(id, Phase::LookUp, None, started, 0);
+        let running = Instant::now();
         let mut output = |stream: Stream, data: &[u8]| {
             log.write(data);
             self.tell(Event::Log { id: id.0, stream, data: data.to_vec() });
         };
         let ran = run::execute(self.workspace, op, &inputs, &self.request.host, self.cancel, &mut output)?;
+        let (hashing, phase) = (ran.ended, Phase::Run);
+        let duration = hashing - running;
+        self.tell(Event::Span(Span { id: Some(id.0), layer: None, phase, started: running, duration, bytes: 0 }));
+        let bytes = file_bytes(&ran.changes);
         let content = index::content_key(&ran.changes);
         let snapshot_key = parent.content().stacked(&content);
         // The same content as an earlier run on the same content: that layer stays, so that the image's bytes do too.
@@ -660,16 +731,23 @@ impl Build<'_> {
         let layer = match earlier.filter(|id| self.workspace.is_whole(id, false)) {
             Some(id) => self.workspace.layer(id, Made::Step(None), None),
             None => {
-                let id = self.workspace.store.put_layer(&ran.changes)?;
+                let id = self.workspace.store.put_layer(Arc::new(ran.changes))?;
                 self.workspace.store.adopt_upper(&ran.upper, &id)?;
                 self.workspace.store.set_layer_by_content(&snapshot_key.0, &id)?;
                 self.workspace.layer(id, Made::Step(None), None)
             }
         };
         self.keep(&key, &steps, parts, layer.id(), &content, started)?;
+        self.span(id, Phase::Hash, Some(layer.id()), hashing, bytes);
         self.tell(Event::Finished { id: id.0, duration: started.elapsed() });
         Ok(parent.with(layer, &content, Some(self.now.0)))
     }
+}
+
+/// Bytes of a tree's files.
+fn file_bytes(tree: &Tree) -> u64 {
+    let size = |node: &Node| if let Kind::File { size, .. } = node.entry.kind { size } else { 0 };
+    tree.nodes().iter().map(size).sum()
 }
 
 /// `arguments` repeats `command` word by word: it is told only when it is all that differs.

@@ -181,16 +181,17 @@ impl<'a> Changes<'a> {
     pub(super) fn finish(self) -> Tree {
         let Self { base, nodes: changed, removed, .. } = self;
         let has_content = |path: &[u8]| base.subtree(path).iter().any(|node| node.entry.path != path);
-        let mut nodes: Vec<Node> = Vec::with_capacity(changed.len());
-        for mut node in changed.into_iter().flatten() {
+        let stays = |mut node: Node| {
             if let Kind::Dir { opaque } = &mut node.entry.kind {
                 *opaque = removed.contains(&node.entry.path) && has_content(&node.entry.path);
                 if !*opaque && base.get(&node.entry.path).is_some_and(|before| is_same(before, &node)) {
-                    continue;
+                    return None;
                 }
             }
-            nodes.push(node);
-        }
+            Some(node)
+        };
+        // Collected in place: there can be very many.
+        let nodes: Vec<Node> = changed.into_iter().filter_map(|node| node.and_then(stays)).collect();
         let mut tree = Tree::from_nodes(nodes);
         number_groups(&mut tree);
         tree

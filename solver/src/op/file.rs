@@ -244,7 +244,7 @@ pub(crate) fn digest_uncached(nodes: &mut [Node]) -> Result<(), ContextError> {
 /// Fills in the digests of downloads and of what archives held. Their times are not those of the files that hold their
 /// bytes, so contexts, which take both from the file, must not see them.
 fn digest_others(nodes: &mut [Node], locals: &[&Arc<LocalContext>]) -> Result<(), ContextError> {
-    nodes.par_iter_mut().try_for_each(|node| {
+    let one = |node: &mut Node| -> Result<(), ContextError> {
         let (Origin::File(path), Kind::File { digest: digest @ None, .. }) = (&node.origin, &mut node.entry.kind)
         else {
             return Ok(());
@@ -257,7 +257,9 @@ fn digest_others(nodes: &mut [Node], locals: &[&Arc<LocalContext>]) -> Result<()
         let found = read.map_err(|source| ContextError::ReadFile { path: path.to_path_buf(), source })?;
         *digest = Some(*found.as_bytes());
         Ok(())
-    })
+    };
+    // A pool of threads is woken for many files only.
+    if nodes.len() < 64 { nodes.iter_mut().try_for_each(one) } else { nodes.par_iter_mut().try_for_each(one) }
 }
 
 /// The parts of a COPY's key that do not depend on files.

@@ -545,9 +545,8 @@ mod tests {
     use crate::tree::{Entry, LayerId, Node, Origin, Tree};
 
     fn layer(store: &Store, name: &str) -> LayerId {
-        let id = store
-            .put_layer(&Tree::from_nodes(vec![Node { entry: Entry::dir(name, 0o755), origin: Origin::None }]))
-            .unwrap();
+        let tree = Tree::from_nodes(vec![Node { entry: Entry::dir(name, 0o755), origin: Origin::None }]);
+        let id = store.put_layer(std::sync::Arc::new(tree)).unwrap();
         let staging = store.begin_tree().unwrap();
         fs::create_dir(staging.join(name)).unwrap();
         fs::write(staging.join(name).join("file"), vec![1; 100_000]).unwrap();

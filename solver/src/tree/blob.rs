@@ -63,7 +63,8 @@ impl Codec {
     /// The level to use: the one asked for when the codec has it, else its default.
     pub fn level(self, level: Option<u32>) -> Result<u32, LayerError> {
         let (default, range) = match self {
-            Codec::Gzip => (6, 0..=12),
+            // As small as zlib makes it at its level 6, in less time: libdeflate's levels are others.
+            Codec::Gzip => (5, 0..=12),
             Codec::Zstd => (3, 1..=22),
             Codec::None => return Ok(0),
         };
@@ -79,7 +80,7 @@ pub struct BlobOptions {
     pub tar: TarOptions,
     /// Compression.
     pub codec: Codec,
-    /// Compression level; `None` is the codec's default (gzip 6, zstd 3).
+    /// Compression level; `None` is the codec's default (gzip 5, zstd 3).
     pub level: Option<u32>,
     /// Threads that compress; at least one.
     pub threads: usize,
@@ -122,21 +123,25 @@ pub fn write_blob(
     let (plain, plain_end) = sync_channel::<Arc<Vec<u8>>>(in_flight);
     let (jobs, jobs_end) = sync_channel::<Job>(in_flight);
     let jobs_end = Mutex::new(jobs_end);
+    let buffers = Buffers::default();
     std::thread::scope(|scope| {
+        let buffers = &buffers;
         let diff_id = scope.spawn(move || {
             let mut sha = Sha256::new();
             for chunk in plain_end {
                 sha.update(chunk.as_slice());
+                buffers.give_back(chunk);
             }
             sha.finalize()
         });
         if options.codec != Codec::None {
             for _ in 0..threads {
-                scope.spawn(|| work(&jobs_end, options.codec, level, cache));
+                scope.spawn(|| work(&jobs_end, options.codec, level, cache, buffers));
             }
         }
         let mut sink = ChunkSink {
             chunk: Vec::new(),
+            buffers,
             path: Vec::new(),
             entry_bytes: 0,
             uncompressed_bytes: 0,
@@ -198,9 +203,28 @@ struct Compressed {
     bytes: Vec<u8>,
 }
 
+/// Memory of chunks that are done, for those to come: fresh memory costs as much as reading a file into it.
+#[derive(Default)]
+struct Buffers(Mutex<Vec<Vec<u8>>>);
+
+impl Buffers {
+    fn take(&self) -> Vec<u8> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
+    }
+
+    /// Keeps the memory when nobody else has the chunk any more.
+    fn give_back(&self, chunk: Arc<Vec<u8>>) {
+        if let Some(mut chunk) = Arc::into_inner(chunk) {
+            chunk.clear();
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).push(chunk);
+        }
+    }
+}
+
 /// Takes jobs until there are no more.
-fn work(jobs: &Mutex<Receiver<Job>>, codec: Codec, level: u32, cache: Option<&dyn ChunkCache>) {
+fn work(jobs: &Mutex<Receiver<Job>>, codec: Codec, level: u32, cache: Option<&dyn ChunkCache>, buffers: &Buffers) {
     let mut compressor = None;
+    let mut scratch = Vec::new();
     loop {
         let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(Job { chunk, done }) = job else {
@@ -210,8 +234,9 @@ fn work(jobs: &Mutex<Receiver<Job>>, codec: Codec, level: u32, cache: Option<&dy
         let known = cache.zip(key.as_ref()).and_then(|(cache, key)| cache.get(key));
         let result = match known {
             Some(compressed) => Ok(compressed),
-            None => compress(&mut compressor, &chunk, codec, level),
+            None => compress(&mut compressor, &mut scratch, &chunk, codec, level),
         };
+        buffers.give_back(chunk);
         let result = result.map(|bytes| Compressed { key, bytes });
         // Nobody waits any more when the build failed elsewhere.
         drop(done.send(result));
@@ -234,7 +259,14 @@ enum Compressor {
     Zstd(zstd::bulk::Compressor<'static>),
 }
 
-fn compress(slot: &mut Option<Compressor>, chunk: &[u8], codec: Codec, level: u32) -> io::Result<Vec<u8>> {
+/// Compresses a chunk. `scratch` keeps the memory that the longest possible result would take.
+fn compress(
+    slot: &mut Option<Compressor>,
+    scratch: &mut Vec<u8>,
+    chunk: &[u8],
+    codec: Codec,
+    level: u32,
+) -> io::Result<Vec<u8>> {
     let compressor = match slot {
         Some(compressor) => compressor,
         None => slot.insert(match codec {
@@ -246,20 +278,24 @@ fn compress(slot: &mut Option<Compressor>, chunk: &[u8], codec: Codec, level: u3
             }
         }),
     };
-    match compressor {
-        Compressor::Gzip(compressor) => {
-            let mut out = vec![0; compressor.gzip_compress_bound(chunk.len())];
-            let length = compressor.gzip_compress(chunk, &mut out).map_err(io::Error::other)?;
-            out.truncate(length);
-            Ok(out)
-        }
-        Compressor::Zstd(compressor) => compressor.compress(chunk),
+    let bound = match compressor {
+        Compressor::Gzip(compressor) => compressor.gzip_compress_bound(chunk.len()),
+        Compressor::Zstd(_) => zstd::zstd_safe::compress_bound(chunk.len()),
+    };
+    if scratch.len() < bound {
+        scratch.resize(bound, 0);
     }
+    let length = match compressor {
+        Compressor::Gzip(compressor) => compressor.gzip_compress(chunk, scratch).map_err(io::Error::other)?,
+        Compressor::Zstd(compressor) => compressor.compress_to_buffer(chunk, scratch.as_mut_slice())?,
+    };
+    Ok(scratch[..length].to_vec())
 }
 
 /// Cuts the tar stream and keeps the pipeline filled.
 struct ChunkSink<'a> {
     chunk: Vec<u8>,
+    buffers: &'a Buffers,
     /// The entry being written, and what of it has been written.
     path: Vec<u8>,
     entry_bytes: u64,
@@ -318,11 +354,13 @@ impl ChunkSink<'_> {
     }
 
     fn submit(&mut self) -> Result<(), LayerError> {
-        let chunk = Arc::new(std::mem::take(&mut self.chunk));
+        let chunk = Arc::new(std::mem::replace(&mut self.chunk, self.buffers.take()));
         self.uncompressed_bytes += chunk.len() as u64;
         self.plain.send(Arc::clone(&chunk)).map_err(|_| worker_lost())?;
         let Some(jobs) = &self.jobs else {
-            return self.put(&chunk);
+            self.put(&chunk)?;
+            self.buffers.give_back(chunk);
+            return Ok(());
         };
         let (done, result) = sync_channel(1);
         jobs.send(Job { chunk, done }).map_err(|_| worker_lost())?;
@@ -547,7 +585,7 @@ mod tests {
     #[test]
     fn levels() {
         for (codec, level, expected) in [
-            (Codec::Gzip, None, Some(6)),
+            (Codec::Gzip, None, Some(5)),
             (Codec::Gzip, Some(12), Some(12)),
             (Codec::Gzip, Some(13), None),
             (Codec::Zstd, None, Some(3)),
