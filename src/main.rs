@@ -16,6 +16,7 @@ mod progress;
 mod prune_command;
 mod report;
 mod request;
+mod ssh_agents;
 mod timings;
 
 use clap::Parser;
