@@ -18,7 +18,7 @@
 //! for minutes after many files were deleted; otherwise in plain directories, and the table says so. Rounds of the tools
 //! alternate. The page cache is warm. Wall time is that of the command; CPU time is that of all its processes and, for
 //! docker, of the daemon's; memory is the largest sum that was seen over the tool's processes of the memory that is their
-//! own (anonymous and shared, without pages of files; sampled every 5 ms). Nothing here fails because something is slow.
+//! own (anonymous and shared, without pages of files; sampled every 40 ms, so 0 for what ends sooner). Nothing here fails because something is slow.
 //!
 //! What docker cannot do is left out and shown as `-`: Debian's docker.io has no OCI export, so it is measured with its
 //! own image store as the output, which compresses nothing.

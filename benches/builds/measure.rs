@@ -7,6 +7,9 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+/// Between two looks at the memory, which take a few milliseconds themselves.
+const SAMPLE: Duration = Duration::from_millis(40);
+
 /// One timed build.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Sample {
@@ -21,7 +24,8 @@ pub(crate) struct Sample {
 
 pub(crate) fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or_default()
+    let middle = |at: usize| values.get(at).copied().unwrap_or_default();
+    (middle(values.len() / 2) + middle(values.len().saturating_sub(1) / 2)) / 2.0
 }
 
 /// Runs the commands one after the other; the first that fails is the error, with what it wrote.
@@ -33,9 +37,9 @@ pub(crate) fn timed(commands: &mut [Command], daemon: Option<u32>) -> Result<Sam
     std::thread::scope(|scope| {
         scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
+                std::thread::sleep(SAMPLE);
                 let roots = [current.load(Ordering::Relaxed) as u32, daemon.unwrap_or(0)];
                 peak.fetch_max(tree_memory(&roots), Ordering::Relaxed);
-                std::thread::sleep(Duration::from_millis(5));
             }
         });
         let started = Instant::now();
