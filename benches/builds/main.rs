@@ -16,12 +16,11 @@
 //! Every context is generated and the same on every machine. Each tool keeps its store on a file system of its own: an ext4
 //! image on a loop device when started by root, made anew for every cold build, since ext4 is several times slower
 //! for minutes after many files were deleted; otherwise in plain directories, and the table says so. Rounds of the tools
-//! alternate. The page cache is warm. Wall time is that of the command; CPU time is that of all its processes and, for
+//! alternate. Ratios are of the least times, which other work on the machine disturbs least. The page cache is warm. Wall time is that of the command; CPU time is that of all its processes and, for
 //! docker, of the daemon's; memory is the largest sum that was seen over the tool's processes of the memory that is their
 //! own (anonymous and shared, without pages of files; sampled every 40 ms, so 0 for what ends sooner). Nothing here fails because something is slow.
 //!
-//! What docker cannot do is left out and shown as `-`: Debian's docker.io has no OCI export, so it is measured with its
-//! own image store as the output, which compresses nothing.
+//! Debian's docker.io has no OCI export: where an archive is asked for it is `docker save | gzip`, and zstd is left out (`-`).
 
 #![allow(clippy::print_stdout, clippy::print_stderr, clippy::exit, reason = "a program of its own")]
 
@@ -166,20 +165,21 @@ fn measure_workload(
 fn show(workload: &Workload, results: &Results) -> Value {
     let mut tools = Vec::new();
     let of = |samples: &[Sample], field: fn(&Sample) -> f64| median(samples.iter().map(field).collect());
-    let own = results.first().map(|(_, samples)| of(samples, |sample| sample.wall)).unwrap_or_default();
+    let fastest = |samples: &[Sample]| samples.iter().map(|sample| sample.wall).fold(f64::INFINITY, f64::min);
+    let own = results.first().map(|(_, samples)| fastest(samples)).unwrap_or_default();
     for (kind, samples) in results {
         if samples.is_empty() {
             println!("{:18} {:8} {:>9}", workload.name, kind.name(), "-");
             continue;
         }
         let wall = of(samples, |sample| sample.wall);
-        let least = samples.iter().map(|sample| sample.wall).fold(f64::INFINITY, f64::min);
+        let least = fastest(samples);
         let cpu = of(samples, |sample| sample.cpu);
         let peak = samples.iter().map(|sample| sample.peak_bytes).max().unwrap_or(0) as f64 / 1e6;
         let out = samples.iter().map(|sample| sample.output_bytes).max().unwrap_or(0) as f64 / 1e6;
         // Some workloads have time in them that no builder can save.
         let floor = workload.floor_seconds;
-        let ratio = (wall - floor) / (own - floor).max(1e-9);
+        let ratio = (least - floor) / (own - floor).max(1e-9);
         println!(
             "{:18} {:8} {least:9.3} {wall:9.3} {cpu:9.3} {peak:8.0} {out:9.1}  {ratio:.1}",
             workload.name,

@@ -273,7 +273,7 @@ fn c_project(context: &Path) -> Result<(), Failure> {
     let mut main = String::from("int main(void) { int x = 0;\n");
     for number in 0..40 {
         fs::write(context.join(format!("f{number}.c")), source(number, 0))?;
-        write!(main, "int f{number}(int); x += f{number}({number});\n")?;
+        writeln!(main, "int f{number}(int); x += f{number}({number});")?;
     }
     fs::write(context.join("main.c"), main + "return x == 0; }\n")?;
     let text = "FROM bench-base\nWORKDIR /src\nCOPY . .\nRUN for f in *.c; do gcc -O1 -c $f; done && gcc -o /app *.o\n";

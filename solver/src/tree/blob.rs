@@ -27,6 +27,8 @@ const MEAN_REST: u64 = 768 << 10;
 /// A chunk this large ends with the current entry, whatever the hash says. What a single entry can add before it is cut
 /// inside is 1.25 MiB, so chunks stay below 4 MiB.
 const FORCED_CHUNK: usize = 5 << 19;
+/// Enough for nearly every chunk: what no hash cuts is cut here, and an entry that comes last can be as long again.
+const CHUNK_CAPACITY: usize = FORCED_CHUNK + (3 << 19);
 /// Goes into the keys of the chunk cache. To be raised when a compressor's version changes the bytes.
 const CHUNK_FORMAT: &[u8] = b"nacre chunk 1\0";
 
@@ -140,7 +142,7 @@ pub fn write_blob(
             }
         }
         let mut sink = ChunkSink {
-            chunk: Vec::new(),
+            chunk: buffers.take(),
             buffers,
             path: Vec::new(),
             entry_bytes: 0,
@@ -209,7 +211,9 @@ struct Buffers(Mutex<Vec<Vec<u8>>>);
 
 impl Buffers {
     fn take(&self) -> Vec<u8> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
+        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        // With all it will take: growing would leave pieces of memory behind.
+        known.unwrap_or_else(|| Vec::with_capacity(CHUNK_CAPACITY))
     }
 
     /// Keeps the memory when nobody else has the chunk any more.
