@@ -4,13 +4,18 @@
 
 mod blame;
 mod build_command;
+mod cache_command;
+mod cache_options;
 mod call_command;
 mod cli;
+mod doctor_command;
 mod export_command;
+mod fsck_command;
 mod image_commands;
 mod images_command;
 mod input;
 mod interrupt;
+mod load_command;
 mod login_command;
 mod progress;
 mod prune_command;
@@ -78,9 +83,15 @@ fn run(command: Command, env: &Environment, cancel: &Arc<AtomicBool>) -> Result<
         Command::Rmi(args) => image_commands::remove(&args, env),
         Command::Inspect(args) => image_commands::inspect(&args, env),
         Command::Save(args) => image_commands::save(&args, env),
+        Command::Load(args) => load_command::load(&args, env),
+        Command::Manifest(args) => match args.command {
+            cli::ManifestCommand::Inspect(args) => load_command::manifest(&args, env),
+        },
         Command::Login(args) => login_command::login(&args, env),
         Command::Logout(args) => login_command::logout(&args, env),
         Command::Prune(args) => prune_command::prune(&args, env),
+        Command::Doctor(args) => doctor_command::run(&args, env),
+        Command::Fsck(args) => fsck_command::run(&args, env),
         Command::Usage(args) => prune_command::usage(&args, env),
         Command::Version => print_result(&format!("nacre {}\n", env!("CARGO_PKG_VERSION"))),
         Command::Sandbox => unreachable!("dispatched before the command line is read"),

@@ -72,6 +72,19 @@ pub(crate) enum CommandError {
     Inside(u8),
 }
 
+impl CommandError {
+    /// What went wrong, on one line.
+    pub(crate) fn message(&self) -> String {
+        match self {
+            Self::Failure(failure) => failure.message.clone(),
+            Self::Dockerfile { .. } => "the Dockerfile has mistakes".to_owned(),
+            Self::Step(_) => "a step failed".to_owned(),
+            Self::Interrupted => "interrupted".to_owned(),
+            Self::Inside(code) => format!("ended with code {code}"),
+        }
+    }
+}
+
 /// Something went wrong outside of the Dockerfile's text.
 #[derive(Debug)]
 pub(crate) struct Failure {

@@ -4,12 +4,14 @@
 //! looked at on disk is only what a flag's meaning depends on (is the context a directory, is the ssh source a socket,
 //! is there a secret file); contents are read when the build needs them.
 
+use crate::cache_options::{self, CacheTarget};
 use crate::cli::{self, BuildArgs, RegistryArgs};
 use nacre_frontend::llb::Network;
 use nacre_frontend::lower::{GitUrl, GitUrlError};
 use nacre_frontend::reference::Reference;
 use nacre_frontend::units;
-use nacre_solver::registry::{ClientOptions, Proxies};
+use nacre_solver::cache::import::CacheSource;
+use nacre_solver::registry::{ClientOptions, Mirror, Proxies};
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -72,6 +74,10 @@ pub(crate) struct BuildRequest {
     pub(crate) store: PathBuf,
     /// Which results of earlier builds may be used.
     pub(crate) cache_use: CacheUse,
+    /// `--cache-from`, in order.
+    pub(crate) cache_from: Vec<CacheSource>,
+    /// `--cache-to`.
+    pub(crate) cache_to: Vec<CacheTarget>,
     /// `--pull`.
     pub(crate) pull: bool,
     /// `--explain`.
@@ -86,6 +92,8 @@ pub(crate) struct BuildRequest {
     pub(crate) ssh: Vec<SshAgent>,
     /// `--network`.
     pub(crate) network: Network,
+    /// `--ownership`.
+    pub(crate) ownership: OwnershipChoice,
     /// `--add-host`: name and address.
     pub(crate) extra_hosts: Vec<(String, String)>,
     /// `--allow`.
@@ -194,6 +202,17 @@ pub(crate) enum CacheUse {
     None,
     /// All but those of these stages.
     NotStages(Vec<String>),
+}
+
+/// `--ownership`: how files get owners.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OwnershipChoice {
+    /// Real ones where there are ids for them.
+    Auto,
+    /// Real ones, or an error.
+    SubordinateIds,
+    /// Emulated, even where there are ids.
+    Emulate,
 }
 
 /// What the Dockerfile may ask for beyond the sandbox.
@@ -404,6 +423,23 @@ pub(crate) struct Environment {
     pub(crate) color: bool,
 }
 
+/// Where the program runs, as far as that decides what helps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Surroundings {
+    /// A job of a GitLab runner.
+    GitLab,
+    /// A job of GitHub Actions.
+    GitHub,
+    /// A pod.
+    Kubernetes,
+    /// A container of podman.
+    Podman,
+    /// A container of Docker.
+    Docker,
+    /// None of these.
+    Machine,
+}
+
 impl Environment {
     /// Takes in the process's own.
     #[expect(clippy::disallowed_methods, reason = "the one place where the environment is read")]
@@ -416,6 +452,19 @@ impl Environment {
             stderr_terminal: stderr.is_terminal(),
             // Knows NO_COLOR, CLICOLOR_FORCE and TERM.
             color: anstream::AutoStream::choice(&stderr) != anstream::ColorChoice::Never,
+        }
+    }
+
+    /// Returns where the program seems to run: in a job of a service, in a container, or on a machine.
+    pub(crate) fn surroundings(&self) -> Surroundings {
+        let set = |name: &str| self.get(name).is_some();
+        match () {
+            () if set("GITLAB_CI") => Surroundings::GitLab,
+            () if set("GITHUB_ACTIONS") => Surroundings::GitHub,
+            () if set("KUBERNETES_SERVICE_HOST") => Surroundings::Kubernetes,
+            () if Path::new("/run/.containerenv").exists() => Surroundings::Podman,
+            () if Path::new("/.dockerenv").exists() => Surroundings::Docker,
+            () => Surroundings::Machine,
         }
     }
 
@@ -445,6 +494,12 @@ impl Environment {
             (None, None, _, None) => return Err(RequestError::NoStore),
         };
         Ok(self.current_dir.join(path))
+    }
+
+    /// Returns the directories of programs.
+    pub(crate) fn program_directories(&self) -> Vec<PathBuf> {
+        let path = self.get("PATH").unwrap_or(OsStr::new("/usr/local/bin:/usr/bin:/bin"));
+        std::env::split_paths(path).filter(|directory| directory.is_absolute()).collect()
     }
 
     /// Returns the user's home directory.
@@ -526,8 +581,18 @@ impl Environment {
             certificates: certificates.into_iter().flatten().collect(),
             authorities: absolute(args.authorities.clone()),
             insecure: args.insecure.clone(),
+            mirrors: self.mirrors(args),
             proxies: self.proxies(),
             ..ClientOptions::default()
+        }
+    }
+
+    /// Those of the flags, else those of NACRE_REGISTRY_MIRRORS.
+    fn mirrors(&self, args: &RegistryArgs) -> Vec<Mirror> {
+        let variable = self.get("NACRE_REGISTRY_MIRRORS").and_then(OsStr::to_str).unwrap_or_default();
+        match args.mirrors.as_slice() {
+            [] => variable.split([',', ' ']).filter_map(Mirror::parse).collect(),
+            given => given.to_vec(),
         }
     }
 
@@ -668,6 +733,9 @@ pub(crate) enum RequestError {
     /// Not a user of the network.
     #[error("unknown network mode `{0}`")]
     UnknownNetwork(String),
+    /// Not a way to have owners.
+    #[error("unknown ownership `{0}`")]
+    UnknownOwnership(String),
     /// Not a right.
     #[error("unknown right `{0}` in --allow")]
     UnknownRight(String),
@@ -735,6 +803,7 @@ impl RequestError {
             Self::SecretTooLarge { .. } => "large files come in through a build context: --build-context".to_owned(),
             Self::NoSshAgent(_) => "start ssh-agent, or name a key: --ssh default=$HOME/.ssh/id_ed25519".to_owned(),
             Self::UnknownNetwork(_) => "there are default, none and host".to_owned(),
+            Self::UnknownOwnership(_) => "there are auto, subid and emulate".to_owned(),
             Self::UnknownRight(_) => "there are network.host and security.insecure".to_owned(),
             Self::UnknownCall(_) => "there are build, check, outline and targets".to_owned(),
             Self::UnknownProgress { .. } => "there are auto, tty, plain, rawjson and quiet".to_owned(),
@@ -819,6 +888,12 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
         Some("host") => Network::Host,
         Some(other) => return Err(RequestError::UnknownNetwork(other.to_owned())),
     };
+    let ownership = match args.ownership.as_deref() {
+        None | Some("" | "auto") => OwnershipChoice::Auto,
+        Some("subid") => OwnershipChoice::SubordinateIds,
+        Some("emulate") => OwnershipChoice::Emulate,
+        Some(other) => return Err(RequestError::UnknownOwnership(other.to_owned())),
+    };
     let allow = rights(&args.allow, &mut notices)?;
     let ulimits = args.ulimits.iter().map(|text| ulimit(text)).collect::<Result<_, _>>()?;
     let shm_size_bytes = args.shm_size.as_deref().map(size_bytes).transpose()?;
@@ -828,6 +903,17 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
         for name in &output.names {
             registry.insecure.extend(Reference::parse(name).map(|reference| reference.host));
         }
+    }
+    let given = |values: &[String]| -> Vec<String> {
+        values.iter().filter(|value| !value.trim().is_empty()).cloned().collect()
+    };
+    let mut cache_from = Vec::new();
+    for text in given(&args.cache_from) {
+        cache_from.push(cache_options::cache_source(&text, env, &mut registry.insecure)?);
+    }
+    let mut cache_to = Vec::new();
+    for text in given(&args.cache_to) {
+        cache_to.push(cache_options::cache_target(&text, env, &mut registry.insecure)?);
     }
 
     Ok(BuildRequest {
@@ -850,6 +936,8 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
         call,
         store,
         cache_use,
+        cache_from,
+        cache_to,
         pull: args.pull,
         explain: args.explain,
         timings: args.timings,
@@ -857,6 +945,7 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
         secrets,
         ssh,
         network,
+        ownership,
         extra_hosts: args.add_hosts.iter().map(|text| extra_host(text)).collect::<Result<_, _>>()?,
         allow,
         ulimits,
@@ -991,7 +1080,7 @@ fn directory(name: &str, path: &str, env: &Environment) -> Result<PathBuf, Reque
 }
 
 /// Splits comma separated fields; a field in double quotes may hold commas, `""` in it is a quote.
-fn fields(text: &str) -> Vec<String> {
+pub(crate) fn fields(text: &str) -> Vec<String> {
     let mut fields = vec![String::new()];
     let mut quoted = false;
     let mut chars = text.chars().peekable();
@@ -1018,7 +1107,7 @@ fn push(fields: &mut [String], c: char) {
 }
 
 /// Fields as names (in lower case) and values; a field without `=` has the value `default`.
-fn attributes(text: &str, default: &str) -> Vec<(String, String)> {
+pub(crate) fn attributes(text: &str, default: &str) -> Vec<(String, String)> {
     fields(text)
         .iter()
         .map(|field| match field.split_once('=') {
@@ -1239,7 +1328,8 @@ fn output(text: &str, tags: &[String], env: &Environment, notices: &mut Vec<Stri
     Ok(output)
 }
 
-fn compression(codec: Option<&str>, level: Option<&str>) -> Result<Compression, &'static str> {
+/// Reads `compression` and `compression-level`; the error is a sentence.
+pub(crate) fn compression(codec: Option<&str>, level: Option<&str>) -> Result<Compression, &'static str> {
     let level = |limit: std::ops::RangeInclusive<u32>, expected| match level {
         None | Some("") => Ok(None),
         Some(level) => level.parse().ok().filter(|level| limit.contains(level)).map(Some).ok_or(expected),
@@ -1779,6 +1869,9 @@ mod tests {
         assert_eq!(request.ulimits, [("nofile".to_owned(), 10, 20), ("core".to_owned(), -1, -1)]);
         assert_eq!(request.shm_size_bytes, Some(64 << 20));
         assert_eq!(request.network, Network::None);
+        assert_eq!(request.ownership, OwnershipChoice::Auto);
+        assert_eq!(ok(&["--ownership=emulate", "."]).ownership, OwnershipChoice::Emulate);
+        assert_eq!(ok(&["--ownership=subid", "."]).ownership, OwnershipChoice::SubordinateIds);
         assert_eq!(request.allow, Rights { network_host: true, security_insecure: true });
         for (flag, value) in [
             ("--add-host", "a"),
@@ -1791,6 +1884,7 @@ mod tests {
             ("--shm-size", "1x"),
             ("--shm-size", ""),
             ("--network", "mynet"),
+            ("--ownership", "mine"),
             ("--allow", "everything"),
             ("--call", "me"),
             ("--call", "check,format=xml"),

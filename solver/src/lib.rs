@@ -1,8 +1,10 @@
 //! Executes a build graph.
 
+pub mod cache;
 pub mod context;
 pub mod export;
 pub mod image;
+pub mod load;
 pub mod materialize;
 pub mod op;
 pub mod plan;

@@ -28,6 +28,7 @@
 
 pub mod blob;
 pub mod chunks;
+pub mod fsck;
 pub mod layers;
 pub mod prune;
 pub mod record;
