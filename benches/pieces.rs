@@ -155,7 +155,7 @@ fn spawn(directory: &Path) {
                 ulimits: Vec::new(),
                 umask: 0o022,
                 scratch_dir: part("files"),
-                fake_ownership: idmap::ownership() == sandbox::Ownership::SingleId,
+                emulation: None,
             };
             sandbox::run(&spec, &cancel, &mut |_, _| {}).expect("a step");
         }
