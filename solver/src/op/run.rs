@@ -335,7 +335,7 @@ pub fn execute(
         cwd: op.cwd.clone(),
         uid: user.uid,
         gid: user.gid,
-        groups: user.groups,
+        groups: user.all_groups(),
         hostname: op.hostname.clone().unwrap_or_else(|| "buildkitsandbox".to_owned()),
         hosts: hosts_file(&op.extra_hosts),
         resolv_conf: host.resolv_conf.clone(),
