@@ -520,16 +520,17 @@ impl Copier<'_> {
             // Directories without an entry of their own, and at the end the node itself.
             let above = levels.last().map_or(0, |level| level.path.len());
             let from_here = if above == 0 { 0 } else { above + 1 };
-            for end in (from_here..=path.len()).filter(|&at| at == path.len() || path[at] == b'/') {
+            let whole = path;
+            for end in (from_here..=whole.len()).filter(|&at| at == whole.len() || whole[at] == b'/') {
                 let Some(level) = levels.last() else { continue };
-                let path = &path[..end];
+                let path = &whole[..end];
                 let judge = |matcher: Option<&Matcher>, verdict: &Verdict| {
                     matcher.map(|matcher| matcher.verdict(verdict, path)).unwrap_or_default()
                 };
                 let included = judge(include, &level.included);
                 let excluded = judge(exclude, &level.excluded);
                 let selected = (include.is_none() || included.excluded()) && !excluded.excluded();
-                let is_node = join(top, path) == node.entry.path;
+                let is_node = end == whole.len();
                 let node = if is_node {
                     from.take(node)
                 } else {

@@ -20,6 +20,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 /// What the caller of a build gives to its steps.
 #[derive(Debug, Clone, Default)]
@@ -252,6 +253,8 @@ pub struct Ran {
     pub changes: Tree,
     /// The upper directory, to become the layer's tree.
     pub upper: PathBuf,
+    /// When the step's processes were gone.
+    pub ended: Instant,
 }
 
 /// Makes sure that the platform's programs can run here.
@@ -349,6 +352,7 @@ pub fn execute(
         emulation,
     };
     let result = sandbox::run(&spec, cancel, log);
+    let ended = Instant::now();
     // Cache mounts keep their owners whether the step succeeded or not.
     let recorded = match (&spec.emulation, &result) {
         (Some(emulation), Ok(_)) => owners::take(emulation, &caches).map_err(owners_failed)?,
@@ -370,13 +374,23 @@ pub fn execute(
     }
     let changes = upper::scan_upper(&upper, &flat, workspace.ownership, &recorded)?;
     let changes = crate::op::copy::with_parents(&changes, &flat);
-    Ok(Ran { changes, upper })
+    Ok(Ran { changes, upper, ended })
 }
 
-/// Trees of a snapshot's layers, top first, made in parallel where they are missing.
+/// The most layers that are stacked one by one: overlayfs takes 500, and a look-up that finds nothing asks each of them.
+const STACKED: usize = 200;
+
+/// Trees of a snapshot's layers, top first, made in parallel where they are missing. Of very many the lower ones become
+/// one, at every [`STACKED`]th so that this is seldom.
 fn lowers(workspace: &Workspace, snapshot: &Snapshot) -> Result<Vec<PathBuf>, SnapshotError> {
-    let layers = snapshot.layers();
-    let missing: Vec<&Layer> = layers.iter().filter(|layer| workspace.store.tree_dir(layer.id()).is_none()).collect();
+    let mut layers = snapshot.layers();
+    let merged = layers.len().saturating_sub(1) / STACKED * STACKED;
+    let mut bottom = None;
+    if let Some(below) = (merged > 0).then(|| snapshot.lower(merged)).flatten() {
+        bottom = Some(as_layer(workspace, workspace.flatten(&below)?)?);
+        layers.drain(..merged);
+    }
+    let missing: Vec<&Layer> = layers.iter().filter(|layer| !workspace.has_tree_dir(layer)).collect();
     if missing.len() > 1 {
         let workers = workspace.threads.clamp(1, missing.len());
         let next = std::sync::atomic::AtomicUsize::new(0);
@@ -391,7 +405,14 @@ fn lowers(workspace: &Workspace, snapshot: &Snapshot) -> Result<Vec<PathBuf>, Sn
             }
         });
     }
-    layers.iter().rev().map(|layer| workspace.tree_dir(layer)).collect()
+    layers.iter().rev().map(|layer| workspace.tree_dir(layer)).chain(bottom.map(Ok)).collect()
+}
+
+/// Files as the tree of a layer of the store: copied once for as long as they stay the same.
+fn as_layer(workspace: &Workspace, tree: Arc<Tree>) -> Result<PathBuf, SnapshotError> {
+    let id = workspace.store.put_layer(tree.clone())?;
+    let layer = workspace.layer(id, Made::Step(None), Some(tree));
+    workspace.tree_dir(&layer)
 }
 
 fn hosts_file(extra: &[(String, String)]) -> String {
@@ -586,9 +607,7 @@ impl MountSetup<'_> {
 
     /// A context's files as a layer of the store: copied once for as long as they stay the same.
     fn stored(&self, tree: Arc<Tree>) -> Result<PathBuf, RunError> {
-        let id = self.workspace.store.put_layer(&tree)?;
-        let layer = self.workspace.layer(id, Made::Step(None), Some(tree));
-        Ok(self.workspace.tree_dir(&layer)?)
+        Ok(as_layer(self.workspace, tree)?)
     }
 
     /// The directory of a cache mount, filled when it is new.
