@@ -2,7 +2,7 @@
 
 use crate::build_command::failure;
 use crate::cache_options::{CachePlace, CacheTarget};
-use crate::export_command::{Built, Live, codec, export_error, layer_blobs, send, snapshot_error};
+use crate::export_command::{Built, Live, codec, export_error, layer_blobs, push_blob, send, snapshot_error};
 use crate::report::{CommandError, Exit};
 use nacre_solver::cache::export::{StepResult, assemble, document, keep, layers};
 use nacre_solver::export::{self, Dest, ExportImage};
@@ -58,7 +58,7 @@ fn write_cache(
     let compression = snapshot::Compression { codec, level, clamp_mtime: None, force: target.force_compression };
     // What a registry has may be in the one where the cache goes.
     let later = matches!(target.place, CachePlace::Registry(_));
-    let blobs = layer_blobs(workspace, &layers, compression, later).map_err(snapshot_error)?;
+    let blobs = layer_blobs(workspace, &layers, compression, later, &|_, _| ()).map_err(snapshot_error)?;
     let by_layer = layers.iter().map(|layer| layer.id().clone()).zip(blobs.iter().cloned()).collect::<HashMap<_, _>>();
     let document = document(&steps, &by_layer);
     let cache = assemble(&document, blobs).map_err(|error| CommandError::new(Exit::General, &error, None))?;
@@ -78,11 +78,7 @@ fn write_cache(
             let mut image = PushImage::default();
             for layer in &layers {
                 let Some(blob) = by_layer.get(layer.id()) else { continue };
-                let base = layer.image().map(|(base, at)| (base.clone(), at));
-                let base = base.filter(|(base, at)| {
-                    base.layers.get(*at).is_some_and(|layer| layer.descriptor.digest == blob.descriptor.digest)
-                });
-                image.add_blob(PushBlob { descriptor: blob.descriptor.clone(), base });
+                image.add_blob(push_blob(layer, &blob.descriptor));
             }
             image.add_blob(PushBlob { descriptor: cache.config_descriptor.clone(), base: None });
             image.manifests.push((cache.manifest_descriptor.clone(), cache.manifest_bytes.clone()));
