@@ -7,7 +7,7 @@ use crate::input::{self, Fetcher, Files, Input};
 use crate::interrupt::{Signals, last_words};
 use crate::progress::{Screen, ScreenOptions};
 use crate::report::{CommandError, Exit, Failure, Place, StepFailure, StepOutcome, Style, disk_help, with_causes};
-use crate::request::{BuildRequest, CacheUse, Call, Environment, NamedSource, ProgressMode};
+use crate::request::{BuildRequest, CacheUse, Call, Environment, NamedSource, OwnershipChoice, ProgressMode};
 use crate::ssh_agents::SshAgents;
 use nacre_frontend::check::{IgnoreRules, Warning};
 use nacre_frontend::diagnostic::Diagnostic;
@@ -25,7 +25,7 @@ use nacre_solver::op::file::LocalContext;
 use nacre_solver::op::run::{Host, RunError};
 use nacre_solver::op::source::{Progress, PullPolicy, ResolvedImage, SourceContext, SourceError, resolve_image};
 use nacre_solver::registry::Client;
-use nacre_solver::sandbox::emulation::{self, Emulation};
+use nacre_solver::sandbox::foreign::{self, Emulators};
 use nacre_solver::sandbox::{self, Cancel};
 use nacre_solver::snapshot::Workspace;
 use nacre_solver::solve::{self, Event, SolveError, VertexError};
@@ -55,7 +55,9 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
     // Before any thread exists, and before standard input is read: an ordinary user's build goes on in a process inside
     // of a user namespace.
     let foreign = foreign_platforms(request, known.as_ref().map(|(dockerfile, _)| dockerfile))?;
-    let Some(place) = enter(known.as_ref().map(|(dockerfile, _)| dockerfile), &foreign)? else { return Ok(()) };
+    let Some(place) = enter(known.as_ref().map(|(dockerfile, _)| dockerfile), &foreign, request)? else {
+        return Ok(());
+    };
     let host_error = |error: &(dyn std::error::Error + 'static)| CommandError::new(Exit::Host, error, None);
     let signals = Signals::listen(signalled).map_err(|error| host_error(&error))?;
     let cancel = Cancel::new().map_err(|error| host_error(&error))?;
@@ -139,7 +141,7 @@ fn foreign_platforms(request: &BuildRequest, dockerfile: Option<&Dockerfile>) ->
         }
     });
     let mut foreign: Vec<Platform> = platforms(request)?.into_iter().flatten().chain(named).collect();
-    foreign.retain(|platform| !emulation::is_native(platform));
+    foreign.retain(|platform| !foreign::is_native(platform));
     foreign.sort();
     foreign.dedup();
     Ok(foreign)
@@ -148,7 +150,7 @@ fn foreign_platforms(request: &BuildRequest, dockerfile: Option<&Dockerfile>) ->
 /// Would emulators have to be registered for these platforms?
 fn needs_emulators(foreign: &[Platform]) -> bool {
     let Ok(scratch) = tempfile::tempdir() else { return false };
-    foreign.iter().any(|platform| !emulation::runs(platform, scratch.path()))
+    foreign.iter().any(|platform| !foreign::runs(platform, scratch.path()))
 }
 
 fn has_runs(dockerfile: &Dockerfile) -> bool {
@@ -163,7 +165,11 @@ fn has_runs(dockerfile: &Dockerfile) -> bool {
 /// a process inside has done the work.
 ///
 /// For foreign platforms root goes there, too: emulators are registered in a namespace of the build's own.
-fn enter(dockerfile: Option<&Dockerfile>, foreign: &[Platform]) -> Result<Option<Surroundings>, CommandError> {
+fn enter(
+    dockerfile: Option<&Dockerfile>,
+    foreign: &[Platform],
+    build: &BuildRequest,
+) -> Result<Option<Surroundings>, CommandError> {
     let runs = dockerfile.is_some_and(has_runs);
     // A base may have triggers that run, and its files have owners.
     let bases = dockerfile.is_none_or(|dockerfile| {
@@ -177,21 +183,22 @@ fn enter(dockerfile: Option<&Dockerfile>, foreign: &[Platform]) -> Result<Option
     if !runs && !bases {
         return Ok(Some(place(Ownership::SingleId)));
     }
-    let own = runs && !foreign.is_empty() && needs_emulators(foreign);
+    let best = match build.ownership {
+        OwnershipChoice::Emulate => sandbox::idmap::EnterRequest::SingleId,
+        OwnershipChoice::Auto | OwnershipChoice::SubordinateIds => sandbox::idmap::EnterRequest::Best,
+    };
+    let own = build.ownership != OwnershipChoice::Emulate && runs && !foreign.is_empty() && needs_emulators(foreign);
     let entered = match own {
         // What root may not have a namespace for, it may well be able to do without.
-        true => sandbox::idmap::enter(sandbox::idmap::EnterRequest::Own)
-            .or_else(|_| sandbox::idmap::enter(sandbox::idmap::EnterRequest::Best)),
-        false => sandbox::idmap::enter(sandbox::idmap::EnterRequest::Best),
+        true => sandbox::idmap::enter(sandbox::idmap::EnterRequest::Own).or_else(|_| sandbox::idmap::enter(best)),
+        false => sandbox::idmap::enter(best),
     };
     match entered {
         // Root of a namespace may have no other id than its own, too.
-        Ok(sandbox::idmap::Entered::Root) => {
-            let why = "this user namespace has only one id".to_owned();
-            Ok(Some(place(owners(sandbox::idmap::ownership(), Some(why)))))
-        }
+        Ok(sandbox::idmap::Entered::Root) => owners(build, sandbox::idmap::ownership(), None).map(place).map(Some),
         Ok(sandbox::idmap::Entered::Inside { ownership, notice }) => {
-            Ok(Some(Surroundings { own_namespace: true, ..place(owners(ownership, notice)) }))
+            let place = owners(build, ownership, notice).map(place)?;
+            Ok(Some(Surroundings { own_namespace: true, ..place }))
         }
         Ok(sandbox::idmap::Entered::Parent { exit_code: 0 }) => Ok(None),
         Ok(sandbox::idmap::Entered::Parent { exit_code }) => {
@@ -210,17 +217,29 @@ fn enter(dockerfile: Option<&Dockerfile>, foreign: &[Platform]) -> Result<Option
     }
 }
 
-/// Whether files have owners; says so if they do not.
-fn owners(ownership: sandbox::Ownership, notice: Option<String>) -> Ownership {
-    match ownership {
-        sandbox::Ownership::Native => Ownership::Native,
-        sandbox::Ownership::SingleId => {
-            let why = notice.unwrap_or_else(|| "this user namespace has only one id".to_owned());
-            crate::print_error(&format!(
-                "notice: only one user id can be used: what RUN makes belongs to root, other owners come from COPY, ADD \
-                 and base images alone\nhelp: {why}\n"
-            ));
-            Ownership::SingleId
+/// Whether files have owners on disk; says so if they are emulated without having been asked for.
+fn owners(
+    build: &BuildRequest,
+    ownership: sandbox::Ownership,
+    notice: Option<String>,
+) -> Result<Ownership, CommandError> {
+    let why = || notice.unwrap_or_else(|| "this user namespace has only one id".to_owned());
+    match (ownership, build.ownership) {
+        (sandbox::Ownership::Native, _) => Ok(Ownership::Native),
+        (sandbox::Ownership::SingleId, OwnershipChoice::Emulate) => Ok(Ownership::SingleId),
+        (sandbox::Ownership::SingleId, OwnershipChoice::Auto) => {
+            let why = why();
+            // The result is the same, so programs and those who want to hear nothing are not told.
+            if !build.quiet && matches!(build.progress, ProgressMode::Plain | ProgressMode::Tty) {
+                crate::print_error(&format!(
+                    "notice: only one user id can be used, so owners and users of RUN steps are emulated\nhelp: {why}\n"
+                ));
+            }
+            Ok(Ownership::SingleId)
+        }
+        (sandbox::Ownership::SingleId, OwnershipChoice::SubordinateIds) => {
+            let message = format!("--ownership=subid: only one user id can be used: {}", why());
+            Err(failure(Exit::Host, &message, Some("leave it out to have owners emulated".to_owned())))
         }
     }
 }
@@ -327,8 +346,8 @@ fn build(
     let git = input::git_settings(request, env, &agents)?;
     let mut host = host(request, &agents)?;
     let mut emulators = env.program_directories();
-    emulators.push(emulation::DEBIAN_DIRECTORY.into());
-    host.emulation = Emulation::new(emulators, place.own_namespace);
+    emulators.push(foreign::DEBIAN_DIRECTORY.into());
+    host.emulators = Emulators::new(emulators, place.own_namespace);
     let (dockerfile, input) = match known {
         Some(known) => known,
         None => {
@@ -532,7 +551,7 @@ fn solve_error(error: SolveError, steps: &blame::Steps<'_>) -> CommandError {
                 return CommandError::Step(Box::new(failure));
             }
             let exit = match &*cause {
-                VertexError::Run(RunError::Sandbox(_) | RunError::Emulation(_)) => Exit::Host,
+                VertexError::Run(RunError::Sandbox(_) | RunError::Emulator(_)) => Exit::Host,
                 VertexError::Run(RunError::Snapshot(error)) => export_command::snapshot_exit(error),
                 VertexError::Run(RunError::Store(_) | RunError::Io { .. }) | VertexError::Store(_) => Exit::Store,
                 VertexError::Run(_) => Exit::Step,

@@ -78,6 +78,10 @@ pub(crate) enum Command {
     Logout(LogoutArgs),
     /// Remove what the cache no longer needs
     Prune(PruneArgs),
+    /// Tell what of the kernel's rights is there, what is missing, and what helps. Ends with 6 if RUN cannot work
+    Doctor(DoctorArgs),
+    /// Look whether the store is whole: every blob, layer, record and name. Ends with 7 if something is wrong
+    Fsck(FsckArgs),
     /// Show how much space the store takes
     #[command(name = "du")]
     Usage(UsageArgs),
@@ -176,6 +180,9 @@ pub(crate) struct BuildArgs {
     /// Network of RUN steps: default, none, host
     #[arg(long, value_name = "MODE", help_heading = "Steps")]
     pub(crate) network: Option<String>,
+    /// How files get owners: auto, subid (real ones; needs root or subordinate ids), emulate (needs neither)
+    #[arg(long, value_name = "HOW", help_heading = "Steps")]
+    pub(crate) ownership: Option<String>,
     /// Line in the steps' /etc/hosts
     #[arg(long = "add-host", value_name = "NAME:ADDRESS", help_heading = "Steps")]
     pub(crate) add_hosts: Vec<String>,
@@ -492,6 +499,31 @@ pub(crate) struct PruneArgs {
     /// Accepted for docker's sake; there is no question
     #[arg(short, long, hide = true)]
     pub(crate) force: bool,
+    /// How to print the result
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: ListFormat,
+}
+
+/// `nacre doctor`.
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// Directory of cache and images
+    #[arg(long, value_name = "DIR")]
+    pub(crate) store: Option<PathBuf>,
+    /// How to print the result
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: ListFormat,
+}
+
+/// `nacre fsck`.
+#[derive(Debug, Args)]
+pub(crate) struct FsckArgs {
+    /// Directory of cache and images
+    #[arg(long, value_name = "DIR")]
+    pub(crate) store: Option<PathBuf>,
+    /// Remove what is broken, to be made or fetched anew; ends with 0 if nothing broken is left
+    #[arg(long)]
+    pub(crate) repair: bool,
     /// How to print the result
     #[arg(long, value_enum, default_value = "table")]
     pub(crate) format: ListFormat,

@@ -8,7 +8,9 @@ mod cache_command;
 mod cache_options;
 mod call_command;
 mod cli;
+mod doctor_command;
 mod export_command;
+mod fsck_command;
 mod image_commands;
 mod images_command;
 mod input;
@@ -82,6 +84,8 @@ fn run(command: Command, env: &Environment, cancel: &Arc<AtomicBool>) -> Result<
         Command::Login(args) => login_command::login(&args, env),
         Command::Logout(args) => login_command::logout(&args, env),
         Command::Prune(args) => prune_command::prune(&args, env),
+        Command::Doctor(args) => doctor_command::run(&args, env),
+        Command::Fsck(args) => fsck_command::run(&args, env),
         Command::Usage(args) => prune_command::usage(&args, env),
         Command::Version => print_result(&format!("nacre {}\n", env!("CARGO_PKG_VERSION"))),
         Command::Sandbox => unreachable!("dispatched before the command line is read"),

@@ -14,13 +14,13 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
-fn store_error(error: StoreError) -> CommandError {
+pub(crate) fn store_error(error: StoreError) -> CommandError {
     CommandError::new(Exit::Store, &error, None)
 }
 
 /// Goes where files of mapped users are ours; `false` when a process there has done the work. Without a namespace those
 /// that are our own can be seen all the same.
-fn enter() -> Result<bool, CommandError> {
+pub(crate) fn enter() -> Result<bool, CommandError> {
     match idmap::enter(idmap::EnterRequest::Best) {
         Ok(idmap::Entered::Parent { exit_code: 0 }) => Ok(false),
         Ok(idmap::Entered::Parent { exit_code }) => {

@@ -88,6 +88,8 @@ pub(crate) struct BuildRequest {
     pub(crate) ssh: Vec<SshAgent>,
     /// `--network`.
     pub(crate) network: Network,
+    /// `--ownership`.
+    pub(crate) ownership: OwnershipChoice,
     /// `--add-host`: name and address.
     pub(crate) extra_hosts: Vec<(String, String)>,
     /// `--allow`.
@@ -196,6 +198,17 @@ pub(crate) enum CacheUse {
     None,
     /// All but those of these stages.
     NotStages(Vec<String>),
+}
+
+/// `--ownership`: how files get owners.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OwnershipChoice {
+    /// Real ones where there are ids for them.
+    Auto,
+    /// Real ones, or an error.
+    SubordinateIds,
+    /// Emulated, even where there are ids.
+    Emulate,
 }
 
 /// What the Dockerfile may ask for beyond the sandbox.
@@ -406,6 +419,23 @@ pub(crate) struct Environment {
     pub(crate) color: bool,
 }
 
+/// Where the program runs, as far as that decides what helps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Surroundings {
+    /// A job of a GitLab runner.
+    GitLab,
+    /// A job of GitHub Actions.
+    GitHub,
+    /// A pod.
+    Kubernetes,
+    /// A container of podman.
+    Podman,
+    /// A container of Docker.
+    Docker,
+    /// None of these.
+    Machine,
+}
+
 impl Environment {
     /// Takes in the process's own.
     #[expect(clippy::disallowed_methods, reason = "the one place where the environment is read")]
@@ -418,6 +448,19 @@ impl Environment {
             stderr_terminal: stderr.is_terminal(),
             // Knows NO_COLOR, CLICOLOR_FORCE and TERM.
             color: anstream::AutoStream::choice(&stderr) != anstream::ColorChoice::Never,
+        }
+    }
+
+    /// Returns where the program seems to run: in a job of a service, in a container, or on a machine.
+    pub(crate) fn surroundings(&self) -> Surroundings {
+        let set = |name: &str| self.get(name).is_some();
+        match () {
+            () if set("GITLAB_CI") => Surroundings::GitLab,
+            () if set("GITHUB_ACTIONS") => Surroundings::GitHub,
+            () if set("KUBERNETES_SERVICE_HOST") => Surroundings::Kubernetes,
+            () if Path::new("/run/.containerenv").exists() => Surroundings::Podman,
+            () if Path::new("/.dockerenv").exists() => Surroundings::Docker,
+            () => Surroundings::Machine,
         }
     }
 
@@ -686,6 +729,9 @@ pub(crate) enum RequestError {
     /// Not a user of the network.
     #[error("unknown network mode `{0}`")]
     UnknownNetwork(String),
+    /// Not a way to have owners.
+    #[error("unknown ownership `{0}`")]
+    UnknownOwnership(String),
     /// Not a right.
     #[error("unknown right `{0}` in --allow")]
     UnknownRight(String),
@@ -753,6 +799,7 @@ impl RequestError {
             Self::SecretTooLarge { .. } => "large files come in through a build context: --build-context".to_owned(),
             Self::NoSshAgent(_) => "start ssh-agent, or name a key: --ssh default=$HOME/.ssh/id_ed25519".to_owned(),
             Self::UnknownNetwork(_) => "there are default, none and host".to_owned(),
+            Self::UnknownOwnership(_) => "there are auto, subid and emulate".to_owned(),
             Self::UnknownRight(_) => "there are network.host and security.insecure".to_owned(),
             Self::UnknownCall(_) => "there are build, check, outline and targets".to_owned(),
             Self::UnknownProgress { .. } => "there are auto, tty, plain, rawjson and quiet".to_owned(),
@@ -837,6 +884,12 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
         Some("host") => Network::Host,
         Some(other) => return Err(RequestError::UnknownNetwork(other.to_owned())),
     };
+    let ownership = match args.ownership.as_deref() {
+        None | Some("" | "auto") => OwnershipChoice::Auto,
+        Some("subid") => OwnershipChoice::SubordinateIds,
+        Some("emulate") => OwnershipChoice::Emulate,
+        Some(other) => return Err(RequestError::UnknownOwnership(other.to_owned())),
+    };
     let allow = rights(&args.allow, &mut notices)?;
     let ulimits = args.ulimits.iter().map(|text| ulimit(text)).collect::<Result<_, _>>()?;
     let shm_size_bytes = args.shm_size.as_deref().map(size_bytes).transpose()?;
@@ -886,6 +939,7 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
         secrets,
         ssh,
         network,
+        ownership,
         extra_hosts: args.add_hosts.iter().map(|text| extra_host(text)).collect::<Result<_, _>>()?,
         allow,
         ulimits,
@@ -1809,6 +1863,9 @@ mod tests {
         assert_eq!(request.ulimits, [("nofile".to_owned(), 10, 20), ("core".to_owned(), -1, -1)]);
         assert_eq!(request.shm_size_bytes, Some(64 << 20));
         assert_eq!(request.network, Network::None);
+        assert_eq!(request.ownership, OwnershipChoice::Auto);
+        assert_eq!(ok(&["--ownership=emulate", "."]).ownership, OwnershipChoice::Emulate);
+        assert_eq!(ok(&["--ownership=subid", "."]).ownership, OwnershipChoice::SubordinateIds);
         assert_eq!(request.allow, Rights { network_host: true, security_insecure: true });
         for (flag, value) in [
             ("--add-host", "a"),
@@ -1821,6 +1878,7 @@ mod tests {
             ("--shm-size", "1x"),
             ("--shm-size", ""),
             ("--network", "mynet"),
+            ("--ownership", "mine"),
             ("--allow", "everything"),
             ("--call", "me"),
             ("--call", "check,format=xml"),

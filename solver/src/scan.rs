@@ -93,6 +93,8 @@ pub struct Scanned {
     pub ctime: (i64, u32),
     /// Number of names.
     pub nlink: u32,
+    /// Birth: seconds and nanoseconds; 0 where the file system does not know.
+    pub born: (i64, u32),
 }
 
 /// Why a directory cannot be scanned.
@@ -132,12 +134,12 @@ pub(crate) fn identity(stat: &Statx) -> (u64, u64) {
 
 /// `statx` of an open file.
 pub(crate) fn stat_fd(fd: impl AsFd) -> Result<Statx, Errno> {
-    statx(fd, c"", AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT, StatxFlags::BASIC_STATS)
+    statx(fd, c"", AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT, StatxFlags::BASIC_STATS | StatxFlags::BTIME)
 }
 
 /// `statx` of a name in a directory; a symlink is not followed.
 pub(crate) fn stat_at(dir: impl AsFd, name: &CStr) -> Result<Statx, Errno> {
-    statx(dir, name, AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT, StatxFlags::BASIC_STATS)
+    statx(dir, name, AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT, StatxFlags::BASIC_STATS | StatxFlags::BTIME)
 }
 
 /// Flags to list a directory.
@@ -351,6 +353,7 @@ fn scanned(path: Vec<u8>, stat: &Statx, kind: Kind) -> Scanned {
         ino,
         ctime: (stat.stx_ctime.tv_sec, stat.stx_ctime.tv_nsec),
         nlink: stat.stx_nlink,
+        born: (stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec),
     }
 }
 

@@ -16,6 +16,8 @@
 use crate::context::digest_of;
 use crate::materialize::Ownership;
 use crate::op::changes::{is_same, number_groups};
+use crate::op::owners;
+use crate::sandbox::emulation::{Device, Identity, Records, UPPER};
 use crate::scan::{self, Everything, ScanError, ScanOptions, Scanned, Xattrs, is_kept_xattr, open_below};
 use crate::tree::{ContentDigest, Entry, Kind, Node, Origin, Tree, is_within};
 use rayon::prelude::*;
@@ -45,8 +47,9 @@ pub enum UpperError {
 }
 
 /// The layer that `upper` makes of `lower`, the flattened stack below it, whose digests must be known. Files are read
-/// in place and have their digests; hard links are grouped.
-pub fn scan_upper(upper: &Path, lower: &Tree, ownership: Ownership) -> Result<Tree, UpperError> {
+/// in place and have their digests; hard links are grouped. `recorded` is what the disk does not hold: device nodes and,
+/// where only one id exists, owners; those that the step has not changed are as below, or 0:0.
+pub fn scan_upper(upper: &Path, lower: &Tree, ownership: Ownership, recorded: &Records) -> Result<Tree, UpperError> {
     let found = scan::scan(upper, &ScanOptions { xattrs: Xattrs::All, filter: &Everything })?;
     let groups = scan::link_groups(&found);
     let digests = digest_all(upper, &found, &groups)?;
@@ -95,11 +98,16 @@ pub fn scan_upper(upper: &Path, lower: &Tree, ownership: Ownership) -> Result<Tr
             }
             _ => origin.is_some(),
         };
+        let known = recorded.get(&Identity { device: UPPER, inode: item.ino, born: item.born }).copied();
+        let below = before.filter(|_| copied_up).map(|node| owners::owner_of(&node.entry));
+        let owner = known.or(below).unwrap_or_default();
         if ownership == Ownership::SingleId {
-            (entry.uid, entry.gid) = match before {
-                Some(node) if copied_up => (node.entry.uid, node.entry.gid),
-                _ => (0, 0),
-            };
+            (entry.uid, entry.gid) = (owner.uid, owner.gid);
+        }
+        // A file has taken its place.
+        if let (Some(Device { block, major, minor }), true) = (owner.device, entry.is_file()) {
+            entry.kind = if block { Kind::Block { major, minor } } else { Kind::Char { major, minor } };
+            content = Origin::None;
         }
         entry.xattrs.retain(|name, _| is_kept_xattr(name));
         let node = Node { entry, origin: content };
@@ -154,6 +162,7 @@ fn digest_all(upper: &Path, found: &[Scanned], groups: &[u32]) -> Result<Vec<Opt
 mod tests {
     use super::*;
     use crate::materialize::{WriteOptions, write_tree};
+    use crate::sandbox::emulation::Owner;
     use rustix::fs::{FileType, XattrFlags, makedev, mknodat};
 
     const NATIVE: Ownership = Ownership::Native;
@@ -214,10 +223,10 @@ mod tests {
         let tree =
             lower(&base, &[("/", ""), ("d/", ""), ("d/a", "1"), ("d/b", "2"), ("d/c", "3"), ("e/", ""), ("e/x", "4")]);
         copy_up(&tree, &upper);
-        assert_eq!(listing(&scan_upper(&upper, &tree, NATIVE).unwrap()), [""; 0]);
+        assert_eq!(listing(&scan_upper(&upper, &tree, NATIVE, &Records::new()).unwrap()), [""; 0]);
         std::fs::write(upper.join("d/b"), "new").unwrap();
         std::fs::write(upper.join("d/n"), "new").unwrap();
-        let changed = scan_upper(&upper, &tree, NATIVE).unwrap();
+        let changed = scan_upper(&upper, &tree, NATIVE, &Records::new()).unwrap();
         assert_eq!(listing(&changed), ["d/b", "d/n"]);
         let touched = File::options().write(true).open(upper.join("d/c")).unwrap();
         touched.set_modified(std::time::UNIX_EPOCH).unwrap();
@@ -227,7 +236,7 @@ mod tests {
         whiteout(&upper.join("nothing-there"));
         std::fs::hard_link(upper.join("d/n"), upper.join("m")).unwrap();
         let _socket = std::os::unix::net::UnixListener::bind(upper.join("socket")).unwrap();
-        let changed = scan_upper(&upper, &tree, NATIVE).unwrap();
+        let changed = scan_upper(&upper, &tree, NATIVE, &Records::new()).unwrap();
         assert_eq!(listing(&changed), ["-d/a", "d/b", "d/c", "d/n#1", "e/", "m#1"]);
         assert!(matches!(
             changed.get(b"m").unwrap().entry.kind,
@@ -249,7 +258,7 @@ mod tests {
         std::fs::write(upper.join("d/s/a"), "1").unwrap();
         // `d/s` shows nothing of below although it has no mark, and a whiteout in it hides nothing.
         whiteout(&upper.join("d/s/w"));
-        let changed = scan_upper(&upper, &tree, NATIVE).unwrap();
+        let changed = scan_upper(&upper, &tree, NATIVE, &Records::new()).unwrap();
         assert_eq!(listing(&changed), ["d/!", "d/s/", "d/s/a", "f/", "n/"]);
     }
 
@@ -266,10 +275,23 @@ mod tests {
             std::fs::write(upper.join(name), "changed").unwrap();
         }
         rustix::fs::setxattr(upper.join("d/a"), "user.overlay.origin", b"", XattrFlags::empty()).unwrap();
-        let changed = scan_upper(&upper, &tree, Ownership::SingleId).unwrap();
-        assert_eq!(listing(&changed), ["d/a", "d/b"]);
-        let owner = |path: &[u8]| changed.get(path).map(|node| (node.entry.uid, node.entry.gid));
-        assert_eq!((owner(b"d/a"), owner(b"d/b")), (Some((5, 6)), Some((0, 0))));
+        for name in ["d/c", "d/node"] {
+            std::fs::write(upper.join(name), "").unwrap();
+        }
+        let device = Some(Device { block: true, major: 8, minor: 1 });
+        let record = |(path, owner): (&str, Owner)| {
+            let found = crate::scan::stat_at(CWD, &crate::sys::c_string(upper.join(path)).unwrap()).unwrap();
+            let born = (found.stx_btime.tv_sec, found.stx_btime.tv_nsec);
+            (Identity { device: UPPER, inode: found.stx_ino, born }, owner)
+        };
+        let owners = [("d/c", Owner { uid: 7, gid: 8, device: None }), ("d/node", Owner { uid: 0, gid: 9, device })];
+        let recorded: Records = owners.map(record).into();
+        let changed = scan_upper(&upper, &tree, Ownership::SingleId, &recorded).unwrap();
+        assert_eq!(listing(&changed), ["d/a", "d/b", "d/c", "d/node"]);
+        let owner = |path: &[u8]| changed.get(path).map(|node| (node.entry.uid, node.entry.gid)).unwrap();
+        assert_eq!([owner(b"d/a"), owner(b"d/b"), owner(b"d/c"), owner(b"d/node")], [(5, 6), (0, 0), (7, 8), (0, 9)]);
+        let node = &changed.get(b"d/node").unwrap();
+        assert_eq!((&node.entry.kind, &node.origin), (&Kind::Block { major: 8, minor: 1 }, &Origin::None));
         assert!(changed.nodes().iter().all(|node| node.entry.xattrs.is_empty()));
     }
 }

@@ -69,3 +69,24 @@ fn flags_of_docker_are_taken() {
     let ended = build.runs();
     assert!(ended.stderr.contains("warning: --squash does nothing"), "{}", ended.stderr);
 }
+
+#[test]
+fn the_doctor_tells_what_works() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let doctor = |more: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_nacre"));
+        command.args(["doctor", "--store"]).arg(dir.path().join("no/store/yet")).args(more);
+        crate::story::run(command, None)
+    };
+    let table = doctor(&[]);
+    assert_eq!(table.code, Some(0), "{}{}", table.stdout(), table.stderr);
+    for line in ["works    user namespace\n", "works    overlay on the store\n", "works    system call filter\n"] {
+        assert!(table.stdout().contains(line), "{line} is not in {}", table.stdout());
+    }
+    let json = doctor(&["--format=json"]);
+    let value: serde_json::Value = serde_json::from_slice(&json.stdout).expect("JSON");
+    let rights = value["rights"].as_array().expect("a list");
+    assert_eq!(rights.len(), 7);
+    assert!(rights.iter().all(|right| right["state"] != "refused" || right["cure"].is_string()));
+    assert!(!dir.path().join("no").exists(), "it leaves nothing");
+}

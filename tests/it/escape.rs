@@ -22,8 +22,11 @@ const ATTEMPTS: &[(&str, &str)] = &[
     ("a new user namespace", "unshare -U true && echo ESCAPED"),
     ("a new mount namespace", "unshare -m true && echo ESCAPED"),
     ("the namespace of process 1", "nsenter -t 1 -m true && echo ESCAPED"),
-    ("read a device made by hand", "mknod /d b 7 0 2>/dev/null && head -c 1 /d && echo ESCAPED"),
-    ("write a harmless device made by hand", "mknod /n c 1 3 2>/dev/null && [ -c /n ] && echo x > /n && echo ESCAPED"),
+    ("read a device made by hand", "mknod /d b 7 0 2>/dev/null && [ $(head -c 1 /d | wc -c) = 1 ] && echo ESCAPED"),
+    (
+        "write a harmless device made by hand",
+        "mknod /n c 1 3 2>/dev/null && [ -c /n ] && echo x > /n && [ ! -s /n ] && echo ESCAPED",
+    ),
     ("host files behind process 1", "[ -e /proc/1/root$MARK ] && echo ESCAPED"),
     ("host files behind any process", "for p in /proc/[0-9]*; do [ -e $p/root$MARK ] && echo ESCAPED; done"),
     (
@@ -125,23 +128,144 @@ int main(void) {
     try("lookup_dcookie", syscall(SYS_lookup_dcookie, 0L, space, 64));
     try("vhangup", syscall(SYS_vhangup));
     try("tiocsti", ioctl(0, 0x5412, "x"));
-    try("mknod and open", mknod("/dn", S_IFCHR | 0600, 0x103) ? -1 : open("/dn", O_RDONLY));
+    try("mknod and read", mknod("/dn", S_IFCHR | 0600, 0x105) || read(open("/dn", O_RDONLY), space, 1) != 1 ? -1 : 0);
     return escaped;
 }
 "#;
 
+/// What a program tries with the supervisor that answers its calls about owners. `MARK` names a file of the host.
+const SUPERVISOR: &str = r#"
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+static volatile char path[4096];
+static volatile int done;
+static char own[] = "/mine", mark[4000], climb[4096];
+static void *swap(void *unused) {
+    while (!done) { strcpy((char *)path, own); strcpy((char *)path, climb); strcpy((char *)path, mark); }
+    return 0;
+}
+static void *leave(void *unused) { for (int i = 0; i < 200; i++) chown(own, i, i); return 0; }
+static void check(const char *name, int wrong) { if (wrong) printf("ESCAPED %s\n", name); }
+int main(void) {
+    struct stat st;
+    pthread_t thread;
+    snprintf(mark, sizeof mark, "%s", getenv("MARK"));
+    snprintf(climb, sizeof climb, "/proc/self/root/../../../..%s", mark);
+    close(open(own, O_CREAT | O_WRONLY, 0600));
+    // Paths that lead elsewhere, directly.
+    const char *ways[] = {"/proc/self/cwd/../../../..", "/proc/self/fd/0/..", "/proc/1/root", "/proc/self/root",
+        "/proc/thread-self/root/../..", "/dev/fd/0/../..", "/proc/1/cwd/..", "/proc/self/task/1/root"};
+    for (int i = 0; i < 8; i++) {
+        char way[4096];
+        snprintf(way, sizeof way, "%s%s", ways[i], mark);
+        check(way, chown(way, 12345, 12345) == 0 || mkdir(way, 0700) == 0);
+        symlink(way, "/link");
+        check("a link", chown("/link", 12345, 12345) == 0);
+        unlink("/link");
+    }
+    // The path changes while it is looked at.
+    pthread_create(&thread, 0, swap, 0);
+    setresuid(-1, 1000, -1);
+    for (int i = 0; i < 3000; i++) {
+        chown((char *)path, -1, -1); lstat((char *)path, &st); mkdir((char *)path, 0700);
+        int fd = open((char *)path, O_CREAT | O_EXCL | O_WRONLY, 0600);
+        if (fd >= 0) { fstat(fd, &st); close(fd); unlink(own); }
+        rename((char *)path, "/renamed"); rename("/renamed", own);
+    }
+    setresuid(-1, 0, -1);
+    done = 1;
+    pthread_join(thread, 0);
+    // Callers that die in the middle, of many threads and without memory of their own.
+    for (int i = 0; i < 50; i++) {
+        pid_t pid = vfork();
+        if (pid == 0) { chown(own, 1, 1); setuid(1000); _exit(getuid() == 1000 ? 0 : 1); }
+        int status;
+        waitpid(pid, &status, 0);
+        check("ids of a vforked child", status != 0 || getuid() != 0);
+        pid = fork();
+        if (pid == 0) {
+            for (int t = 0; t < 4; t++) pthread_create(&thread, 0, leave, 0);
+            leave(0);
+            syscall(SYS_exit, 0);
+        }
+        usleep(i * 20);
+        kill(pid, SIGKILL);
+        waitpid(pid, 0, 0);
+    }
+    // Memory that is not there or must not be written.
+    char *page = mmap(0, 8192, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    munmap(page + 4096, 4096);
+    memcpy(page + 4090, "/mine", 6);
+    check("a path at the end of memory", chown(page + 4090, 7, 8) != 0);
+    memcpy(page + 4091, "/mine", 5);
+    check("a path without end", chown(page + 4091, 9, 9) == 0 || errno != EFAULT);
+    check("stat into nothing", stat(own, (void *)(page + 4000)) == 0 || errno != EFAULT);
+    check("stat", stat(own, &st) != 0 || st.st_uid != 7 || st.st_gid != 8);
+    char *longest = malloc(100000);
+    memset(longest, 'a', 99999); longest[99999] = 0;
+    check("a long path", chown(longest, 1, 1) == 0 || errno != ENAMETOOLONG);
+    check("a descriptor that is not open", fchown(999, 1, 1) == 0 || errno != EBADF);
+    // Where the ids are kept.
+    struct rlimit limit = {0, 0};
+    setrlimit(RLIMIT_LOCKS, &limit);
+    check("ids", getuid() != 0);
+    check("become anybody", setuid(1000) != 0 || setuid(0) == 0);
+    limit.rlim_cur = limit.rlim_max = RLIM_INFINITY;
+    setrlimit(RLIMIT_LOCKS, &limit);
+    syscall(SYS_prlimit64, 0, RLIMIT_LOCKS, (unsigned long[2]){0, 0}, 0);
+    check("ids after limits", getuid() != 1000 || syscall(SYS_setgroups, 0, 0) == 0);
+    check("give away", chown(own, 1000, 1000) == 0);
+    check("chroot", chroot("/") == 0);
+    return 0;
+}
+"#;
+
+#[test]
+fn the_supervisor_is_not_confused() {
+    let build = Build::new();
+    let mark = build.path("context/Dockerfile");
+    let build = build.flag("--ownership=emulate").dockerfile(&format!(
+        "FROM busybox\nENV MARK={}\nCOPY confuse /confuse\nRUN /confuse; echo result $?\nRUN stat -c %u:%g /mine\n",
+        mark.display()
+    ));
+    let program = compiled("confuse", SUPERVISOR);
+    fs::copy(program, build.path("context/confuse")).expect("a file of our own");
+    let before = fs::metadata(&mark).expect("it is there");
+    let ended = build.runs();
+    assert!(!ended.stderr.contains("ESCAPED"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("result 0") && ended.stderr.contains("7:8"), "{}", ended.stderr);
+    use std::os::unix::fs::MetadataExt;
+    let after = fs::metadata(&mark).expect("it is there");
+    let of = |metadata: &fs::Metadata| (metadata.uid(), metadata.gid(), metadata.mode(), metadata.ctime_nsec());
+    assert_eq!(of(&before), of(&after));
+}
+
 /// The program of [`CALLS`], made once.
 fn calls() -> PathBuf {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    let make = || {
-        let dir = tempfile::Builder::new().prefix("nacre-calls-").tempdir().expect("a temporary directory").keep();
-        let (source, program) = (dir.join("calls.c"), dir.join("calls"));
-        fs::write(&source, CALLS).expect("a file of our own");
-        let status = Command::new("cc").args(["-static", "-w", "-o"]).arg(&program).arg(&source).status();
-        assert!(status.expect("cc, which Rust needs to link, is there").success(), "cc fails");
-        program
-    };
-    PROGRAM.get_or_init(make).clone()
+    PROGRAM.get_or_init(|| compiled("calls", CALLS)).clone()
+}
+
+/// Compiles a program.
+fn compiled(name: &str, text: &str) -> PathBuf {
+    let dir = tempfile::Builder::new().prefix("nacre-calls-").tempdir().expect("a temporary directory").keep();
+    let (source, program) = (dir.join(format!("{name}.c")), dir.join(name));
+    fs::write(&source, text).expect("a file of our own");
+    let status = Command::new("cc").args(["-static", "-pthread", "-w", "-o"]).arg(&program).arg(&source).status();
+    assert!(status.expect("cc, which Rust needs to link, is there").success(), "cc fails");
+    program
 }
 
 fn shell_build(script: &str) -> Build {

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Run by root: the tests that depend on who runs them, again as an ordinary user with subordinate IDs. The user is made
-# when it is missing. Run by anybody else, there is nothing left to do.
+# Run by root: the tests that depend on who runs them, again as an ordinary user with subordinate IDs, and those of steps
+# once more as a user without any who cannot start newuidmap. The users are made when they are missing. Run by anybody
+# else, there is nothing left to do.
 #
 # The paths of the repository are compiled into the tests. Where the user may not enter them (a clone in /root, or in a
 # private temporary directory), they are bound to the same place in a mount namespace in which the closed directory is
 # covered by an empty one.
 set -euo pipefail
-user=nacre-test
+rich=nacre-test
+poor=nacre-plain
 
 as_user() {
     setpriv --reuid="$user" --regid="$user" --init-groups --inh-caps=-all -- "$@"
@@ -46,10 +48,16 @@ reveal() {
 }
 
 inside() {
-    local stage number program failed=()
-    local repository=$1 target=$2
-    shift 2
+    local stage number program helper failed=()
+    user=$1
+    local repository=$2 target=$3
+    shift 3
     mount --make-rprivate /
+    if [ "$user" = "$poor" ]; then
+        for helper in newuidmap newgidmap; do
+            if helper=$(command -v "$helper"); then mount --bind /dev/null "$helper"; fi
+        done
+    fi
     # What is mounted here is only in this namespace.
     stage=/mnt
     mount -t tmpfs -o mode=755 tmpfs "$stage"
@@ -81,13 +89,17 @@ if [ "$(id -u)" -ne 0 ]; then
 fi
 cd "$(dirname "$(realpath "$0")")/../.."
 
-if ! id "$user" >/dev/null 2>&1; then
-    useradd --create-home --shell /bin/bash "$user"
-fi
-for kind in uid gid; do
-    if ! grep -q "^$user:" "/etc/sub$kind"; then
-        usermod "--add-sub${kind}s" 500000-565535 "$user"
+for user in "$rich" "$poor"; do
+    if ! id "$user" >/dev/null 2>&1; then
+        useradd --create-home --shell /bin/bash "$user"
     fi
+done
+for kind in uid gid; do
+    if ! grep -q "^$rich:" "/etc/sub$kind"; then
+        usermod "--add-sub${kind}s" 500000-565535 "$rich"
+    fi
+    # useradd may have given some.
+    sed -i "/^$poor:/d" "/etc/sub$kind"
 done
 
 # Cargo names the test programs: `  Executable tests/it/main.rs (target/…/it-0123)`. The frontend's are pure.
@@ -99,5 +111,24 @@ if [ ${#programs[@]} -eq 0 ]; then
     echo "as-user: cargo names no test programs" >&2
     exit 1
 fi
-unshare --mount bash tests/setup/as-user.sh --inside "$PWD" "$(realpath "${CARGO_TARGET_DIR:-target}")" "${programs[@]}"
-echo "all tests passed as $user too"
+as() {
+    unshare --mount bash tests/setup/as-user.sh --inside "$1" "$PWD" "$(realpath "${CARGO_TARGET_DIR:-target}")" "${@:2}"
+}
+as "$rich" "${programs[@]}"
+echo "all tests passed as $rich too"
+# Making the bases takes ids that this user has not.
+uid=$(id -u "$poor")
+for layout in "/var/tmp/nacre-test-bases-$(id -u "$rich")"/*/layout; do
+    base=/var/tmp/nacre-test-bases-$uid/$(basename "$(dirname "$layout")")
+    if [ -e "$layout/index.json" ] && [ ! -e "$base/layout" ]; then
+        mkdir -p "$base"
+        cp -r "$layout" "$base/"
+        chown -R "$poor:" "/var/tmp/nacre-test-bases-$uid"
+    fi
+done
+steps=()
+for program in "${programs[@]}"; do
+    case ${program##*/} in it-* | conformance-* | sandbox-* | real-*) steps+=("$program") ;; esac
+done
+as "$poor" "${steps[@]}"
+echo "all tests of steps passed as $poor, who has no subordinate IDs, too"

@@ -5,6 +5,7 @@ pub(crate) mod changes;
 pub mod copy;
 pub mod file;
 pub mod git;
+pub(crate) mod owners;
 pub mod passwd;
 pub mod run;
 pub mod source;

@@ -3,9 +3,11 @@
 use crate::materialize::{self, MaterializeError, Ownership};
 use crate::op::agent::AgentSocket;
 use crate::op::file::Value;
+use crate::op::owners::{self, Caches};
 use crate::op::user::{self, UserError};
 use crate::plan::cache_key::{Key, Parts};
-use crate::sandbox::emulation::{self, Emulation, EmulationError};
+use crate::sandbox::emulation::{Records, Scope};
+use crate::sandbox::foreign::{self, EmulatorError, Emulators};
 use crate::sandbox::{self, Cancel, Net, Outcome, Rootfs, RunSpec, SandboxError, SetupMount, Status, Stream};
 use crate::snapshot::{Layer, Made, Snapshot, SnapshotError, Workspace};
 use crate::store::StoreError;
@@ -29,7 +31,7 @@ pub struct Host {
     /// Content of /etc/resolv.conf for steps.
     pub resolv_conf: String,
     /// Emulators for steps of other platforms.
-    pub emulation: Emulation,
+    pub emulators: Emulators,
     /// Network of steps that ask for none in particular.
     pub default_network_none: bool,
 }
@@ -48,7 +50,7 @@ pub enum RunError {
     Sandbox(#[from] SandboxError),
     /// The step is for another processor.
     #[error(transparent)]
-    Emulation(#[from] EmulationError),
+    Emulator(#[from] EmulatorError),
     /// What the step wrote could not be read.
     #[error("cannot read what the step wrote")]
     Upper(#[from] UpperError),
@@ -116,7 +118,7 @@ impl RunError {
             Self::User(UserError::NoGroup { name }) => {
                 format!("make group `{name}` in an earlier step, or give a number: `USER name:1000`")
             }
-            Self::Emulation(error) => return error.help(),
+            Self::Emulator(error) => return error.help(),
             Self::NoSecret(id) => {
                 format!("give it with `--secret id={id},src=FILE` or `--secret id={id},env=VARIABLE`")
             }
@@ -259,11 +261,11 @@ pub fn ensure_platform(
     host: &Host,
     cancel: &Cancel,
 ) -> Result<(), RunError> {
-    if emulation::is_native(platform) {
+    if foreign::is_native(platform) {
         return Ok(());
     }
     let scratch = workspace.store.begin_tree()?;
-    let result = host.emulation.ensure(platform, &scratch, cancel);
+    let result = host.emulators.ensure(platform, &scratch, cancel);
     let _ = materialize::remove_tree(&scratch);
     Ok(result?)
 }
@@ -303,8 +305,13 @@ pub fn execute(
     let mut mounts = Vec::new();
     let mut locks = Vec::new();
     let caches = lock_caches(workspace, &op.mounts, cancel, &mut locks)?;
+    let scope = match workspace.ownership {
+        Ownership::SingleId => Some(Scope::SingleId),
+        // The kernel lets nobody but the first namespace's root make device nodes.
+        Ownership::Native => (!sandbox::idmap::is_initial_namespace()).then_some(Scope::Devices),
+    };
     let mut setup =
-        MountSetup { workspace, inputs, host, scratch: &scratch, env: &mut env, caches, agents: Vec::new() };
+        MountSetup { workspace, inputs, host, scratch: &scratch, env: &mut env, caches: &caches, agents: Vec::new() };
     let mut in_order: Vec<(usize, &Mount)> = op.mounts.iter().enumerate().collect();
     // What is mounted inside of another mount comes after it, whatever the order in the Dockerfile.
     in_order.sort_by_key(|(_, mount)| mount.target.split('/').filter(|part| !part.is_empty()).count());
@@ -313,6 +320,10 @@ pub fn execute(
     }
     // They listen until the step has ended.
     let agents = std::mem::take(&mut setup.agents);
+    let owners_failed = |source| RunError::Io { path: scratch.clone(), source };
+    // After the mounts: new caches have been filled by now.
+    let emulation =
+        scope.map(|scope| owners::prepare(scope, &flat, &caches, &scratch)).transpose().map_err(owners_failed)?;
     let spec = RunSpec {
         rootfs,
         mounts,
@@ -335,9 +346,14 @@ pub fn execute(
         ulimits: op.ulimits.clone(),
         umask: 0o022,
         scratch_dir: directory("files")?,
-        fake_ownership: workspace.ownership == Ownership::SingleId,
+        emulation,
     };
     let result = sandbox::run(&spec, cancel, log);
+    // Cache mounts keep their owners whether the step succeeded or not.
+    let recorded = match (&spec.emulation, &result) {
+        (Some(emulation), Ok(_)) => owners::take(emulation, &caches).map_err(owners_failed)?,
+        _ => Records::new(),
+    };
     drop((locks, agents));
     let outcome: Outcome = result?;
     if cancel.is_cancelled() {
@@ -352,7 +368,7 @@ pub fn execute(
         }
         Status::Signal(signal) => return Err(RunError::Signal { signal }),
     }
-    let changes = upper::scan_upper(&upper, &flat, workspace.ownership)?;
+    let changes = upper::scan_upper(&upper, &flat, workspace.ownership, &recorded)?;
     let changes = crate::op::copy::with_parents(&changes, &flat);
     Ok(Ran { changes, upper })
 }
@@ -399,7 +415,7 @@ struct MountSetup<'a> {
     scratch: &'a Path,
     env: &'a mut Vec<(String, String)>,
     /// Directories of the step's cache mounts, by the mounts' ids.
-    caches: BTreeMap<String, PathBuf>,
+    caches: &'a Caches,
     /// Sockets for the step, kept by the caller until it has ended.
     agents: Vec<AgentSocket>,
 }
@@ -411,7 +427,7 @@ fn lock_caches(
     mounts: &[Mount],
     cancel: &Cancel,
     locks: &mut Vec<File>,
-) -> Result<BTreeMap<String, PathBuf>, RunError> {
+) -> Result<Caches, RunError> {
     let strictness = |sharing: Sharing| match sharing {
         Sharing::Shared => 0,
         Sharing::Locked => 1,
@@ -428,7 +444,9 @@ fn lock_caches(
     }
     let mut caches = BTreeMap::new();
     for (id, sharing) in wanted {
-        let name = blake3::hash(id.as_bytes()).to_hex().to_string();
+        // Files of other ids cannot be used where only one id exists, and the reverse.
+        let scope = if workspace.ownership == Ownership::SingleId { "single\0" } else { "" };
+        let name = blake3::hash(format!("{scope}{id}").as_bytes()).to_hex().to_string();
         let (base, lock) = lock_cache(&workspace.store.part("mounts").join(&name[..32]), sharing, cancel)?;
         locks.push(lock);
         caches.insert(id, base);
@@ -526,32 +544,40 @@ impl MountSetup<'_> {
             Ok(path)
         };
         let value = input.map_or(&None, |input| &self.inputs[input]);
-        let (lowers, subpath) = match value {
-            None if source == "/" || source.is_empty() => (Vec::new(), Vec::new()),
+        let (lowers, subpath, tree) = match value {
+            None if source == "/" || source.is_empty() => (Vec::new(), Vec::new(), Arc::default()),
             None => return Err(missing()),
             Some(Value::Snapshot(snapshot)) => {
                 let flat = self.workspace.flatten(snapshot)?;
                 match flat.resolve(source.as_bytes(), true) {
-                    Resolved::Found(path) => (lowers(self.workspace, snapshot)?, path),
+                    Resolved::Found(path) => (lowers(self.workspace, snapshot)?, path, flat),
                     _ => return Err(missing()),
                 }
             }
             Some(_) => {
                 let Some((tree, path)) = mounted_tree(self.workspace, value, source)? else { return Err(missing()) };
-                (vec![self.stored(tree)?], path)
+                let tree = Arc::new(tree);
+                (vec![self.stored(tree.clone())?], path, tree)
             }
         };
         let subpath = format!("/{}", String::from_utf8_lossy(&subpath));
         let (upper, work) = (directory("upper")?, directory("work")?);
         set_mode(&upper, 0o755)?;
         let (target, read_only) = (mount.target.clone(), mount.read_only);
-        Ok(SetupMount::OverlayBind { lowers, upper, work, subpath, target, read_only })
+        let list = self.scratch.join(format!("mount{at}-owners"));
+        let owners = match self.workspace.ownership {
+            Ownership::Native => None,
+            Ownership::SingleId => {
+                owners::write_lower(&tree, list.clone()).map_err(|source| RunError::Io { path: list, source })?
+            }
+        };
+        Ok(SetupMount::OverlayBind { lowers, upper, work, subpath, target, read_only, owners })
     }
 
     /// A context's files as a layer of the store: copied once for as long as they stay the same.
-    fn stored(&self, tree: Tree) -> Result<PathBuf, RunError> {
+    fn stored(&self, tree: Arc<Tree>) -> Result<PathBuf, RunError> {
         let id = self.workspace.store.put_layer(&tree)?;
-        let layer = self.workspace.layer(id, Made::Step(None), Some(Arc::new(tree)));
+        let layer = self.workspace.layer(id, Made::Step(None), Some(tree));
         Ok(self.workspace.tree_dir(&layer)?)
     }
 
@@ -607,8 +633,13 @@ impl MountSetup<'_> {
         nodes.push(Node { entry: top, origin: crate::tree::Origin::None });
         std::fs::create_dir(&fresh).map_err(|source| RunError::Io { path: fresh.clone(), source })?;
         let read = |node: &Node| self.workspace.open(node).map(|reader| reader as Box<dyn io::Read>);
-        materialize::write_tree(&Tree::from_nodes(nodes), &read, &fresh, self.workspace.sources.write)
-            .map_err(RunError::CacheMount)?;
+        let tree = Tree::from_nodes(nodes);
+        materialize::write_tree(&tree, &read, &fresh, self.workspace.sources.write).map_err(RunError::CacheMount)?;
+        let base = data.parent().unwrap_or(data);
+        if self.workspace.ownership == Ownership::SingleId && !data.exists() {
+            owners::record_cache(base, &fresh, &tree)
+                .map_err(|source| RunError::Io { path: base.to_owned(), source })?;
+        }
         match std::fs::rename(&fresh, data) {
             Ok(()) => Ok(()),
             Err(_) if data.is_dir() => Ok(()),

@@ -61,7 +61,7 @@ pub enum Entered {
 pub enum Ownership {
     /// Owners of inodes are the truth.
     Native,
-    /// Only id 0 exists; owners live in the index, and changes of ownership are pretended.
+    /// Only id 0 exists; owners live in the index, and changes of ownership are emulated.
     SingleId,
 }
 
@@ -111,7 +111,7 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// Makes this process root of a user namespace, unless it is root already.
+/// Makes this process root of a user namespace, unless it is root already and may have more than one id.
 ///
 /// Call it before any thread exists. When it returns [`Entered::Parent`], the build has been done by another process.
 pub fn enter(request: EnterRequest) -> Result<Entered, SandboxError> {
@@ -119,7 +119,7 @@ pub fn enter(request: EnterRequest) -> Result<Entered, SandboxError> {
     if let Some(notice) = marked()? {
         return Ok(Entered::Inside { ownership: ownership(), notice });
     }
-    if request != EnterRequest::Own && can_mount() {
+    if request == EnterRequest::Best && can_mount() {
         return Ok(Entered::Root);
     }
     spawn_inside(request)
@@ -157,7 +157,8 @@ fn in_preparation(doing: &str) -> impl FnOnce(CallError) -> SandboxError {
     move |source| SandboxError::Prepare { doing, source }
 }
 
-fn is_initial_namespace() -> bool {
+/// Returns whether this process is in no user namespace but the first one.
+pub fn is_initial_namespace() -> bool {
     mapped_ids("/proc/self/uid_map") == u64::from(u32::MAX)
 }
 
@@ -397,6 +398,25 @@ fn map_everything(pid: Pid) -> Result<(), String> {
         std::fs::write(&path, map).map_err(|error| format!("cannot write {path}: {error}"))?;
     }
     Ok(())
+}
+
+/// Maps the caller's ranges to a new namespace, to see whether that works; says why not.
+pub(super) fn try_ranges() -> Result<(), String> {
+    let failed = |error: CallError| format!("{error}: {}", error.source);
+    let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|error| error.to_string())?;
+    let pid = match sys::fork(libc::CLONE_NEWUSER).map_err(failed)? {
+        // Lives until the other end of the pipe is closed.
+        Fork::Child => {
+            drop(write);
+            _ = rustix::io::read(&read, &mut [0; 1]);
+            sys::exit_now(0)
+        }
+        Fork::Parent(pid) => pid,
+    };
+    let mapped = map_ranges(pid);
+    drop(write);
+    _ = rustix::process::waitpid(Some(pid), WaitOptions::empty());
+    mapped
 }
 
 fn user_name(uid: u32) -> Option<String> {

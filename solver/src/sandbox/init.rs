@@ -9,6 +9,7 @@
 //! the step, waits for it, and removes unused mount points. SIGTERM means "kill the step"; the kernel sends the same
 //! when the builder dies.
 
+use super::emulation::Emulator;
 use super::points::{self, Traces};
 use super::{Failure, FailureKind, Order, Outcome, Rootfs, RunSpec, Status, probe, step};
 use crate::sys::{self, Call, CallError, Fork, Param};
@@ -27,6 +28,8 @@ use std::path::{Path, PathBuf};
 pub(super) struct Progress {
     pub(super) traces: Traces,
     pub(super) failure: Option<Failure>,
+    /// Number of the step's descriptor through which its calls about owners are to be answered.
+    pub(super) listener: Option<i32>,
 }
 
 /// Runs as the supervisor of one step; never returns. The binary's `main` calls this first thing, before anything
@@ -230,15 +233,29 @@ fn run_step(
         Fork::Parent(pid) => pid,
     };
     drop(write);
-    let waited = wait(pid, read, terminate);
+    let mut emulator = None;
+    let start = |listener| match &spec.emulation {
+        Some(emulation) => Emulator::start(pid, listener, spec, emulation, shared_proc).map(Some),
+        None => Ok(None),
+    };
+    let waited = wait(pid, read, terminate, start, &mut emulator);
+    // Also after a failure: it has another root directory.
+    let finished = emulator.map_or(Ok(()), Emulator::finish);
     if shared_proc {
         sweep();
     }
-    waited
+    waited.and_then(|waited| finished.map(|()| waited))
 }
 
-/// Reads what the step reports until it becomes the command, then waits for its end.
-fn wait(pid: Pid, report: OwnedFd, terminate: &OwnedFd) -> Result<(Progress, Status), Failure> {
+/// Reads what the step reports until it becomes the command, then waits for its end, answering its calls about owners
+/// by the emulator that `start` makes of their listener's number.
+fn wait(
+    pid: Pid,
+    report: OwnedFd,
+    terminate: &OwnedFd,
+    start: impl Fn(i32) -> Result<Option<Emulator>, Failure>,
+    emulator: &mut Option<Emulator>,
+) -> Result<(Progress, Status), Failure> {
     let handle = rustix::process::pidfd_open(pid, PidfdFlags::empty())
         .call(|| format!("pidfd_open({pid:?})"))
         .map_err(|error| {
@@ -246,38 +263,70 @@ fn wait(pid: Pid, report: OwnedFd, terminate: &OwnedFd) -> Result<(Progress, Sta
             Failure::setup("watch the step", error)
         })?;
     let (mut text, mut report, mut cancelled) = (Vec::new(), Some(report), false);
+    let (mut broken, mut listening) = (None, false);
     let mut buffer = [0; 16 << 10];
+    // The kernel kills the rest of the pid namespace with its process 1.
+    let kill = || _ = rustix::process::pidfd_send_signal(&handle, Signal::KILL);
     loop {
         let mut polled = vec![PollFd::new(&handle, PollFlags::IN)];
-        if !cancelled {
-            polled.push(PollFd::new(terminate, PollFlags::IN));
-        }
-        if let Some(report) = &report {
-            polled.push(PollFd::new(report, PollFlags::IN));
+        let mut at = [usize::MAX; 3];
+        let waited_for = [
+            (!cancelled).then_some(terminate),
+            report.as_ref(),
+            emulator.as_ref().filter(|_| listening).map(Emulator::listener),
+        ];
+        for (at, fd) in at.iter_mut().zip(waited_for) {
+            if let Some(fd) = fd {
+                *at = polled.len();
+                polled.push(PollFd::new(fd, PollFlags::IN));
+            }
         }
         match rustix::event::poll(&mut polled, None) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => {
-                _ = rustix::process::pidfd_send_signal(&handle, Signal::KILL);
+                kill();
                 return Err(Failure::setup("watch the step", CallError::new("poll()", error)));
             }
         }
-        let ready = |index: usize| polled.get(index).is_some_and(|fd| !fd.revents().is_empty());
-        let (ended, asked) = (ready(0), !cancelled && ready(1));
-        let has_report = report.is_some() && ready(polled.len() - 1);
+        let events = |at: usize| polled.get(at).map_or(PollFlags::empty(), PollFd::revents);
+        let (ended, asked) = (!events(0).is_empty(), !events(at[0]).is_empty());
+        let (has_report, calls) = (!events(at[1]).is_empty(), events(at[2]));
+        drop(polled);
         if asked {
             cancelled = true;
-            // The kernel kills the rest of the pid namespace with its process 1.
-            _ = rustix::process::pidfd_send_signal(&handle, Signal::KILL);
+            kill();
         }
         if let (true, Some(pipe)) = (has_report, &report) {
             match rustix::io::read(pipe, &mut buffer) {
-                Ok(length) if length > 0 => text.extend_from_slice(&buffer[..length]),
+                Ok(length) if length > 0 => {
+                    text.extend_from_slice(&buffer[..length]);
+                    // The step goes on only when its calls are answered, so this does not wait for the end of the text.
+                    let listener = serde_json::from_slice::<Progress>(&text).ok().and_then(|said| said.listener);
+                    if let (Some(listener), None, false) = (listener, &emulator, cancelled) {
+                        match start(listener) {
+                            Ok(started) => (*emulator, listening) = (started, true),
+                            Err(failure) => {
+                                broken = Some(failure);
+                                kill();
+                            }
+                        }
+                    }
+                }
                 Err(Errno::INTR) => {}
                 _ => report = None,
             }
             continue;
         }
+        if let (true, Some(emulator)) = (calls.contains(PollFlags::IN), emulator.as_mut()) {
+            if let Err(error) = emulator.serve() {
+                broken = Some(Failure::setup("answer the step's calls about owners", error));
+                kill();
+                listening = false;
+            }
+            continue;
+        }
+        // Nobody is left who could call.
+        listening &= !calls.intersects(PollFlags::HUP | PollFlags::ERR);
         if ended {
             break;
         }
@@ -292,12 +341,15 @@ fn wait(pid: Pid, report: OwnedFd, terminate: &OwnedFd) -> Result<(Progress, Sta
     let mut progress: Progress = match (text.is_empty(), serde_json::from_slice(&text)) {
         (_, Ok(progress)) => progress,
         // It was killed before it could say anything.
-        (true, Err(_)) if cancelled => Progress::default(),
+        (true, Err(_)) if cancelled || broken.is_some() => Progress::default(),
         (_, Err(error)) => {
             let error = CallError::new(format!("the step ended with {status:?} before it began"), error);
             return Err(Failure::setup("prepare the root file system", error));
         }
     };
+    if let Some(failure) = broken {
+        progress.failure = Some(failure);
+    }
     if cancelled {
         let error = CallError::new("kill()", Errno::INTR);
         progress.failure = Some(Failure::new(FailureKind::Cancelled, error));

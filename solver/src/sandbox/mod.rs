@@ -23,6 +23,7 @@
 //! | mount_setattr | 5.12 | read-only and nodev bind mounts | error |
 //! | overlayfs in a user namespace, `userxattr` | 5.11 | the root file system | error (root: same) |
 //! | overlayfs `lowerdir+` | 6.8 | up to 500 layers | mount(2), options in one page: about 220 |
+//! | seccomp user notification with added descriptors | 5.14 | owners, when there is only one id | error |
 //! | close_range with CLOEXEC | 5.11 | no descriptor reaches the step | error |
 //! | binfmt_misc in a user namespace | 6.7 | emulators for other processors' programs | those that root registered |
 //! | a procfs that is not masked | – | fresh /proc, pid namespace | the outer /proc, processes swept up after the step |
@@ -31,6 +32,7 @@
 //! cgroup, so no cgroup is needed even when the builder is really root.
 
 pub mod emulation;
+pub mod foreign;
 pub mod idmap;
 pub mod init;
 mod points;
@@ -41,7 +43,7 @@ mod syscalls;
 
 pub use idmap::Ownership;
 pub use init::sandbox_main;
-pub use probe::{Probe, probe};
+pub use probe::{Probe, Right, Verdict, probe};
 
 use crate::sys::{self, Call, CallError};
 use rustix::event::{PollFd, PollFlags};
@@ -95,8 +97,15 @@ pub struct RunSpec {
     pub umask: u32,
     /// An empty directory that only this step uses, as a place for mounts. It is empty again afterwards.
     pub scratch_dir: PathBuf,
-    /// Only one user id exists ([`Ownership::SingleId`]): owners and id changes are pretended, users not switched.
-    pub fake_ownership: bool,
+    /// What the kernel cannot do here and the supervisor does instead.
+    pub emulation: Option<emulation::Emulation>,
+}
+
+impl RunSpec {
+    /// Only one user id exists ([`Ownership::SingleId`]).
+    fn has_single_id(&self) -> bool {
+        self.emulation.as_ref().is_some_and(|emulation| emulation.scope == emulation::Scope::SingleId)
+    }
 }
 
 /// The root file system of a step.
@@ -145,6 +154,8 @@ pub enum SetupMount {
         target: String,
         /// Read-only.
         read_only: bool,
+        /// With emulation: [`emulation::LowerOwner`]s of the snapshot, sorted by path.
+        owners: Option<PathBuf>,
     },
     /// Memory.
     Tmpfs {

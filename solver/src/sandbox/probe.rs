@@ -1,9 +1,11 @@
-//! Tries out what the kernel allows, for messages: `nacre doctor`, and hints before a first RUN.
+//! Tries out what the kernel allows, for `nacre doctor`.
 //!
 //! The tries need namespaces of their own, so they are made by a process of their own, as a supervisor is.
 
+use super::emulation::Scope;
+use super::seccomp::{self, Profile};
 use super::{SANDBOX_ARGUMENT, SandboxError, idmap};
-use crate::sys::{self, CallError, Fork};
+use crate::sys::{self, Call, CallError, Fork};
 use rustix::mount::MountAttrFlags;
 use rustix::process::WaitOptions;
 use serde::{Deserialize, Serialize};
@@ -13,24 +15,58 @@ use std::process::{Command, Stdio};
 /// Second argument of the process that makes the tries.
 pub(super) const ARGUMENT: &str = "probe";
 
-/// What a sandbox can do here. Each is `None` when it works, else the reason why not.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Probe {
-    /// A user namespace can be made, or is not needed.
-    pub user_namespace: Option<String>,
-    /// overlayfs can write to the directory asked for.
-    pub overlay: Option<String>,
-    /// A fresh /proc can be mounted.
-    pub fresh_proc: Option<String>,
+/// Something that the kernel must allow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Right {
+    /// To be root of a user namespace, or root.
+    UserNamespace,
+    /// To map more than one id.
+    ManyIds,
+    /// To stack layers in the store with overlayfs.
+    Overlay,
+    /// To mount a /proc of a new pid namespace.
+    FreshProc,
+    /// To make a network namespace.
+    NetworkNamespace,
+    /// To filter system calls.
+    Seccomp,
+    /// To answer system calls of other processes.
+    Notification,
 }
 
-/// Tries out what a sandbox needs, with a store in `dir`.
+/// How a try ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// It works.
+    Works,
+    /// It does not; the call, and why.
+    Refused(String),
+    /// It needs something that was refused before.
+    NotTried,
+}
+
+/// What a sandbox can do here.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Probe {
+    /// Every right once, in the order in which they build on each other.
+    pub tries: Vec<(Right, Verdict)>,
+}
+
+impl Probe {
+    /// How the try of a right ended.
+    pub fn verdict(&self, right: Right) -> &Verdict {
+        self.tries.iter().find(|(tried, _)| *tried == right).map_or(&Verdict::NotTried, |(_, verdict)| verdict)
+    }
+}
+
+/// Tries out what a sandbox needs, with a store in `dir`, which exists.
 pub fn probe(dir: &Path) -> Result<Probe, SandboxError> {
     let prepare = |source| SandboxError::Prepare { doing: "find out what the kernel allows".into(), source };
     let output = Command::new("/proc/self/exe")
         .args([SANDBOX_ARGUMENT, ARGUMENT])
         .arg(dir)
-        .env_clear()
         .stdin(Stdio::null())
         .stderr(Stdio::null())
         .output()
@@ -40,6 +76,7 @@ pub fn probe(dir: &Path) -> Result<Probe, SandboxError> {
 
 /// Runs in the process that makes the tries; writes the result to standard output.
 pub(super) fn main() -> i32 {
+    sys::expect_children();
     let dir = std::env::args_os().nth(3).map(PathBuf::from).unwrap_or_default();
     let result = try_out(&dir);
     let Ok(text) = serde_json::to_vec(&result) else { return 1 };
@@ -47,25 +84,56 @@ pub(super) fn main() -> i32 {
 }
 
 fn try_out(dir: &Path) -> Probe {
-    let mut result = Probe::default();
-    if !idmap::can_mount() {
-        let ids = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-        let entered = sys::unshare(libc::CLONE_NEWUSER | libc::CLONE_NEWNS).and_then(|()| idmap::map_single(ids));
-        if let Err(error) = entered {
-            let reason = format!("{}: {} ({})", idmap::refusal(&error), error, error.source);
-            result.user_namespace = Some(reason);
-            let without = Some("not tried without a user namespace".to_owned());
-            return Probe { overlay: without.clone(), fresh_proc: without, ..result };
-        }
-    }
+    let mut tries = Vec::new();
+    let mut note = |right: Right, result: Result<(), String>| {
+        let works = result.is_ok();
+        tries.push((right, result.map_or_else(Verdict::Refused, |()| Verdict::Works)));
+        works
+    };
     let why = |error: CallError| format!("{error}: {}", error.source);
-    result.overlay = try_overlay(dir).err().map(why);
-    result.fresh_proc = try_proc().err();
-    result
+    let has_root = idmap::can_mount();
+    let entered = || -> sys::Result<()> {
+        let ids = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        sys::unshare(libc::CLONE_NEWUSER | libc::CLONE_NEWNS)?;
+        idmap::map_single(ids)?;
+        super::step::separate_mounts()
+    };
+    // Before this process is in a namespace of its own.
+    let ids = match has_root {
+        true if idmap::ownership() == idmap::Ownership::Native => Ok(()),
+        true => Err("this user namespace has only one id".to_owned()),
+        false => idmap::try_ranges(),
+    };
+    let root = if has_root { Ok(()) } else { entered() };
+    let root = root.map_err(|error| format!("{} ({error}: {})", idmap::refusal(&error), error.source));
+    if !note(Right::UserNamespace, root) {
+        let rest = [
+            Right::ManyIds,
+            Right::Overlay,
+            Right::FreshProc,
+            Right::NetworkNamespace,
+            Right::Seccomp,
+            Right::Notification,
+        ];
+        tries.extend(rest.map(|right| (right, Verdict::NotTried)));
+        return Probe { tries };
+    }
+    note(Right::ManyIds, ids);
+    note(Right::Overlay, try_overlay(dir).map_err(why));
+    let mount_proc = || sys::make_mount("proc", &[], MountAttrFlags::empty()).map(drop);
+    note(Right::FreshProc, in_child(libc::CLONE_NEWPID, mount_proc));
+    note(Right::NetworkNamespace, in_child(libc::CLONE_NEWNET, sys::bring_loopback_up));
+    let filter = || sys::install_filter(&seccomp::filter(Profile::default()));
+    note(Right::Seccomp, in_child(0, filter));
+    let listen = || {
+        let filter = seccomp::filter(Profile { insecure: false, emulate: Some(Scope::Devices) });
+        sys::notify::install_filter_with_listener(&filter).map(drop)
+    };
+    note(Right::Notification, in_child(0, listen));
+    Probe { tries }
 }
 
 fn try_overlay(dir: &Path) -> sys::Result<()> {
-    use sys::Call;
     let dir = tempfile::tempdir_in(dir).call(|| format!("mkdir({dir:?})"))?;
     let sub = |name: &str| {
         let path = dir.path().join(name);
@@ -80,22 +148,20 @@ fn try_overlay(dir: &Path) -> sys::Result<()> {
     Ok(())
 }
 
-fn try_proc() -> Result<(), String> {
-    let child = sys::fork(libc::CLONE_NEWPID).map_err(|error| format!("{error}: {}", error.source))?;
+/// Tries something in a process of its own, in new namespaces.
+fn in_child(namespaces: libc::c_int, attempt: impl Fn() -> sys::Result<()>) -> Result<(), String> {
+    const OTHER: i32 = 255;
+    let child = sys::fork(namespaces).map_err(|error| format!("{error}: {}", error.source))?;
     let pid = match child {
         Fork::Child => {
-            let result = sys::make_mount("proc", &[], MountAttrFlags::empty());
-            sys::exit_now(result.map_or_else(|error| error.source.raw_os_error().unwrap_or(255), |_| 0))
+            sys::exit_now(attempt().map_or_else(|error| error.source.raw_os_error().unwrap_or(OTHER), |()| 0))
         }
         Fork::Parent(pid) => pid,
     };
     let status = rustix::process::waitpid(Some(pid), WaitOptions::empty()).ok().flatten();
     match status.and_then(|(_, status)| status.exit_status()) {
         Some(0) => Ok(()),
-        Some(libc::EPERM) => Err("the container runtime masks /proc; use procMount: Unmasked (Kubernetes) or \
-                                  --security-opt systempaths=unconfined. Steps share the existing /proc"
-            .into()),
+        Some(OTHER) | None => Err("the process that tried it failed".into()),
         Some(errno) => Err(std::io::Error::from_raw_os_error(errno).to_string()),
-        None => Err("the process that tried it died".into()),
     }
 }

@@ -6,16 +6,16 @@
 //! ```
 //!
 //! Everything that `syscalls.rs` does not list is refused with EPERM, calls newer than the list with ENOSYS. Some
-//! calls depend on an argument: namespaces by `clone`, `personality`, `AF_VSOCK` sockets, and device nodes when
-//! ownership is only pretended. `clone3` hides its flags in memory, which a filter cannot read, so it does not
+//! calls depend on an argument: namespaces by `clone`, `personality`, `AF_VSOCK` sockets. `clone3` hides its flags in memory, which a filter cannot read, so it does not
 //! exist for the step (ENOSYS) and libraries use `clone`.
 //!
-//! With a single user id (`fake_ownership`) calls that change owners or the process's ids answer "done" and do
-//! nothing: no other id exists on disk.
+//! Calls about owners and ids go to the supervisor where there is a single id, and those that make device nodes where
+//! that is not allowed: `emulation`.
 //!
 //! The search is a tree because the kernel runs the filter for every call number once, when it is installed, to learn
 //! which are always allowed; only the others run it again.
 
+use super::emulation;
 use super::syscalls::{ALLOWED, NEWEST, Row};
 use crate::sys::FilterInstruction;
 
@@ -29,6 +29,7 @@ const RETURN: u16 = 0x06;
 
 const RETURN_ERRNO: u32 = 0x0005_0000;
 const RETURN_ALLOW: u32 = 0x7fff_0000;
+const RETURN_NOTIFY: u32 = 0x7fc0_0000;
 
 /// Offsets in `struct seccomp_data`.
 const NUMBER: u32 = 0;
@@ -41,11 +42,12 @@ const fn argument(index: u32) -> u32 {
 
 /// Architectures as the kernel reports them, with the column of the list.
 #[cfg(target_arch = "x86_64")]
-const ARCHITECTURES: &[(u32, Column)] = &[(0xc000_003e, |row| row.1), (0x4000_0003, |row| row.2)];
+pub(super) const ARCHITECTURES: &[(u32, Column)] = &[(0xc000_003e, |row| row.1), (0x4000_0003, |row| row.2)];
 #[cfg(target_arch = "aarch64")]
-const ARCHITECTURES: &[(u32, Column)] = &[(0xc000_00b7, |row| row.3), (0x4000_0028, |row| row.4)];
+pub(super) const ARCHITECTURES: &[(u32, Column)] = &[(0xc000_00b7, |row| row.3), (0x4000_0028, |row| row.4)];
 
-type Column = fn(&Row) -> i32;
+/// A column of the list.
+pub(super) type Column = fn(&Row) -> i32;
 
 /// CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID and NEWNET.
 const CLONE_NAMESPACES: u32 = 0x7e02_0000;
@@ -61,8 +63,14 @@ enum Verdict {
     Clone,
     Personality,
     Socket,
-    /// Device nodes are pretended; the mode is argument `.0`.
-    Mknod(u32),
+    /// The supervisor is asked.
+    Notify,
+    /// The supervisor is asked when a file may be made; the flags are argument `.0`.
+    NotifyToCreate(u32),
+    /// The supervisor is asked for device nodes; the mode is argument `.0`.
+    NotifyOfDevice(u32),
+    /// The supervisor is asked about the limit that carries credentials; its number is argument `.0`.
+    NotifyAboutLocks(u32),
 }
 
 /// What the filter has to do.
@@ -70,19 +78,19 @@ enum Verdict {
 pub struct Profile {
     /// Do not forbid anything.
     pub insecure: bool,
-    /// Pretend changes of ownership and of ids.
-    pub fake_ownership: bool,
+    /// What the supervisor is asked about.
+    pub emulate: Option<emulation::Scope>,
 }
 
 /// Returns the filter for `profile`; empty when there is nothing to filter.
 pub fn filter(profile: Profile) -> Vec<FilterInstruction> {
-    if profile.insecure && !profile.fake_ownership {
+    if profile.insecure && profile.emulate.is_none() {
         return Vec::new();
     }
     let mut code = vec![statement(LOAD, ARCHITECTURE)];
     for (architecture, column) in ARCHITECTURES {
         let mut section = vec![statement(LOAD, NUMBER)];
-        search(&segments(profile, *column), &mut section);
+        search(&segments(profile, *column, *architecture == ARCHITECTURES[0].0), &mut section);
         // The section can be longer than a conditional jump reaches.
         code.push(jump(JUMP_EQUAL, *architecture, 1, 0));
         code.push(statement(JUMP, section.len() as u32));
@@ -92,16 +100,23 @@ pub fn filter(profile: Profile) -> Vec<FilterInstruction> {
     code
 }
 
-fn verdict(name: &str, profile: Profile) -> Verdict {
-    if profile.fake_ownership {
+fn verdict(name: &str, profile: Profile, wide: bool) -> Verdict {
+    if profile.emulate == Some(emulation::Scope::Devices) {
         match name {
-            "chown" | "chown32" | "fchown" | "fchown32" | "lchown" | "lchown32" | "fchownat" | "setuid"
-            | "setuid32" | "setgid" | "setgid32" | "setreuid" | "setreuid32" | "setregid" | "setregid32"
-            | "setresuid" | "setresuid32" | "setresgid" | "setresgid32" | "setfsuid" | "setfsuid32" | "setfsgid"
-            | "setfsgid32" | "setgroups" | "setgroups32" => return Verdict::Errno(0),
-            "mknod" => return Verdict::Mknod(1),
-            "mknodat" => return Verdict::Mknod(2),
+            "mknod" => return Verdict::NotifyOfDevice(1),
+            "mknodat" => return Verdict::NotifyOfDevice(2),
+            "chroot" => return Verdict::Notify,
             _ => {}
+        }
+    }
+    if profile.emulate == Some(emulation::Scope::SingleId) {
+        match emulation::Call::of(name, wide) {
+            None => {}
+            Some(emulation::Call::Open) => return Verdict::NotifyToCreate(1),
+            Some(emulation::Call::OpenAt) => return Verdict::NotifyToCreate(2),
+            Some(emulation::Call::SetLimit | emulation::Call::GetLimit) => return Verdict::NotifyAboutLocks(0),
+            Some(emulation::Call::ProcessLimit) => return Verdict::NotifyAboutLocks(1),
+            Some(_) => return Verdict::Notify,
         }
     }
     match name {
@@ -115,13 +130,15 @@ fn verdict(name: &str, profile: Profile) -> Verdict {
 }
 
 /// Ranges of call numbers by their first, in order, starting at 0; a range ends where the next one starts.
-fn segments(profile: Profile, column: Column) -> Vec<(u32, Verdict)> {
+fn segments(profile: Profile, column: Column, wide: bool) -> Vec<(u32, Verdict)> {
     let (known, newer) = match profile.insecure {
         true => (Verdict::Allow, Verdict::Allow),
         false => (Verdict::Errno(libc::EPERM as u32), Verdict::Errno(libc::ENOSYS as u32)),
     };
-    let mut listed: Vec<(u32, Verdict)> =
-        ALLOWED.iter().filter_map(|row| Some((u32::try_from(column(row)).ok()?, verdict(row.0, profile)))).collect();
+    let mut listed: Vec<(u32, Verdict)> = ALLOWED
+        .iter()
+        .filter_map(|row| Some((u32::try_from(column(row)).ok()?, verdict(row.0, profile, wide))))
+        .collect();
     listed.sort_unstable_by_key(|(number, _)| *number);
     let mut segments = vec![(0, known)];
     let mut add = |number: u32, verdict: Verdict| match segments.last_mut() {
@@ -191,12 +208,25 @@ fn decide(verdict: Verdict, code: &mut Vec<FilterInstruction>) {
             errno(libc::EPERM),
             allow(),
         ]),
-        Verdict::Mknod(mode) => code.extend([
+        Verdict::Notify => code.push(notify()),
+        Verdict::NotifyToCreate(flags) => code.extend([
+            statement(LOAD, argument(flags)),
+            jump(JUMP_ANY_BIT, libc::O_CREAT as u32 | emulation::UNNAMED, 0, 1),
+            notify(),
+            allow(),
+        ]),
+        Verdict::NotifyOfDevice(mode) => code.extend([
             statement(LOAD, argument(mode)),
             statement(AND, libc::S_IFMT),
             jump(JUMP_EQUAL, libc::S_IFCHR, 1, 0),
             jump(JUMP_EQUAL, libc::S_IFBLK, 0, 1),
-            errno(0),
+            notify(),
+            allow(),
+        ]),
+        Verdict::NotifyAboutLocks(number) => code.extend([
+            statement(LOAD, argument(number)),
+            jump(JUMP_EQUAL, libc::RLIMIT_LOCKS, 0, 1),
+            notify(),
             allow(),
         ]),
     }
@@ -212,6 +242,10 @@ fn jump(code: u16, operand: u32, jump_true: u8, jump_false: u8) -> FilterInstruc
 
 fn allow() -> FilterInstruction {
     statement(RETURN, RETURN_ALLOW)
+}
+
+fn notify() -> FilterInstruction {
+    statement(RETURN, RETURN_NOTIFY)
 }
 
 fn errno(number: i32) -> FilterInstruction {
@@ -256,7 +290,7 @@ mod tests {
     }
 
     const OK: u32 = RETURN_ALLOW;
-    const DONE: u32 = RETURN_ERRNO;
+    const NOTIFY: u32 = RETURN_NOTIFY;
     const EPERM: u32 = RETURN_ERRNO | 1;
     const ENOSYS: u32 = RETURN_ERRNO | 38;
 
@@ -269,8 +303,9 @@ mod tests {
     #[test]
     fn decides_by_number_and_argument() {
         let plain = Profile::default();
-        let fake = Profile { fake_ownership: true, ..plain };
-        let insecure_fake = Profile { insecure: true, fake_ownership: true };
+        let emulate = Profile { emulate: Some(emulation::Scope::SingleId), ..plain };
+        let devices = Profile { emulate: Some(emulation::Scope::Devices), ..plain };
+        let insecure_emulate = Profile { insecure: true, ..emulate };
         for (profile, name, number, arguments, expected) in [
             (plain, "read", libc::SYS_read, [0; 3], OK),
             (plain, "removexattrat", 466, [0; 3], OK),
@@ -293,20 +328,31 @@ mod tests {
             (plain, "socket", libc::SYS_socket, [libc::AF_VSOCK as u32, 0, 0], EPERM),
             (plain, "fchownat", libc::SYS_fchownat, [0; 3], OK),
             (plain, "mknodat", libc::SYS_mknodat, [0, 0, libc::S_IFCHR | 0o600], OK),
-            (fake, "fchownat", libc::SYS_fchownat, [0; 3], DONE),
-            (fake, "setgroups", libc::SYS_setgroups, [0; 3], DONE),
-            (fake, "setresuid", libc::SYS_setresuid, [0; 3], DONE),
-            (fake, "mknodat", libc::SYS_mknodat, [0, 0, libc::S_IFCHR | 0o600], DONE),
-            (fake, "mknodat", libc::SYS_mknodat, [0, 0, libc::S_IFBLK], DONE),
-            (fake, "mknodat", libc::SYS_mknodat, [0, 0, libc::S_IFIFO | 0o600], OK),
-            (fake, "mount", libc::SYS_mount, [0; 3], EPERM),
-            (insecure_fake, "mount", libc::SYS_mount, [0; 3], OK),
-            (insecure_fake, "clone3", libc::SYS_clone3, [0; 3], OK),
-            (insecure_fake, "fchown", libc::SYS_fchown, [0; 3], DONE),
+            (emulate, "fchownat", libc::SYS_fchownat, [0; 3], NOTIFY),
+            (emulate, "setgroups", libc::SYS_setgroups, [0; 3], NOTIFY),
+            (emulate, "getuid", libc::SYS_getuid, [0; 3], NOTIFY),
+            (emulate, "mknodat", libc::SYS_mknodat, [0, 0, libc::S_IFCHR | 0o600], NOTIFY),
+            (emulate, "statx", libc::SYS_statx, [0; 3], NOTIFY),
+            (emulate, "openat", libc::SYS_openat, [0, 0, libc::O_RDWR as u32], OK),
+            (emulate, "openat", libc::SYS_openat, [0, 0, (libc::O_RDWR | libc::O_CREAT) as u32], NOTIFY),
+            (emulate, "openat", libc::SYS_openat, [0, 0, libc::O_DIRECTORY as u32], OK),
+            (emulate, "openat", libc::SYS_openat, [0, 0, libc::O_TMPFILE as u32], NOTIFY),
+            (emulate, "prlimit64", libc::SYS_prlimit64, [0, libc::RLIMIT_NOFILE, 0], OK),
+            (emulate, "prlimit64", libc::SYS_prlimit64, [0, libc::RLIMIT_LOCKS, 0], NOTIFY),
+            (emulate, "read", libc::SYS_read, [0; 3], OK),
+            (emulate, "mount", libc::SYS_mount, [0; 3], EPERM),
+            (emulate, "clone3", libc::SYS_clone3, [0; 3], ENOSYS),
+            (devices, "mknodat", libc::SYS_mknodat, [0, 0, libc::S_IFCHR | 0o600], NOTIFY),
+            (devices, "mknodat", libc::SYS_mknodat, [0, 0, libc::S_IFBLK], NOTIFY),
+            (devices, "mknodat", libc::SYS_mknodat, [0, 0, libc::S_IFIFO | 0o600], OK),
+            (devices, "fchownat", libc::SYS_fchownat, [0; 3], OK),
+            (insecure_emulate, "mount", libc::SYS_mount, [0; 3], OK),
+            (insecure_emulate, "clone3", libc::SYS_clone3, [0; 3], OK),
+            (insecure_emulate, "fchown", libc::SYS_fchown, [0; 3], NOTIFY),
         ] {
             check(profile, name, number, arguments, expected);
         }
-        assert_eq!(filter(Profile { insecure: true, fake_ownership: false }), []);
+        assert_eq!(filter(Profile { insecure: true, emulate: None }), []);
     }
 
     #[test]
@@ -315,7 +361,7 @@ mod tests {
         for (architecture, column) in ARCHITECTURES {
             for number in 0..=NEWEST {
                 let row = ALLOWED.iter().find(|row| column(row) == number as i32);
-                let expected = match row.map(|row| verdict(row.0, Profile::default())) {
+                let expected = match row.map(|row| verdict(row.0, Profile::default(), true)) {
                     None => EPERM,
                     Some(Verdict::Errno(number)) => RETURN_ERRNO | number,
                     Some(_) => OK,

@@ -8,10 +8,10 @@
 use super::init::{self, Progress};
 use super::points::{Kind, Root, Traces};
 use super::seccomp::{self, Profile};
-use super::{Doing, Failure, FailureKind, Net, RunSpec, SetupMount, SpecProblem};
+use super::{Doing, Failure, FailureKind, Net, RunSpec, SetupMount, SpecProblem, emulation};
 use crate::sys::{self, Call, CallError, KeptFd, Param};
 use rustix::event::{PollFd, PollFlags};
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::fs::{AtFlags, CWD, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 use rustix::mount::{MountAttrFlags, MountPropagationFlags, UnmountFlags};
@@ -27,7 +27,7 @@ const NOSUID: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID;
 const NOEXEC: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOEXEC;
 
 /// Capabilities of a container: CapBnd 00000000a80425fb.
-const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
+pub(super) const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::FOWNER)
     .union(CapabilitySet::FSETID)
@@ -100,10 +100,21 @@ pub(super) fn main(spec: &RunSpec, rootfs: &OwnedFd, report: OwnedFd, shared_pro
         .and_then(|()| set_up(spec, rootfs, shared_proc, &mut traces))
         .and_then(|()| prepare_process(spec, report));
     let ready = prepared.is_ok();
+    // Stays open until the command starts: the supervisor takes a copy.
+    let (listener, failure) = match prepared {
+        Ok(listener) => (listener, None),
+        Err(failure) => (None, Some(failure)),
+    };
+    let number = listener.as_ref().map(AsRawFd::as_raw_fd);
     // Said before the lookup: from here on, failures are the command's and go to its standard error.
-    let said = init::report(report, &Progress { traces, failure: prepared.err() });
+    let said = init::report(report, &Progress { traces, failure, listener: number });
     if !ready || said.is_err() {
         sys::exit_now(NOT_EXECUTABLE);
+    }
+    if listener.is_some() {
+        // A call that is always asked about and makes nothing: it returns when the supervisor has the listener, which
+        // closes with execve.
+        _ = rustix::fs::mknodat(CWD, "", rustix::fs::FileType::CharacterDevice, Mode::empty(), 0);
     }
     let (code, message) = execute(spec);
     // Nobody to tell if standard error is gone.
@@ -242,7 +253,7 @@ impl<'a> Workshop<'a> {
 
     fn own(&self, file: impl AsFd, mode: u32, (uid, gid): (u32, u32)) -> sys::Result<()> {
         // With a single id, everything belongs to it.
-        if !self.spec.fake_ownership && (uid, gid) != (0, 0) {
+        if !self.spec.has_single_id() && (uid, gid) != (0, 0) {
             let owner = (Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
             rustix::fs::fchown(&file, owner.0, owner.1).call(|| format!("fchown({uid}, {gid})"))?;
         }
@@ -304,7 +315,7 @@ fn mount_dev(spec: &RunSpec, root: &mut Root) -> Result<(), Failure> {
         rustix::fs::mkdirat(&dev, name, Mode::from_raw_mode(mode)).call(|| format!("mkdir(\"/dev/{name}\")"))
     };
     // Group 5 is `tty` nearly everywhere; it has no number when there is only one.
-    let group = if spec.fake_ownership { text("gid", "0") } else { text("gid", "5") };
+    let group = if spec.has_single_id() { text("gid", "0") } else { text("gid", "5") };
     let params = [Param::Flag("newinstance"), text("ptmxmode", "0666"), text("mode", "0620"), group];
     directory("pts", 0o755)
         .and_then(|()| sys::make_mount("devpts", &params, NOSUID | NOEXEC))
@@ -410,7 +421,7 @@ fn mount_one(mount: &SetupMount, root: &mut Root, workshop: &Workshop<'_>) -> Re
                 sys::open_place(source).map_err(|error| no_source(error, source.display().to_string(), doing()))?;
             let describe = || format!("chmod({source:?}, {mode:#o})");
             rustix::fs::chmod(source, Mode::from_raw_mode(*mode)).call(describe).doing(doing)?;
-            if !workshop.spec.fake_ownership && (*uid, *gid) != (0, 0) {
+            if !workshop.spec.has_single_id() && (*uid, *gid) != (0, 0) {
                 let owner = (Some(Uid::from_raw(*uid)), Some(Gid::from_raw(*gid)));
                 rustix::fs::chownat(&socket, "", owner.0, owner.1, AtFlags::EMPTY_PATH)
                     .call(|| format!("chown({source:?}, {uid}, {gid})"))
@@ -483,8 +494,9 @@ fn mask() -> sys::Result<()> {
 
 // Process
 
-/// Takes on the command's identity.
-fn prepare_process(spec: &RunSpec, report: KeptFd) -> Result<(), Failure> {
+/// Takes on the command's identity. Returns the descriptor through which calls about owners are to be answered, if they
+/// are emulated.
+fn prepare_process(spec: &RunSpec, report: KeptFd) -> Result<Option<OwnedFd>, Failure> {
     sys::close_from(REPORT + 1, false).doing(|| "close descriptors".into())?;
     rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
         .call(|| "open(\"/dev/null\")".into())
@@ -495,6 +507,10 @@ fn prepare_process(spec: &RunSpec, report: KeptFd) -> Result<(), Failure> {
     sys::leave_session_keyring();
     for (name, soft, hard) in &spec.ulimits {
         let Some(resource) = resource(name) else { continue };
+        // It limits nothing, and carries the credentials.
+        if spec.has_single_id() && resource == Resource::Locks {
+            continue;
+        }
         let value = |limit: i64| u64::try_from(limit).ok();
         let limit = Rlimit { current: value(*soft), maximum: value(*hard) };
         rustix::process::setrlimit(resource, limit)
@@ -502,16 +518,31 @@ fn prepare_process(spec: &RunSpec, report: KeptFd) -> Result<(), Failure> {
             .doing(|| format!("set the limit {name}"))?;
     }
     let entered = enter_cwd(&spec.cwd)?;
-    let switch = !spec.fake_ownership;
+    let switch = !spec.has_single_id();
     if switch {
         own_streams(spec.uid);
     }
     if !spec.insecure {
         drop_bounding_set().doing(|| "drop capabilities".into())?;
     }
-    let filter = seccomp::filter(Profile { insecure: spec.insecure, fake_ownership: spec.fake_ownership });
-    if !filter.is_empty() {
-        sys::install_filter(&filter).doing(|| "install the system call filter".into())?;
+    let emulate = spec.emulation.as_ref().map(|emulation| emulation.scope);
+    let filter = seccomp::filter(Profile { insecure: spec.insecure, emulate });
+    let doing = || "install the system call filter".to_owned();
+    let mut listener = None;
+    if emulate.is_some() {
+        if !switch {
+            let set = sys::notify::set_locks_limit(0, emulation::FIRST);
+            set.call(|| format!("setrlimit(locks, {})", emulation::FIRST)).doing(|| {
+                "remember the user in a limit, which must be allowed to grow (ulimit -Hx unlimited)".into()
+            })?;
+        }
+        let installed = sys::notify::install_filter_with_listener(&filter);
+        listener = Some(installed.map_err(|error| match error.is(Errno::BUSY) {
+            true => Failure::setup("emulate owners where the calls of this process are answered by another one", error),
+            false => Failure::setup(doing(), error),
+        })?);
+    } else if !filter.is_empty() {
+        sys::install_filter(&filter).doing(doing)?;
     }
     if switch {
         let doing = || "switch to the user".to_owned();
@@ -531,7 +562,7 @@ fn prepare_process(spec: &RunSpec, report: KeptFd) -> Result<(), Failure> {
     // A change of user makes the kernel forget the signal.
     die_with_supervisor(report)?;
     _ = rustix::process::umask(Mode::from_raw_mode(spec.umask));
-    Ok(())
+    Ok(listener)
 }
 
 /// Enters the working directory, making it when it does not exist. Returns false when the command's own user may be
@@ -645,7 +676,7 @@ fn command_line(spec: &RunSpec) -> Result<CommandLine, (i32, String)> {
         spec.env.iter().map(|(key, value)| (key.as_str(), OsString::from(value))).collect();
     if !env.iter().any(|(key, value)| *key == "HOME" && !value.is_empty()) {
         env.retain(|(key, _)| *key != "HOME");
-        env.push(("HOME", home(if spec.fake_ownership { 0 } else { spec.uid })));
+        env.push(("HOME", home(spec.uid)));
     }
     let search = env.iter().find(|(key, _)| *key == "PATH").map_or(OsStr::new(DEFAULT_PATH), |(_, value)| value);
     let program = find_program(&spec.args[0], search).map_err(|message| (NOT_FOUND, message))?;

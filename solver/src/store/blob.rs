@@ -17,6 +17,13 @@ pub fn sha256(bytes: &[u8]) -> String {
     format!("sha256:{}", hex(&Sha256::digest(bytes)))
 }
 
+/// Digest of a file's bytes as `sha256:hex`.
+pub(super) fn sha256_of(file: &mut File) -> io::Result<String> {
+    let mut hashing = HashWriter { hasher: Sha256::new(), size_bytes: 0 };
+    copy(file, &mut hashing)?;
+    Ok(format!("sha256:{}", hex(&hashing.hasher.finalize())))
+}
+
 /// The hex digits of a `sha256:` digest.
 pub fn digest_hex(digest: &str) -> Result<&str, StoreError> {
     let digits = digest.strip_prefix("sha256:").filter(|digits| {

@@ -299,8 +299,13 @@ fn open_in(directory: &Path, path: &[u8]) -> io::Result<File> {
     }
 }
 
-/// Compares a tree's files with the index: all there, with the right bytes.
+/// Returns whether a tree's files are those of the index: all there, with the right bytes.
 fn tree_is_whole(directory: &Path, index: &Tree) -> bool {
+    matches!(compare_tree(directory, index), Ok(Ok(())))
+}
+
+/// Compares a tree's files with the index; tells the first difference.
+pub(super) fn compare_tree(directory: &Path, index: &Tree) -> io::Result<Result<(), String>> {
     let same = |node: &Node| -> io::Result<bool> {
         let path = directory.join(std::ffi::OsStr::from_bytes(&node.entry.path));
         match &node.entry.kind {
@@ -319,7 +324,16 @@ fn tree_is_whole(directory: &Path, index: &Tree) -> bool {
             }
         }
     };
-    index.nodes().iter().all(|node| same(node).unwrap_or(false))
+    for node in index.nodes() {
+        let path = || String::from_utf8_lossy(&node.entry.path).into_owned();
+        match same(node) {
+            Ok(true) => {}
+            Ok(false) => return Ok(Err(format!("{} is not what its layer says", path()))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Err(format!("{} is missing", path()))),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(Ok(()))
 }
 
 #[cfg(test)]

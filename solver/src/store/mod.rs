@@ -26,6 +26,7 @@
 //! Nothing here knows image formats beyond the layout's own files; that is for `op::source`, `image` and `export`.
 
 pub mod blob;
+pub mod fsck;
 pub mod layers;
 pub mod prune;
 pub mod record;

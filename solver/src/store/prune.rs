@@ -329,7 +329,7 @@ impl<'a> Survey<'a> {
     }
 }
 
-fn entries(directory: &Path) -> Vec<PathBuf> {
+pub(super) fn entries(directory: &Path) -> Vec<PathBuf> {
     let mut paths: Vec<PathBuf> =
         fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
     paths.sort();
@@ -428,6 +428,11 @@ impl ExclusiveStore {
                 Err(TryLockError::Error(error)) => return Err(StoreError::io("lock", &lock_path)(error)),
             }
         }
+    }
+
+    /// The store's directory.
+    pub(super) fn root(&self) -> &Path {
+        &self.root
     }
 
     /// Removes what may go. `stop` is asked between removals.

@@ -9,6 +9,7 @@
 //! hides the registrations of the namespace around it, so it is only made when those are not enough, and never in a
 //! namespace that is not ours.
 
+use super::emulation::{Emulation, Scope};
 use super::{Cancel, Net, Rootfs, RunSpec, SandboxError, Status};
 use crate::sys::{self, Call, CallError};
 use nacre_frontend::llb::Platform;
@@ -28,7 +29,7 @@ pub const DEBIAN_DIRECTORY: &str = "/usr/libexec/qemu-binfmt";
 
 /// Programs of this platform cannot be run.
 #[derive(Debug, thiserror::Error)]
-pub enum EmulationError {
+pub enum EmulatorError {
     /// No emulator.
     #[error("this machine cannot run programs for {platform}, and there is no emulator `{program}`")]
     NoEmulator {
@@ -76,7 +77,7 @@ pub enum EmulationError {
     },
 }
 
-impl EmulationError {
+impl EmulatorError {
     /// A way out, one sentence.
     pub fn help(&self) -> Option<String> {
         match self {
@@ -262,7 +263,7 @@ impl Processor {
 
 /// Emulators for the steps of a build. Clones share what is known.
 #[derive(Debug, Clone, Default)]
-pub struct Emulation(Arc<Inner>);
+pub struct Emulators(Arc<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
@@ -281,7 +282,7 @@ struct State {
     own: Option<OwnedFd>,
 }
 
-impl Emulation {
+impl Emulators {
     /// Emulators are looked for in `directories`. With `own_namespace`, this process lives in a user namespace that was
     /// made for it.
     pub fn new(directories: Vec<PathBuf>, own_namespace: bool) -> Self {
@@ -289,8 +290,8 @@ impl Emulation {
     }
 
     /// Makes sure that steps for a platform can run. `scratch` is an empty directory for trying.
-    pub fn ensure(&self, platform: &Platform, scratch: &Path, cancel: &Cancel) -> Result<(), EmulationError> {
-        let unknown = || EmulationError::Unknown(platform.clone());
+    pub fn ensure(&self, platform: &Platform, scratch: &Path, cancel: &Cancel) -> Result<(), EmulatorError> {
+        let unknown = || EmulatorError::Unknown(platform.clone());
         let processor = Processor::of(platform).ok_or_else(unknown)?;
         let mut state = self.0.state.lock().unwrap_or_else(PoisonError::into_inner);
         if state.known.contains(processor.architecture) {
@@ -299,7 +300,7 @@ impl Emulation {
         if !runs_in_sandbox(processor, platform, scratch, cancel)? {
             let program = self.register(processor, platform, &mut state)?;
             if !runs_in_sandbox(processor, platform, scratch, cancel)? {
-                return Err(EmulationError::Broken { platform: platform.clone(), program });
+                return Err(EmulatorError::Broken { platform: platform.clone(), program });
             }
         }
         state.known.insert(processor.architecture);
@@ -311,12 +312,12 @@ impl Emulation {
         processor: &Processor,
         platform: &Platform,
         state: &mut State,
-    ) -> Result<PathBuf, EmulationError> {
-        let (program, keeps_name) = self.find(processor).ok_or_else(|| EmulationError::NoEmulator {
+    ) -> Result<PathBuf, EmulatorError> {
+        let (program, keeps_name) = self.find(processor).ok_or_else(|| EmulatorError::NoEmulator {
             platform: platform.clone(),
             program: format!("qemu-{}-static", processor.qemu),
         })?;
-        let refused = |source| EmulationError::Refused { platform: platform.clone(), program: program.clone(), source };
+        let refused = |source| EmulatorError::Refused { platform: platform.clone(), program: program.clone(), source };
         if !self.0.own_namespace {
             let source = io::Error::from(io::ErrorKind::PermissionDenied);
             return Err(refused(CallError::new("mount(\"binfmt_misc\")", source)));
@@ -402,7 +403,7 @@ fn runs_in_sandbox(
     platform: &Platform,
     scratch: &Path,
     cancel: &Cancel,
-) -> Result<bool, EmulationError> {
+) -> Result<bool, EmulatorError> {
     let (root, files) = (scratch.join("root"), scratch.join("files"));
     let written =
         std::fs::create_dir_all(&root).and_then(|()| std::fs::create_dir_all(&files)).and_then(|()| {
@@ -411,7 +412,8 @@ fn runs_in_sandbox(
                 false => write_program(processor, &root.join("probe")),
             }
         });
-    written.map_err(|source| EmulationError::Write { path: root.clone(), source })?;
+    written.map_err(|source| EmulatorError::Write { path: root.clone(), source })?;
+    let single_id = super::idmap::ownership() == super::Ownership::SingleId;
     let spec = RunSpec {
         rootfs: Rootfs::Plain { dir: root },
         mounts: Vec::new(),
@@ -430,11 +432,16 @@ fn runs_in_sandbox(
         ulimits: Vec::new(),
         umask: 0o022,
         scratch_dir: files,
-        fake_ownership: super::idmap::ownership() == super::Ownership::SingleId,
+        emulation: single_id.then(|| Emulation {
+            scope: Scope::SingleId,
+            lower: None,
+            known: None,
+            result: scratch.join("owners"),
+        }),
     };
     match super::run(&spec, cancel, &mut |_, _| {}) {
         Ok(outcome) => Ok(outcome.status == Status::Exit(0)),
-        Err(source) => Err(EmulationError::Try { platform: platform.clone(), source: Box::new(source) }),
+        Err(source) => Err(EmulatorError::Try { platform: platform.clone(), source: Box::new(source) }),
     }
 }
 
@@ -469,15 +476,15 @@ mod tests {
         let arm64 = Platform { os: "linux".into(), architecture: "arm64".into(), variant: String::new() };
         let processor = Processor::of(&arm64).unwrap();
         let register =
-            |emulation: &Emulation| emulation.register(processor, &arm64, &mut State::default()).unwrap_err();
-        let missing = register(&Emulation::new(vec!["/etc".into()], true));
+            |emulators: &Emulators| emulators.register(processor, &arm64, &mut State::default()).unwrap_err();
+        let missing = register(&Emulators::new(vec!["/etc".into()], true));
         assert!(missing.to_string().contains("linux/arm64") && missing.to_string().contains("`qemu-aarch64-static`"));
         assert!(missing.help().is_some_and(|help| help.contains("apt-get install qemu-user-static")));
-        let refused = register(&Emulation::new(vec!["/usr/bin".into()], false));
+        let refused = register(&Emulators::new(vec!["/usr/bin".into()], false));
         assert!(refused.to_string().contains("/usr/bin/qemu-aarch64-static cannot be registered"), "{refused}");
         assert!(refused.help().is_some_and(|help| help.contains("binfmt-support")));
-        let emulation = Emulation::new(vec!["/usr/bin".into(), DEBIAN_DIRECTORY.into()], true);
-        let (found, keeps_name) = emulation.find(processor).unwrap();
+        let emulators = Emulators::new(vec!["/usr/bin".into(), DEBIAN_DIRECTORY.into()], true);
+        let (found, keeps_name) = emulators.find(processor).unwrap();
         assert!(keeps_name && found.ends_with("aarch64-binfmt-P"));
     }
 

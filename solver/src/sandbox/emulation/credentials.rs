@@ -1,0 +1,296 @@
+//! Ids that the processes of a step believe to have, and the rules by which they change: credentials(7), setresuid(2).
+//!
+//! The kernel's own ids are 0 throughout, as no other exists. A process inherits its ids over fork and execve, which
+//! nobody tells us about. So the kernel carries them: a number into the table of all credentials ever seen stands in
+//! the soft limit RLIMIT_LOCKS of each process, which means nothing else since Linux 2.4.
+
+use rustix::io::Errno;
+use std::collections::HashMap;
+
+/// "Leave it as it is."
+pub(super) const KEEP: u32 = u32::MAX;
+/// The kernel's limit, NGROUPS_MAX.
+pub(super) const MAX_GROUPS: usize = 65_536;
+
+/// Real, effective, saved and file system id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub(super) struct Ids {
+    pub(super) real: u32,
+    pub(super) effective: u32,
+    pub(super) saved: u32,
+    pub(super) file_system: u32,
+}
+
+impl Ids {
+    fn all(id: u32) -> Ids {
+        Ids { real: id, effective: id, saved: id, file_system: id }
+    }
+
+    fn has(&self, id: u32) -> bool {
+        [self.real, self.effective, self.saved].contains(&id)
+    }
+
+    /// setuid(2), setgid(2).
+    fn set(&mut self, id: u32, privileged: bool) -> Result<(), Errno> {
+        match id {
+            KEEP => return Err(Errno::INVAL),
+            _ if privileged => *self = Ids::all(id),
+            _ if id == self.real || id == self.saved => (self.effective, self.file_system) = (id, id),
+            _ => return Err(Errno::PERM),
+        }
+        Ok(())
+    }
+
+    /// setreuid(2), setregid(2).
+    fn set_two(&mut self, real: u32, effective: u32, privileged: bool) -> Result<(), Errno> {
+        let real_allowed = real == KEEP || privileged || real == self.real || real == self.effective;
+        if !real_allowed || !(effective == KEEP || privileged || self.has(effective)) {
+            return Err(Errno::PERM);
+        }
+        let old_real = self.real;
+        if real != KEEP {
+            self.real = real;
+        }
+        if effective != KEEP {
+            self.effective = effective;
+        }
+        if real != KEEP || effective != KEEP && effective != old_real {
+            self.saved = self.effective;
+        }
+        self.file_system = self.effective;
+        Ok(())
+    }
+
+    /// setresuid(2), setresgid(2).
+    fn set_three(&mut self, real: u32, effective: u32, saved: u32, privileged: bool) -> Result<(), Errno> {
+        if !privileged && ![real, effective, saved].into_iter().all(|id| id == KEEP || self.has(id)) {
+            return Err(Errno::PERM);
+        }
+        for (place, id) in [(&mut self.real, real), (&mut self.effective, effective), (&mut self.saved, saved)] {
+            if id != KEEP {
+                *place = id;
+            }
+        }
+        self.file_system = self.effective;
+        Ok(())
+    }
+
+    /// setfsuid(2), setfsgid(2): returns the old id, whether it worked or not.
+    fn set_file_system(&mut self, id: u32, privileged: bool) -> u32 {
+        let old = self.file_system;
+        if id != KEEP && (privileged || self.has(id) || id == old) {
+            self.file_system = id;
+        }
+        old
+    }
+
+    /// What execve(2) does: of a program that is set-id to `program`.
+    fn execute(&mut self, program: Option<u32>) {
+        if let Some(id) = program {
+            self.effective = id;
+        }
+        (self.saved, self.file_system) = (self.effective, self.effective);
+    }
+}
+
+/// Ids of a process.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
+pub(super) struct Credentials {
+    pub(super) user: Ids,
+    pub(super) group: Ids,
+    pub(super) groups: Vec<u32>,
+}
+
+impl Credentials {
+    /// Those of a process that a step starts with.
+    pub(super) fn new(uid: u32, gid: u32, groups: Vec<u32>) -> Credentials {
+        Credentials { user: Ids::all(uid), group: Ids::all(gid), groups }
+    }
+
+    /// Whether it has CAP_SETUID, CAP_SETGID and their like, which go and come with the effective id 0.
+    fn is_privileged(&self) -> bool {
+        self.user.effective == 0
+    }
+
+    pub(super) fn set_uid(&mut self, id: u32) -> Result<(), Errno> {
+        let privileged = self.is_privileged();
+        self.user.set(id, privileged)
+    }
+
+    pub(super) fn set_gid(&mut self, id: u32) -> Result<(), Errno> {
+        let privileged = self.is_privileged();
+        self.group.set(id, privileged)
+    }
+
+    pub(super) fn set_two_uids(&mut self, real: u32, effective: u32) -> Result<(), Errno> {
+        let privileged = self.is_privileged();
+        self.user.set_two(real, effective, privileged)
+    }
+
+    pub(super) fn set_two_gids(&mut self, real: u32, effective: u32) -> Result<(), Errno> {
+        let privileged = self.is_privileged();
+        self.group.set_two(real, effective, privileged)
+    }
+
+    pub(super) fn set_three_uids(&mut self, [real, effective, saved]: [u32; 3]) -> Result<(), Errno> {
+        let privileged = self.is_privileged();
+        self.user.set_three(real, effective, saved, privileged)
+    }
+
+    pub(super) fn set_three_gids(&mut self, [real, effective, saved]: [u32; 3]) -> Result<(), Errno> {
+        let privileged = self.is_privileged();
+        self.group.set_three(real, effective, saved, privileged)
+    }
+
+    pub(super) fn set_file_system_uid(&mut self, id: u32) -> u32 {
+        let privileged = self.is_privileged();
+        self.user.set_file_system(id, privileged)
+    }
+
+    pub(super) fn set_file_system_gid(&mut self, id: u32) -> u32 {
+        let privileged = self.is_privileged();
+        self.group.set_file_system(id, privileged)
+    }
+
+    pub(super) fn set_groups(&mut self, groups: Vec<u32>) -> Result<(), Errno> {
+        if !self.is_privileged() {
+            return Err(Errno::PERM);
+        }
+        self.groups = groups;
+        Ok(())
+    }
+
+    /// After execve of a program that may be set-user-ID or set-group-ID.
+    pub(super) fn execute(&mut self, set_uid: Option<u32>, set_gid: Option<u32>) {
+        self.user.execute(set_uid);
+        self.group.execute(set_gid);
+    }
+
+    /// Whether an object of `(uid, gid)` may be given to `(new_uid, new_gid)`; [`KEEP`] leaves one. chown(2).
+    pub(super) fn may_chown(&self, (uid, gid): (u32, u32), (new_uid, new_gid): (u32, u32)) -> bool {
+        if self.user.file_system == 0 {
+            return true;
+        }
+        let owns = self.user.file_system == uid;
+        let in_group = |group| self.group.file_system == group || self.groups.contains(&group);
+        (new_uid == KEEP || owns && new_uid == uid)
+            && (new_gid == KEEP || owns && (new_gid == gid || in_group(new_gid)))
+    }
+}
+
+/// All credentials that were seen, by number. Number 0 is root.
+#[derive(Debug)]
+pub(super) struct Registry {
+    all: Vec<Credentials>,
+    numbers: HashMap<Credentials, usize>,
+}
+
+/// Number of those that the step's first process has.
+pub(crate) const FIRST: u64 = 1;
+
+impl Registry {
+    /// With root and the credentials of the step's first process, [`FIRST`].
+    pub(super) fn new(first: Credentials) -> Registry {
+        let all = vec![Credentials::default(), first];
+        // The first number counts where both are root.
+        let numbers = all.iter().cloned().enumerate().rev().map(|(number, one)| (one, number)).collect();
+        Registry { all, numbers }
+    }
+
+    /// Those of a number; a limit that nobody has set means root.
+    pub(super) fn find(&self, number: u64) -> &Credentials {
+        usize::try_from(number).ok().and_then(|number| self.all.get(number)).unwrap_or(&self.all[0])
+    }
+
+    /// The number of `credentials`.
+    pub(super) fn number(&mut self, credentials: Credentials) -> u64 {
+        let next = self.all.len();
+        let number = *self.numbers.entry(credentials.clone()).or_insert(next);
+        if number == next {
+            self.all.push(credentials);
+        }
+        number as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ids(ids: Ids) -> [u32; 4] {
+        [ids.real, ids.effective, ids.saved, ids.file_system]
+    }
+
+    #[test]
+    fn root_becomes_a_user_for_good() {
+        let mut root = Credentials::default();
+        root.set_groups(vec![33]).unwrap();
+        root.set_gid(33).unwrap();
+        root.set_uid(33).unwrap();
+        assert_eq!((ids(root.user), ids(root.group)), ([33; 4], [33; 4]));
+        assert_eq!(root.set_uid(0), Err(Errno::PERM));
+        assert_eq!(root.set_groups(vec![]), Err(Errno::PERM));
+        assert_eq!(root.set_uid(KEEP), Err(Errno::INVAL));
+        assert_eq!(root.set_uid(33), Ok(()));
+    }
+
+    #[test]
+    fn a_saved_id_leads_back() {
+        let mut root = Credentials::default();
+        root.set_three_uids([KEEP, 42, KEEP]).unwrap();
+        assert_eq!(ids(root.user), [0, 42, 0, 42]);
+        assert_eq!(root.set_gid(5), Err(Errno::PERM));
+        root.set_three_uids([KEEP, 0, KEEP]).unwrap();
+        root.set_gid(5).unwrap();
+        root.set_two_uids(42, 42).unwrap();
+        assert_eq!(ids(root.user), [42; 4]);
+        assert_eq!(root.set_two_uids(0, KEEP), Err(Errno::PERM));
+        assert_eq!(root.set_three_uids([42, 42, 0]), Err(Errno::PERM));
+    }
+
+    #[test]
+    fn file_system_ids_follow_and_can_be_set_alone() {
+        let mut root = Credentials::default();
+        assert_eq!(root.set_file_system_uid(7), 0);
+        assert_eq!(ids(root.user), [0, 0, 0, 7]);
+        assert_eq!(root.set_file_system_uid(KEEP), 7);
+        let mut user = Credentials::new(7, 7, vec![]);
+        assert_eq!((user.set_file_system_uid(0), user.user.file_system), (7, 7));
+    }
+
+    #[test]
+    fn set_id_programs() {
+        let mut user = Credentials::new(7, 8, vec![]);
+        user.execute(Some(0), None);
+        assert_eq!((ids(user.user), ids(user.group)), ([7, 0, 0, 0], [8; 4]));
+        user.execute(None, Some(9));
+        assert_eq!(ids(user.group), [8, 9, 9, 9]);
+    }
+
+    #[test]
+    fn who_may_chown() {
+        let user = Credentials::new(7, 8, vec![9]);
+        for (owner, new, allowed) in [
+            ((7, 8), (KEEP, 9), true),
+            ((7, 8), (7, 8), true),
+            ((7, 8), (KEEP, 10), false),
+            ((7, 8), (0, KEEP), false),
+            ((0, 8), (KEEP, 9), false),
+            ((0, 0), (KEEP, KEEP), true),
+        ] {
+            assert_eq!(user.may_chown(owner, new), allowed, "{owner:?} {new:?}");
+            assert!(Credentials::default().may_chown(owner, new));
+        }
+    }
+
+    #[test]
+    fn equal_credentials_have_one_number() {
+        let mut registry = Registry::new(Credentials::new(7, 7, vec![]));
+        assert_eq!(registry.find(u64::MAX), &Credentials::default());
+        assert_eq!(registry.find(FIRST).user.real, 7);
+        let number = registry.number(Credentials::new(1, 2, vec![3]));
+        assert_eq!((number, registry.number(Credentials::new(1, 2, vec![3]))), (2, 2));
+        assert_eq!((registry.number(Credentials::default()), registry.number(Credentials::new(7, 7, vec![]))), (0, 1));
+        assert_eq!(Registry::new(Credentials::default()).find(FIRST), &Credentials::default());
+    }
+}

@@ -1,0 +1,171 @@
+//! `nacre doctor`: what the kernel allows here, what that means for builds, and what helps.
+
+use crate::build_command::failure;
+use crate::cli::{DoctorArgs, ListFormat};
+use crate::report::{CommandError, Exit};
+use crate::request::{Environment, Surroundings};
+use nacre_solver::sandbox::{self, Probe, Right, Verdict};
+use serde_json::json;
+use std::path::Path;
+
+/// A right in words: what it is, and what is without it.
+fn words(right: Right) -> (&'static str, &'static str) {
+    match right {
+        Right::UserNamespace => (
+            "user namespace",
+            "RUN steps cannot work; Dockerfiles without RUN build all the same, and so does `COPY --from`",
+        ),
+        Right::ManyIds => ("many ids", "owners and users of RUN steps are emulated: same layers, a little slower"),
+        Right::Overlay => ("overlay on the store", "RUN steps cannot work with this store"),
+        Right::FreshProc => ("fresh /proc", "steps see the processes of this container"),
+        Right::NetworkNamespace => ("network namespace", "--network=none does not work"),
+        Right::Seccomp => ("system call filter", "RUN steps cannot work but with --security=insecure"),
+        Right::Notification => (
+            "system call notification",
+            "owners cannot be emulated and device nodes not made: RUN steps work only as root",
+        ),
+    }
+}
+
+/// What helps against a refusal, for each place; the reason itself may say more.
+fn cure(right: Right, place: Surroundings) -> &'static str {
+    match (right, place) {
+        (Right::UserNamespace | Right::Seccomp | Right::Notification, Surroundings::Docker) => {
+            "docker run --security-opt seccomp=unconfined --security-opt apparmor=unconfined --security-opt \
+             systempaths=unconfined …"
+        }
+        (Right::UserNamespace | Right::Seccomp | Right::Notification, Surroundings::Podman) => {
+            "podman run --security-opt seccomp=unconfined --security-opt unmask=ALL …"
+        }
+        (Right::UserNamespace | Right::Seccomp | Right::Notification, Surroundings::Kubernetes) => {
+            "in the container's securityContext: seccompProfile: {type: Unconfined}, procMount: Unmasked (with \
+             hostUsers: false in the pod's spec)"
+        }
+        (Right::UserNamespace | Right::Seccomp | Right::Notification, Surroundings::GitLab) => {
+            "in the runner's config.toml: [runners.docker] security_opt = [\"seccomp:unconfined\", \
+             \"apparmor:unconfined\", \"systempaths=unconfined\"]; with the kubernetes executor, a seccompProfile of \
+             type Unconfined in [runners.kubernetes.build_container_security_context]"
+        }
+        (Right::UserNamespace, Surroundings::GitHub) => {
+            "without `container:` in the job: sudo sysctl -w kernel.apparmor_restrict_unprivileged_userns=0; with it: \
+             container.options: --security-opt seccomp=unconfined --security-opt apparmor=unconfined --security-opt \
+             systempaths=unconfined"
+        }
+        (Right::Seccomp | Right::Notification, Surroundings::GitHub) => {
+            "container.options: --security-opt seccomp=unconfined"
+        }
+        (Right::UserNamespace, Surroundings::Machine) => {
+            "sysctl -w kernel.unprivileged_userns_clone=1 user.max_user_namespaces=15000 \
+             kernel.apparmor_restrict_unprivileged_userns=0, those of them that exist"
+        }
+        (Right::Seccomp | Right::Notification, Surroundings::Machine) => {
+            "a kernel of 5.14 or later, with CONFIG_SECCOMP_FILTER"
+        }
+        (Right::FreshProc, Surroundings::Docker | Surroundings::GitHub) => "--security-opt systempaths=unconfined",
+        (Right::FreshProc, Surroundings::Podman) => "--security-opt unmask=ALL",
+        (Right::FreshProc, Surroundings::Kubernetes) => {
+            "procMount: Unmasked in the container's securityContext, with hostUsers: false"
+        }
+        (Right::FreshProc, Surroundings::GitLab) => {
+            "in the runner's config.toml: [runners.docker] security_opt = [\"systempaths=unconfined\"]"
+        }
+        (Right::FreshProc, Surroundings::Machine) => "nothing may be mounted over parts of /proc",
+        (Right::Overlay, _) => {
+            "--store or NACRE_STORE on a local disk, a volume or a tmpfs: not on another overlay (the root of a \
+             container) and not on NFS"
+        }
+        (Right::NetworkNamespace, _) => "sysctl -w user.max_net_namespaces=15000",
+        (Right::ManyIds, _) => {
+            "as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER, and install newuidmap (package \
+             uidmap or shadow-utils); only for speed"
+        }
+    }
+}
+
+/// Tries everything and prints it.
+pub(crate) fn run(args: &DoctorArgs, env: &Environment) -> Result<(), CommandError> {
+    let store = env.store(args.store.as_deref())?;
+    // What will be the store's file system.
+    let dir = store.ancestors().find(|dir| dir.is_dir()).unwrap_or(Path::new("/"));
+    let probe = sandbox::probe(dir).map_err(|error| CommandError::new(Exit::Host, &error, None))?;
+    let place = env.surroundings();
+    let text = match args.format {
+        ListFormat::Table => table(&probe, place),
+        ListFormat::Json => json_text(&probe, place, dir),
+    };
+    crate::print_result(&text)?;
+    let needed = [Right::UserNamespace, Right::Overlay, Right::Seccomp];
+    match needed.iter().all(|right| *probe.verdict(*right) == Verdict::Works) {
+        true => Ok(()),
+        false => Err(failure(Exit::Host, "RUN steps cannot work here", None)),
+    }
+}
+
+fn table(probe: &Probe, place: Surroundings) -> String {
+    let mut text = String::new();
+    for (right, verdict) in &probe.tries {
+        let (name, without) = words(*right);
+        match verdict {
+            Verdict::Works => text.push_str(&format!("works    {name}\n")),
+            Verdict::NotTried => text.push_str(&format!("unknown  {name}: it needs what is refused above\n")),
+            Verdict::Refused(reason) => {
+                text.push_str(&format!("refused  {name}: {reason}\n         without it: {without}\n"));
+                text.push_str(&format!("         what helps: {}\n", cure(*right, place)));
+            }
+        }
+    }
+    text
+}
+
+fn json_text(probe: &Probe, place: Surroundings, dir: &Path) -> String {
+    let entry = |(right, verdict): &(Right, Verdict)| {
+        let (name, without) = words(*right);
+        let (state, reason) = match verdict {
+            Verdict::Works => ("works", None),
+            Verdict::Refused(reason) => ("refused", Some(reason)),
+            Verdict::NotTried => ("unknown", None),
+        };
+        let cure = reason.map(|_| cure(*right, place));
+        json!({"right": right, "name": name, "state": state, "reason": reason, "without": without, "cure": cure})
+    };
+    let rights: Vec<_> = probe.tries.iter().map(entry).collect();
+    format!(
+        "{:#}\n",
+        json!({"surroundings": format!("{place:?}").to_lowercase(), "store": dir.display().to_string(), "rights": rights})
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_refusal_has_words_and_a_cure() {
+        let places = [
+            Surroundings::GitLab,
+            Surroundings::GitHub,
+            Surroundings::Kubernetes,
+            Surroundings::Podman,
+            Surroundings::Docker,
+            Surroundings::Machine,
+        ];
+        let rights = [
+            Right::UserNamespace,
+            Right::ManyIds,
+            Right::Overlay,
+            Right::FreshProc,
+            Right::NetworkNamespace,
+            Right::Seccomp,
+            Right::Notification,
+        ];
+        for place in places {
+            let refused = |right: &Right| (*right, Verdict::Refused("why".to_owned()));
+            let text = table(&Probe { tries: rights.iter().map(refused).collect() }, place);
+            assert_eq!(text.matches("what helps: ").count(), rights.len(), "{place:?}: {text}");
+            assert_eq!(text.matches("without it: ").count(), rights.len(), "{place:?}: {text}");
+        }
+        let works = Probe { tries: vec![(Right::Overlay, Verdict::Works), (Right::Seccomp, Verdict::NotTried)] };
+        let expected = "works    overlay on the store\nunknown  system call filter: it needs what is refused above\n";
+        assert_eq!(table(&works, Surroundings::Machine), expected);
+    }
+}

@@ -1,0 +1,137 @@
+//! Owners and ids are the same however they are had: as root, with subordinate ids, or emulated with a single id.
+//!
+//! The layers' digests are pinned, so that runs of these tests by different users are compared with each other, too.
+
+use crate::story::Build;
+use serde_json::Value;
+use std::collections::HashMap;
+use std::io::Read;
+use std::path::Path;
+
+/// Uncompressed digests of an archive's layers, without those of the base.
+fn diff_ids(archive: &Path, base_layers: usize) -> Vec<String> {
+    let mut blobs = HashMap::new();
+    let mut archive = tar::Archive::new(std::fs::File::open(archive).expect("an archive"));
+    for entry in archive.entries().expect("an archive") {
+        let mut entry = entry.expect("an entry");
+        let name = entry.path().expect("a name").to_string_lossy().into_owned();
+        let mut bytes = Vec::new();
+        entry.read_to_end(&mut bytes).expect("bytes");
+        blobs.insert(name, bytes);
+    }
+    let json = |name: &str| -> Value { serde_json::from_slice(&blobs[name]).expect("JSON") };
+    let named = |digest: &Value| json(&format!("blobs/sha256/{}", &digest.as_str().expect("a digest")[7..]));
+    let manifest = named(&json("index.json")["manifests"][0]["digest"]);
+    let config = named(&manifest["config"]["digest"]);
+    let ids = config["rootfs"]["diff_ids"].as_array().expect("diff IDs");
+    ids.iter().skip(base_layers).map(|id| id.as_str().expect("a digest").to_owned()).collect()
+}
+
+/// Builds with emulation and as whoever runs the test; returns the layers' digests, which are the same.
+#[track_caller]
+fn both(dockerfile: &str) -> (Vec<String>, [String; 2]) {
+    let build = |how: &str| {
+        let build = Build::new()
+            .dockerfile(dockerfile)
+            .file("data", "data\n")
+            .flag(format!("--ownership={how}"))
+            .env("SOURCE_DATE_EPOCH", "1700000000");
+        let out = build.path("image.tar");
+        let build = build.flag(format!("--output=type=oci,rewrite-timestamp=true,dest={}", out.display()));
+        let ended = build.runs();
+        (diff_ids(&out, 1), ended.stderr)
+    };
+    let ((emulated, log), (own, own_log)) = (build("emulate"), build("auto"));
+    assert_eq!(emulated, own, "emulated:\n{log}\nown:\n{own_log}");
+    (own, [log, own_log])
+}
+
+/// Each line is a step. What it prints and what it leaves must not depend on how ids are had.
+const MATRIX: &str = r#"FROM busybox
+RUN touch /f && chown 33:34 /f && stat -c '%u:%g %a' /f && chmod 4755 /f && chown 35 /f && stat -c '%u:%g %a' /f
+RUN su app -s /bin/sh -c 'id -u; umask 027; touch /tmp/f; mkdir /tmp/d; ln -s x /tmp/l; mkfifo /tmp/p; echo hi > /tmp/d/new' && stat -c '%u:%g %a %n' /tmp/f /tmp/d /tmp/l /tmp/p /tmp/d/new
+RUN cp -a /tmp /copy && mv /copy/f /copy/g && ln /copy/g /copy/h && find /copy -user 1000 | sort
+RUN cd /copy && tar cf /t.tar . && mkdir /t && tar xpf /t.tar -C /t && ls -ln /t | awk '{print $1, $3, $4, $9}' && rm /t.tar
+RUN mkdir /shared && chgrp 50 /shared && chmod 2775 /shared && touch /shared/a && mkdir /shared/d && su app -s /bin/sh -c 'touch /shared/b' && stat -c '%u:%g %a %n' /shared/*
+RUN echo more >> /copy/g && chmod 600 /copy/d/new && mv /tmp/d/new /tmp/d/moved && stat -c '%u:%g %a %n' /copy/g /copy/h /copy/d/new /tmp/d/moved
+RUN rm /tmp/f && touch /tmp/f && rm -r /copy/d && mkdir /copy/d && stat -c '%u:%g %n' /tmp/f /copy/d
+RUN chown -h 7:8 /tmp/l && chown -R 9:9 /t && stat -c '%u:%g %n' /tmp/l /t /t/g
+RUN ( cd / && chroot / sh -c 'chown 11 /f' ) && mkdir -p /jail/bin && cp /bin/busybox /jail/bin/ && chroot /jail /bin/busybox sh -c 'busybox touch /in; busybox chown 12:13 /in' && rm -r /jail/bin && stat -c '%u:%g %n' /f /jail/in
+COPY --chown=14:15 data /data/
+RUN stat -c '%u:%g %n' /data/data && cp -a /data/data /data/copy && stat -c '%u:%g %n' /data /data/copy
+RUN --mount=type=tmpfs,target=/m touch /m/a && chown 16:17 /m/a && cp -a /m/a /a && stat -c '%u:%g' /a
+RUN --mount=from=busybox,target=/b stat -c '%u:%g' /b/bin && chown 18 /proc/self/fd/0 2>/dev/null; exec 3>/viafd && chown 19:20 /proc/self/fd/3 && stat -c '%u:%g' /viafd
+USER 1000
+RUN id -u && id -g && touch /tmp/user && mkdir /tmp/userdir && chown 1000 /tmp/user && ! chown 0 /tmp/user 2>/dev/null && stat -c '%u:%g %n' /tmp/user /tmp/userdir
+USER 5:6
+RUN id -u && id -g && (exec 4> /tmp/redirected) && stat -c '%u:%g' /tmp/redirected
+"#;
+
+#[test]
+fn the_same_layers_with_one_id_as_with_many() {
+    let (ids, [emulated, own]) = both(MATRIX);
+    // What the steps printed.
+    let printed = |log: &str| -> Vec<String> {
+        let said = |line: &&str| {
+            let words: Vec<&str> = line.split(' ').collect();
+            words.len() > 2 && words[0].starts_with('#') && words[1].parse::<f64>().is_ok()
+        };
+        log.lines().filter(said).map(|line| line.splitn(3, ' ').nth(2).unwrap_or("").to_owned()).collect()
+    };
+    assert_eq!(printed(&emulated), printed(&own));
+    for line in ["33:34 644", "35:34 755", "1000:1000 640 /tmp/f", "1000:1000 600 /copy/d/new", "7:8 /tmp/l"] {
+        assert!(printed(&own).iter().any(|printed| printed == line), "{line} is not in {own}");
+    }
+    assert_eq!(ids.len(), 15);
+    assert_eq!(combined(&ids), "13824a8981c473a7");
+}
+
+#[test]
+fn devices_are_made_by_everybody() {
+    // With real ids in a namespace, a device is one in the layer only: so nothing here looks at it.
+    let (ids, _) = both("FROM busybox\nRUN umask 022; mknod /null c 1 3 && mknod -m 600 /disk b 8 300\n");
+    assert_eq!(combined(&ids), "f0d52c6035815712");
+    let build = Build::new().flag("--ownership=emulate").dockerfile(
+        "FROM busybox\nRUN mknod /null c 1 3 && chown 5:6 /null\nRUN cp -a /null /copy && stat -c '%F %t %T %u:%g' /copy\n\
+         RUN mv /copy /moved && tar cf - /moved | tar tvf - && chmod 604 /null\n",
+    );
+    let image = build.image();
+    assert!(image.stderr.contains("character special file 1 3 5:6"), "{}", image.stderr);
+    assert!(image.stderr.contains("crw-r--r-- 5/6"), "{}", image.stderr);
+    for (name, mode) in [("/moved", "644"), ("/null", "604")] {
+        let entry = format!("{:?}", image.record.fs[name]);
+        assert!(entry.contains("\"c\"") && entry.contains(mode), "{name}: {entry}");
+    }
+}
+
+#[test]
+fn caches_keep_their_owners() {
+    let step = "--mount=type=cache,target=/c,id=x,uid=1000,gid=50";
+    let build = |how: &str, more: &str| {
+        let build = Build::new().flag(format!("--ownership={how}"));
+        build.dockerfile(&format!(
+            "FROM busybox\nRUN {step} stat -c '%u:%g' /c && touch /c/f && chown 7:8 /c/f\n\
+             RUN {step} stat -c '%u:%g %n' /c /c/f{more}\n"
+        ))
+    };
+    for how in ["auto", "emulate"] {
+        let log = build(how, "").runs().stderr;
+        for line in ["1000:50\n", "1000:50 /c\n", "7:8 /c/f\n"] {
+            assert!(log.contains(line), "{how}: {line} is not in {log}");
+        }
+    }
+}
+
+#[test]
+fn unknown_ways_are_refused() {
+    Build::new()
+        .dockerfile("FROM busybox\n")
+        .flag("--ownership=mine")
+        .fails_with(2, &["mine", "auto, subid and emulate"]);
+}
+
+/// One digest of several, for a short constant.
+fn combined(ids: &[String]) -> String {
+    use sha2::{Digest, Sha256};
+    Sha256::digest(ids.join("\n")).iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+}
