@@ -102,11 +102,11 @@ pub fn inline_document(steps: &[StepResult], layers: &[Layer], diff_ids: &[Strin
     document
 }
 
-/// Indexes of layers as blobs, by diff ID: of those layers whose index can be had without fetching the layer.
-pub fn indexes(
-    workspace: &Workspace,
-    layers: &[(Layer, String)],
-) -> Result<BTreeMap<String, (Descriptor, Option<Arc<ResolvedImage>>)>, StoreError> {
+/// Blobs with indexes of layers, by diff ID, and where those that are not here can be had.
+pub type Indexes = BTreeMap<String, (Descriptor, Option<Arc<ResolvedImage>>)>;
+
+/// Indexes of layers as blobs: of those layers whose index can be had without fetching the layer.
+pub fn indexes(workspace: &Workspace, layers: &[(Layer, String)]) -> Result<Indexes, StoreError> {
     let mut indexes = BTreeMap::new();
     for (layer, diff_id) in layers {
         if indexes.contains_key(diff_id) {
