@@ -361,6 +361,7 @@ fn build(
     found: &mut Findings,
 ) -> Result<Vec<Built>, CommandError> {
     let workspace = workspace(request, place.ownership, Some(progress))?.with_cancel(cancel.clone());
+    let workspace = workspace.with_imports(Arc::new(Imports::new(request.cache_from.clone())));
     let agents = SshAgents::start(&request.ssh)?;
     let git = input::git_settings(request, env, &agents)?;
     let mut host = host(request, &agents)?;
@@ -382,7 +383,6 @@ fn build(
     found.source = Some(input.source.clone());
     let contexts = contexts(request, &input, &workspace.store)?;
     let mut all = Vec::new();
-    let imports = Arc::new(Imports::new(request.cache_from.clone()));
     let collect = !request.cache_from.is_empty() || !request.cache_to.is_empty();
     for platform in platforms(request)? {
         let mut options = options(request, platform)?;
@@ -393,7 +393,6 @@ fn build(
             images,
             host: host.clone(),
             git: git.clone(),
-            imports: imports.clone(),
             collect,
             project: input.project.clone(),
         };

@@ -2,12 +2,14 @@
 
 use crate::build_command::failure;
 use crate::cache_options::{CachePlace, CacheTarget};
-use crate::export_command::{Built, Live, codec, export_error, layer_blobs, send, snapshot_error};
+use crate::export_command::{Built, Live, codec, export_error, layer_blobs, push_blob, send, snapshot_error};
 use crate::report::{CommandError, Exit};
-use nacre_solver::cache::export::{StepResult, assemble, document, keep, layers};
+use nacre_solver::cache::export::{StepResult, assemble, document, indexes, keep, layers};
 use nacre_solver::export::{self, Dest, ExportImage};
+use nacre_solver::image::Descriptor;
+use nacre_solver::op::source::ensure_blob;
 use nacre_solver::push::{PushBlob, PushImage};
-use nacre_solver::snapshot::{self, Snapshot, Workspace};
+use nacre_solver::snapshot::{self, Layer, Snapshot, Workspace};
 use nacre_solver::solve::Event;
 use std::collections::HashMap;
 use std::io;
@@ -58,31 +60,43 @@ fn write_cache(
     let compression = snapshot::Compression { codec, level, clamp_mtime: None, force: target.force_compression };
     // What a registry has may be in the one where the cache goes.
     let later = matches!(target.place, CachePlace::Registry(_));
-    let blobs = layer_blobs(workspace, &layers, compression, later, live.events).map_err(snapshot_error)?;
+    let blobs = layer_blobs(workspace, &layers, compression, later, live.events, &|_, _| ()).map_err(snapshot_error)?;
     let by_layer = layers.iter().map(|layer| layer.id().clone()).zip(blobs.iter().cloned()).collect::<HashMap<_, _>>();
-    let document = document(&steps, &by_layer);
-    let cache = assemble(&document, blobs).map_err(|error| CommandError::new(Exit::General, &error, None))?;
+    let bases = results.iter().flat_map(|snapshot| snapshot.layers()).filter_map(|layer| {
+        let (image, at) = layer.image()?;
+        let diff_id = image.layers[at].diff_id.clone();
+        Some((layer, diff_id))
+    });
+    let described: Vec<(Layer, String)> =
+        layers.iter().cloned().zip(blobs.iter().map(|blob| blob.diff_id.clone())).chain(bases).collect();
+    let store_error = |error| CommandError::new(Exit::Store, &error, None);
+    let indexes = indexes(workspace, &described).map_err(store_error)?;
+    let mut document = document(&steps, &by_layer);
+    document.indexes = indexes.iter().map(|(diff_id, (blob, _))| (diff_id.clone(), blob.digest.clone())).collect();
+    let index_blobs: Vec<Descriptor> = indexes.values().map(|(blob, _)| blob.clone()).collect();
+    let cache =
+        assemble(&document, blobs, &index_blobs).map_err(|error| CommandError::new(Exit::General, &error, None))?;
     match &target.place {
         CachePlace::Inline => Ok(()),
         CachePlace::Local { dest, tag } => {
+            for image in indexes.values().filter_map(|(_, image)| image.as_ref()) {
+                ensure_blob(image, 0, &workspace.sources)
+                    .map_err(|error| CommandError::new(Exit::Source, &error, None))?;
+            }
             let images = [cache];
             let image = ExportImage { images: &images, index: None, names: &[format!("cache:{tag}")] };
             let output = export::Output::Oci { dest: &Dest::Path(dest.clone()), tar: false };
             export::export(&image, &workspace.store, &output, &mut io::sink()).map_err(export_error)
         }
         CachePlace::Registry(remote) => {
-            let put = |bytes: &[u8]| {
-                workspace.store.put_document(bytes).map_err(|error| CommandError::new(Exit::Store, &error, None))
-            };
-            put(&cache.config_bytes)?;
+            workspace.store.put_document(&cache.config_bytes).map_err(store_error)?;
             let mut image = PushImage::default();
             for layer in &layers {
                 let Some(blob) = by_layer.get(layer.id()) else { continue };
-                let base = layer.image().map(|(base, at)| (base.clone(), at));
-                let base = base.filter(|(base, at)| {
-                    base.layers.get(*at).is_some_and(|layer| layer.descriptor.digest == blob.descriptor.digest)
-                });
-                image.add_blob(PushBlob { descriptor: blob.descriptor.clone(), base });
+                image.add_blob(push_blob(layer, &blob.descriptor));
+            }
+            for (descriptor, image_of_it) in indexes.into_values() {
+                image.add_blob(PushBlob { descriptor, base: image_of_it.map(|image| (image, 0)) });
             }
             image.add_blob(PushBlob { descriptor: cache.config_descriptor.clone(), base: None });
             image.manifests.push((cache.manifest_descriptor.clone(), cache.manifest_bytes.clone()));

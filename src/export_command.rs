@@ -11,8 +11,8 @@ use nacre_solver::cache::export::{StepResult, inline_document};
 use nacre_solver::export::{self, Dest, ExportError, ExportImage};
 use nacre_solver::image::{Annotations, Assembled, Descriptor, Media, Timestamp, assemble, assemble_index};
 use nacre_solver::op::source::{ResolvedImage, SourceContext};
-use nacre_solver::push::{PushBlob, PushError, PushImage, PushReport, push};
-use nacre_solver::registry::{RegistryError, RemoteImage};
+use nacre_solver::push::{PushBlob, PushError, PushImage, PushReport, push, push_ahead};
+use nacre_solver::registry::{RegistryError, RemoteImage, Uploaded};
 use nacre_solver::snapshot::{self, Layer, LayerBlob, Snapshot, SnapshotError, Workspace};
 use nacre_solver::solve::{Event, Phase, Solved, Span};
 use nacre_solver::tree::Node;
@@ -22,7 +22,7 @@ use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// One platform's result.
@@ -235,10 +235,26 @@ fn write_image(
         manifest: place(AnnotationPlace::Manifest),
         manifest_descriptor: place(AnnotationPlace::ManifestDescriptor),
     };
+    let targets = output.push.map(|how| targets(&names, how)).transpose()?.unwrap_or_default();
+    let mut ahead = BTreeMap::new();
     let mut images = Vec::new();
     for one in built.iter() {
         let made = one.snapshot().layers();
-        let layers = layer_blobs(workspace, &made, compression, output.kind == OutputKind::Registry, live.events);
+        let later = output.kind == OutputKind::Registry;
+        let layers = match targets.first() {
+            None => layer_blobs(workspace, &made, compression, later, live.events, &|_, _| ()),
+            // What is compressed goes out while the rest still is.
+            Some(target) => std::thread::scope(|scope| {
+                let (sender, blobs) = mpsc::channel();
+                let sending =
+                    scope.spawn(|| push_ahead(blobs, target, &workspace.sources, &shown(live.events), live.stop));
+                let tell = |layer: &Layer, blob: &LayerBlob| drop(sender.send(push_blob(layer, &blob.descriptor)));
+                let layers = layer_blobs(workspace, &made, compression, later, live.events, &tell);
+                drop(sender);
+                ahead.extend(sending.join().unwrap_or_default());
+                layers
+            }),
+        };
         let layers = layers.map_err(snapshot_error)?;
         let layers: Vec<(Descriptor, String)> =
             layers.into_iter().map(|layer| (layer.descriptor, layer.diff_id)).collect();
@@ -276,7 +292,7 @@ fn write_image(
         export::export(&image, &workspace.store, &target, &mut io::stdout().lock()).map_err(export_error)?;
     }
     if let Some(how) = output.push {
-        push_image(workspace, built, &images, index.as_ref(), (&names, how), live)?;
+        push_image(workspace, built, &images, index.as_ref(), (&targets, how), ahead, live)?;
     }
     let root = index.as_ref().map_or_else(|| images[0].manifest_descriptor.clone(), |(_, root)| root.clone());
     for (one, assembled) in built.iter_mut().zip(images) {
@@ -292,17 +308,14 @@ fn push_image(
     built: &[Built],
     images: &[Assembled],
     index: Option<&(Vec<u8>, Descriptor)>,
-    (names, how): (&[String], Push),
+    (targets, how): (&[RemoteImage], Push),
+    ahead: BTreeMap<(String, String, String), Uploaded>,
     live: &Live<'_>,
 ) -> Result<(), CommandError> {
-    let mut image = PushImage::default();
+    let mut image = PushImage { ahead, ..PushImage::default() };
     for (one, assembled) in built.iter().zip(images) {
         for (layer, descriptor) in one.snapshot().layers().iter().zip(&assembled.layers) {
-            let base = layer.image().map(|(base, at)| (base.clone(), at));
-            let same = |(base, at): &(std::sync::Arc<ResolvedImage>, usize)| {
-                base.layers.get(*at).is_some_and(|layer| layer.descriptor.digest == descriptor.digest)
-            };
-            image.add_blob(PushBlob { descriptor: descriptor.clone(), base: base.filter(same) });
+            image.add_blob(push_blob(layer, descriptor));
         }
         image.add_blob(PushBlob { descriptor: assembled.config_descriptor.clone(), base: None });
         let manifest =
@@ -310,16 +323,42 @@ fn push_image(
         image.manifests.push((manifest, assembled.manifest_bytes.clone()));
     }
     image.manifests.extend(index.map(|(bytes, descriptor)| (descriptor.clone(), bytes.clone())));
+    let targets: Vec<RemoteImage> = match (how, image.root()) {
+        (Push::ByDigest, Some(root)) => {
+            let by_digest =
+                |target: &RemoteImage| RemoteImage { tag: None, digest: Some(root.digest.clone()), ..target.clone() };
+            targets.iter().map(by_digest).collect()
+        }
+        _ => targets.to_vec(),
+    };
+    send(&image, &targets, &workspace.sources, live.events, live.stop).map(drop)
+}
+
+/// Where an image of these names goes.
+fn targets(names: &[String], how: Push) -> Result<Vec<RemoteImage>, CommandError> {
     let target = |name: &String| {
         let target = RemoteImage::parse(name)
             .ok_or_else(|| failure(Exit::Usage, &format!("`{name}` is no name in a registry"), None))?;
-        Ok(match (how, image.root()) {
-            (Push::ByDigest, Some(root)) => RemoteImage { tag: None, digest: Some(root.digest.clone()), ..target },
-            _ => target,
-        })
+        Ok(if how == Push::ByDigest { RemoteImage { tag: None, ..target } } else { target })
     };
-    let targets = names.iter().map(target).collect::<Result<Vec<_>, CommandError>>()?;
-    send(&image, &targets, &workspace.sources, live.events, live.stop).map(drop)
+    names.iter().map(target).collect()
+}
+
+/// A layer to push. Base layers know where they come from, so that they can be mounted.
+pub(crate) fn push_blob(layer: &Layer, descriptor: &Descriptor) -> PushBlob {
+    let base = layer.image().map(|(base, at)| (base.clone(), at));
+    let same = |(base, at): &(std::sync::Arc<ResolvedImage>, usize)| {
+        base.layers.get(*at).is_some_and(|layer| layer.descriptor.digest == descriptor.digest)
+    };
+    PushBlob { descriptor: descriptor.clone(), base: base.filter(same) }
+}
+
+/// Shows blobs on their way out.
+fn shown(events: &(dyn Fn(Event) + Sync)) -> impl Fn(&str, u64, u64) + Sync {
+    move |digest: &str, done_bytes: u64, total: u64| {
+        let short: String = digest.trim_start_matches("sha256:").chars().take(12).collect();
+        events(Event::Transfer { id: None, what: format!("pushing {short}"), done_bytes, total_bytes: Some(total) });
+    }
 }
 
 /// Pushes, and shows the layers that are under way.
@@ -330,11 +369,7 @@ pub(crate) fn send(
     events: &(dyn Fn(Event) + Sync),
     stop: &(dyn Fn() -> bool + Sync),
 ) -> Result<PushReport, CommandError> {
-    let progress = |digest: &str, done_bytes: u64, total: u64| {
-        let short: String = digest.trim_start_matches("sha256:").chars().take(12).collect();
-        events(Event::Transfer { id: None, what: format!("pushing {short}"), done_bytes, total_bytes: Some(total) });
-    };
-    push(image, targets, sources, &progress, stop).map_err(|error| push_error(&error))
+    push(image, targets, sources, &shown(events), stop).map_err(|error| push_error(&error))
 }
 
 fn canonical_names(names: &[String]) -> Result<Vec<String>, CommandError> {
@@ -346,13 +381,14 @@ fn canonical_names(names: &[String]) -> Result<Vec<String>, CommandError> {
     names.iter().map(canonical).collect()
 }
 
-/// The layers as blobs, several made at once. With `later`, base layers are only named.
+/// The layers as blobs, several made at once; `made` is told of each. With `later`, base layers are only named.
 pub(crate) fn layer_blobs(
     workspace: &Workspace,
     layers: &[Layer],
     compression: snapshot::Compression,
     later: bool,
     events: &(dyn Fn(Event) + Sync),
+    made: &(dyn Fn(&Layer, &LayerBlob) + Sync),
 ) -> Result<Vec<LayerBlob>, SnapshotError> {
     let next = AtomicUsize::new(0);
     let results = Mutex::new(BTreeMap::new());
@@ -366,6 +402,9 @@ pub(crate) fn layer_blobs(
                     let known = if later { workspace.original_blob(layer, compression) } else { None };
                     let started = Instant::now();
                     let result = known.map_or_else(|| workspace.blob(layer, compression), Ok);
+                    if let Ok(blob) = &result {
+                        made(layer, blob);
+                    }
                     let bytes = result.as_ref().map_or(0, |blob| blob.descriptor.size);
                     let (layer, duration) = (Some(layer.id().clone()), started.elapsed());
                     events(Event::Span(Span { id: None, layer, phase: Phase::Compress, started, duration, bytes }));

@@ -10,6 +10,7 @@ use crate::registry::{BlobUpload, Client, Opened, RegistryError, RemoteImage, Se
 use crate::store::{Store, StoreError};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Blobs that are sent at once.
@@ -64,6 +65,8 @@ pub struct PushImage {
     pub blobs: Vec<PushBlob>,
     /// Manifests with their bytes, what refers to others behind them; the last is the root.
     pub manifests: Vec<(Descriptor, Vec<u8>)>,
+    /// Blobs that were sent ahead of the image, by host, repository and digest.
+    pub ahead: BTreeMap<(String, String, String), Uploaded>,
     /// Repositories that are known to have blobs, by digest: places to mount them from.
     pub places: BTreeMap<String, Vec<RemoteImage>>,
 }
@@ -209,6 +212,38 @@ fn put(
     client.put_manifest(&place, descriptor, bytes)
 }
 
+/// Sends blobs to the first target while others are still made: until `blobs` ends. A blob that cannot be sent is left to
+/// [`push`], which tells why.
+pub fn push_ahead(
+    blobs: Receiver<PushBlob>,
+    target: &RemoteImage,
+    sources: &SourceContext,
+    progress: PushProgress<'_>,
+    stop: &(dyn Fn() -> bool + Sync),
+) -> BTreeMap<(String, String, String), Uploaded> {
+    let (blobs, sent) = (Mutex::new(blobs), Mutex::new(BTreeMap::new()));
+    let none = PushImage::default();
+    std::thread::scope(|scope| {
+        for _ in 0..PARALLEL_BLOBS {
+            scope.spawn(|| {
+                loop {
+                    // Whoever waits for the next one holds the lock; the others wait for him.
+                    let next = blobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                    let Ok(blob) = next else { return };
+                    if stop() || media_type::is_foreign(&blob.descriptor.media_type) {
+                        continue;
+                    }
+                    if let Ok(how) = push_blob(&blob, target, from(&none, &blob, target, None), sources, progress) {
+                        let key = (target.host.clone(), target.repository.clone(), blob.descriptor.digest);
+                        sent.lock().unwrap_or_else(PoisonError::into_inner).insert(key, how);
+                    }
+                }
+            });
+        }
+    });
+    sent.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn push_blobs(
     image: &PushImage,
     target: &RemoteImage,
@@ -229,7 +264,10 @@ fn push_blobs(
                 while let Some(blob) = blobs.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let result = match stop() {
                         true => Err(PushError::Interrupted),
-                        false => push_blob(blob, target, from(image, blob, target, sibling), sources, progress),
+                        false => match image.ahead.get(&key_of(target, blob)) {
+                            Some(how) => Ok(*how),
+                            None => push_blob(blob, target, from(image, blob, target, sibling), sources, progress),
+                        },
                     };
                     let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
                     match result {
@@ -253,6 +291,10 @@ fn push_blobs(
         (_, Some(error)) => Err(error),
         (report, None) => Ok(report),
     }
+}
+
+fn key_of(target: &RemoteImage, blob: &PushBlob) -> (String, String, String) {
+    (target.host.clone(), target.repository.clone(), blob.descriptor.digest.clone())
 }
 
 /// A repository of the target's registry that is known, or may be expected, to have the blob.

@@ -11,6 +11,7 @@
 //! | COPY, ADD, WORKDIR, run now | the files it copies, read in place |
 //! | COPY, ADD, WORKDIR, from the cache | tree or blob if there is one, else the copy is worked out again from its recipe |
 
+use crate::cache::import::Imports;
 use crate::context::ContextError;
 use crate::image::Descriptor;
 use crate::materialize::{self, Ownership};
@@ -270,6 +271,8 @@ pub struct Workspace {
     pub ownership: Ownership,
     /// Threads for compression.
     pub threads: usize,
+    /// Caches of other machines.
+    pub imports: Arc<Imports>,
     cancel: Option<Cancel>,
     layers: Mutex<HashMap<LayerId, Layer>>,
     /// What [`Workspace::flatten`] gave, the last used at the end.
@@ -288,6 +291,7 @@ impl Workspace {
             sources,
             ownership,
             threads,
+            imports: Arc::default(),
             cancel: None,
             layers: Mutex::default(),
             flats: Mutex::default(),
@@ -299,6 +303,35 @@ impl Workspace {
     pub fn with_cancel(mut self, cancel: Cancel) -> Self {
         self.cancel = Some(cancel);
         self
+    }
+
+    /// This workspace with caches of other machines.
+    pub fn with_imports(mut self, imports: Arc<Imports>) -> Self {
+        self.imports = imports;
+        self
+    }
+
+    /// A layer's entries, if they are here.
+    pub(crate) fn index_here(&self, layer: &Layer) -> Option<Arc<Tree>> {
+        match layer.0.tree.get() {
+            Some(tree) => Some(tree.clone()),
+            None => self.store.layer(&layer.0.id).ok(),
+        }
+    }
+
+    /// A layer's entries as another machine's cache tells them. They are not kept: the store's own indexes were made of the
+    /// layers that they describe.
+    fn index_elsewhere(&self, layer: &Layer) -> Option<Tree> {
+        let (image, at) = layer.image()?;
+        if self.store.has_layer(&layer.0.id) {
+            return None;
+        }
+        let index = self.imports.index(&image.layers[at].diff_id)?;
+        // Whatever is wrong with it, the layer itself can be read.
+        source::ensure_blob(&index, 0, &self.sources).ok()?;
+        let mut bytes = Vec::new();
+        self.store.open_blob(&index.layers[0].descriptor.digest).ok()?.read_to_end(&mut bytes).ok()?;
+        crate::cache::decode_index(&bytes)
     }
 
     /// The snapshot of a base image. Nothing is fetched yet.
@@ -356,17 +389,21 @@ impl Workspace {
         if let Some(tree) = layer.0.tree.get() {
             return Ok(tree.clone());
         }
+        let located = |mut tree: Tree| {
+            for node in tree.nodes_mut().iter_mut().filter(|node| node.entry.is_file()) {
+                node.origin = Origin::Layer(layer.0.id.clone(), node.entry.path.as_slice().into());
+            }
+            layer.0.tree.get_or_init(|| Arc::new(tree)).clone()
+        };
+        if let Some(tree) = self.index_elsewhere(layer) {
+            return Ok(located(tree));
+        }
         let id = match &layer.0.made {
             Made::Image(image, at) => source::ensure_layers(image, Form::Index, &self.sources)?.swap_remove(*at),
             Made::Step(_) => layer.0.id.clone(),
             Made::Elsewhere => return Err(SnapshotError::Gone(layer.0.id.0.clone())),
         };
-        let index = self.store.layer(&id)?;
-        let mut tree = Tree::clone(&index);
-        for node in tree.nodes_mut().iter_mut().filter(|node| node.entry.is_file()) {
-            node.origin = Origin::Layer(layer.0.id.clone(), node.entry.path.as_slice().into());
-        }
-        Ok(layer.0.tree.get_or_init(|| Arc::new(tree)).clone())
+        Ok(located(Tree::clone(&*self.store.layer(&id)?)))
     }
 
     /// All layers of a snapshot as one tree.

@@ -8,7 +8,6 @@ mod lookup;
 mod step;
 
 use crate::cache::export::StepResult;
-use crate::cache::import::Imports;
 use crate::context::ContextError;
 use crate::op::file::{Download, FileOp, LocalContext, Value, digest_uncached};
 use crate::op::git::{self, GitError};
@@ -298,8 +297,6 @@ pub struct Request {
     pub host: Host,
     /// How git is called.
     pub git: git::Settings,
-    /// Caches of other machines.
-    pub imports: Arc<Imports>,
     /// Remember what steps gave, for a cache that is to be written or was read.
     pub collect: bool,
     /// Tells one project's steps from another's when a miss is explained: paths of context and Dockerfile.

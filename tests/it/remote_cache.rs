@@ -77,6 +77,31 @@ fn another_machine_runs_nothing_and_downloads_next_to_nothing() {
 }
 
 #[test]
+fn a_copy_onto_layers_does_not_fetch_them() {
+    let registry = registry();
+    let host = &registry.host;
+    let cache = format!("{host}/team/cache:main");
+    let text = format!(
+        "FROM {host}/library/busybox:1\nRUN mkdir /d && chmod 700 /d && head -c 3000000 /dev/urandom > /big\nCOPY app /d/\n"
+    );
+    let build = || Build::new().dockerfile(&text).file("app", "1").flag(format!("-t={host}/team/app:1")).flag("--push");
+    build().flag(format!("--cache-to={cache},mode=max").replace("--cache-to=", "--cache-to=type=registry,ref=")).runs();
+    let b = build().file("app", "2").flag(format!("--cache-from={cache}"));
+    let b = b.flag(format!("--cache-to=type=registry,ref={host}/team/cache:b,mode=max"));
+    let ended = b.runs();
+    assert_ran(&ended, &["COPY app"]);
+    assert!(received(&ended) < 60_000.0, "{}", ended.stderr);
+    let image = b.image();
+    assert_eq!(image.file("/d/app"), "2");
+    assert_eq!(image.record.fs["/d"]["mode"], "0700", "the directory stays as it was: {:?}", image.record.fs["/d"]);
+    // What a cache says of layers goes on to the next one.
+    let c = build().file("app", "3").flag(format!("--cache-from={host}/team/cache:b"));
+    let ended = c.runs();
+    assert_ran(&ended, &["COPY app"]);
+    assert!(received(&ended) < 60_000.0, "{}", ended.stderr);
+}
+
+#[test]
 fn what_was_downloaded_is_known_from_then_on() {
     let registry = registry();
     let host = &registry.host;

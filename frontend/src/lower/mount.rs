@@ -40,7 +40,8 @@ impl StageLowering<'_, '_> {
                     secret(&spec, &self.state.cwd()).map_err(|error| in_mount(text, error))?
                 }
                 MountType::Ssh => {
-                    let mount = ssh(&spec, agents, &self.state.cwd()).map_err(|error| problem(option_span(text, "source"), error))?;
+                    let mount = ssh(&spec, agents, &self.state.cwd())
+                        .map_err(|error| problem(option_span(text, "source"), error))?;
                     agents += 1;
                     mounts.ssh_socket.get_or_insert_with(|| mount.target.clone());
                     mount

@@ -1,15 +1,17 @@
 //! Writing caches: which steps and which of their layers, and the documents.
 
 use super::import::Hit;
-use super::{CONFIG_TYPE, Document, Entry, bare, deduplicated, encode_files};
+use super::{CONFIG_TYPE, Document, Entry, INDEX_TYPE, bare, deduplicated, encode_files, encode_index};
 use crate::image::{Assembled, Descriptor, Manifest, media_type};
+use crate::op::source::ResolvedImage;
 use crate::plan::cache_key::Key;
-use crate::snapshot::{Layer, LayerBlob, Snapshot};
+use crate::snapshot::{Layer, LayerBlob, Snapshot, Workspace};
 use crate::store::blob::{DOCUMENT_LIMIT_BYTES, sha256};
 use crate::store::record::{Part, Record, RecordBlob};
 use crate::store::{Store, StoreError};
 use crate::tree::{LayerId, Tree};
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
 
 /// Which layers a cache has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,8 +102,31 @@ pub fn inline_document(steps: &[StepResult], layers: &[Layer], diff_ids: &[Strin
     document
 }
 
+/// Blobs with indexes of layers, by diff ID, and where those that are not here can be had.
+pub type Indexes = BTreeMap<String, (Descriptor, Option<Arc<ResolvedImage>>)>;
+
+/// Indexes of layers as blobs: of those layers whose index can be had without fetching the layer.
+pub fn indexes(workspace: &Workspace, layers: &[(Layer, String)]) -> Result<Indexes, StoreError> {
+    let mut indexes = BTreeMap::new();
+    for (layer, diff_id) in layers {
+        if indexes.contains_key(diff_id) {
+            continue;
+        }
+        if let Some(bytes) = workspace.index_here(layer).and_then(|tree| encode_index(&bare(&tree))) {
+            let (digest, size) = workspace.store.write_blob(None, &mut bytes.as_slice())?;
+            let descriptor = Descriptor { media_type: INDEX_TYPE.to_owned(), digest, size, ..Descriptor::default() };
+            indexes.insert(diff_id.clone(), (descriptor, None));
+        } else if let Some(image) = workspace.imports.index(diff_id)
+            && let Some(blob) = image.layers.first()
+        {
+            indexes.insert(diff_id.clone(), (blob.descriptor.clone(), Some(image)));
+        }
+    }
+    Ok(indexes)
+}
+
 /// The manifest and the records of a cache, as an image whose configuration they are.
-pub fn assemble(document: &Document, blobs: Vec<LayerBlob>) -> Result<Assembled, CacheError> {
+pub fn assemble(document: &Document, blobs: Vec<LayerBlob>, indexes: &[Descriptor]) -> Result<Assembled, CacheError> {
     let mut document = document.clone();
     let mut config_bytes = document.to_json();
     if config_bytes.len() as u64 > DOCUMENT_LIMIT_BYTES {
@@ -124,6 +149,9 @@ pub fn assemble(document: &Document, blobs: Vec<LayerBlob>) -> Result<Assembled,
     for blob in blobs.into_iter().filter(|blob| seen.insert(blob.descriptor.digest.clone())) {
         layers.push(Descriptor { annotations: BTreeMap::new(), platform: None, ..blob.descriptor });
         diff_ids.push(blob.diff_id);
+    }
+    for index in indexes.iter().filter(|index| seen.insert(index.digest.clone())) {
+        layers.push(index.clone());
     }
     let manifest = Manifest {
         schema_version: 2,

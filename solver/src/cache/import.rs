@@ -1,6 +1,6 @@
 //! Reading caches: records at the first miss, layers when they are needed.
 
-use super::{CONFIG_TYPE, Document, Entry, INLINE_MEMBER, decode_files};
+use super::{CONFIG_TYPE, Document, Entry, INDEX_TYPE, INLINE_MEMBER, decode_files};
 use crate::image::{Descriptor, Index, Manifest, media_type};
 use crate::op::source::{ImageLayer, Lookup, Origin, ResolvedImage, SourceContext, SourceError, layout_roots};
 use crate::plan::cache_key::Key;
@@ -75,6 +75,22 @@ struct Records {
     by_key: HashMap<String, Hit>,
     by_inputs: HashMap<String, Hit>,
     by_step: HashMap<String, Hit>,
+    /// Blobs with indexes of layers, by diff ID.
+    indexes: HashMap<String, Arc<ResolvedImage>>,
+}
+
+/// What one cache holds.
+#[derive(Default)]
+struct Cache {
+    hits: Vec<Hit>,
+    indexes: Vec<(String, Arc<ResolvedImage>)>,
+}
+
+impl Cache {
+    fn extend(&mut self, other: Cache) {
+        self.hits.extend(other.hits);
+        self.indexes.extend(other.indexes);
+    }
 }
 
 impl Records {
@@ -115,6 +131,11 @@ impl Imports {
         self.loaded.get()?.by_step.get(step).cloned()
     }
 
+    /// The index of a layer, as an image of one blob. Nothing is fetched for it.
+    pub fn index(&self, diff_id: &str) -> Option<Arc<ResolvedImage>> {
+        self.loaded.get()?.indexes.get(diff_id).cloned()
+    }
+
     fn records(&self, context: &SourceContext, warn: &dyn Fn(String)) -> &Records {
         self.loaded.get_or_init(|| {
             let mut records = Records::default();
@@ -125,7 +146,12 @@ impl Imports {
             });
             for (source, result) in self.sources.iter().zip(results) {
                 match result {
-                    Ok(Ok(hits)) => hits.into_iter().for_each(|hit| records.add(hit)),
+                    Ok(Ok(cache)) => {
+                        cache.hits.into_iter().for_each(|hit| records.add(hit));
+                        for (diff_id, index) in cache.indexes {
+                            records.indexes.entry(diff_id).or_insert(index);
+                        }
+                    }
                     Ok(Err(reason)) => warn(format!("cache {source} is not used: {reason}")),
                     Err(_) => warn(format!("cache {source} is not used: internal error")),
                 }
@@ -136,16 +162,16 @@ impl Imports {
 }
 
 /// All records of a cache; the error is a sentence.
-fn load(source: &CacheSource, context: &SourceContext) -> Result<Vec<Hit>, String> {
+fn load(source: &CacheSource, context: &SourceContext) -> Result<Cache, String> {
     let (origin, root, bytes) = open(source, context).map_err(|error| match error {
         SourceError::Registry(RegistryError::NotFound { .. }) => "it does not exist (yet)".to_owned(),
         error => with_causes(&error),
     })?;
     let name = source.to_string();
     let lookup = Lookup { name: &name, origin: &origin, context };
-    let mut hits = Vec::new();
+    let mut cache = Cache::default();
     if let Ok(manifest) = serde_json::from_slice::<Manifest>(&bytes) {
-        hits.extend(records_of(&lookup, &manifest, &root.digest)?);
+        cache.extend(records_of(&lookup, &manifest, &root.digest)?);
     } else {
         let index: Index = serde_json::from_slice(&bytes).map_err(|_| "it is neither a manifest nor an index")?;
         let foreign = |descriptor: &&Descriptor| descriptor.media_type.contains("buildkit");
@@ -157,13 +183,13 @@ fn load(source: &CacheSource, context: &SourceContext) -> Result<Vec<Hit>, Strin
             let bytes = lookup.document(descriptor, false).map_err(|error| with_causes(&error))?;
             let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|error| error.to_string())?;
             // One of an index's images may have records, and another, of attestations, none.
-            hits.extend(records_of(&lookup, &manifest, &descriptor.digest).unwrap_or_default());
+            cache.extend(records_of(&lookup, &manifest, &descriptor.digest).unwrap_or_default());
         }
     }
-    if hits.is_empty() {
+    if cache.hits.is_empty() {
         return Err("it has no records".to_owned());
     }
-    Ok(hits)
+    Ok(cache)
 }
 
 fn by_buildkit() -> String {
@@ -201,7 +227,7 @@ fn open(source: &CacheSource, context: &SourceContext) -> Result<(Origin, Descri
     }
 }
 
-fn records_of(lookup: &Lookup<'_>, manifest: &Manifest, digest: &str) -> Result<Vec<Hit>, String> {
+fn records_of(lookup: &Lookup<'_>, manifest: &Manifest, digest: &str) -> Result<Cache, String> {
     let config_type = manifest.config.media_type.as_str();
     if config_type == BUILDKIT_CONFIG_TYPE {
         return Err(by_buildkit());
@@ -225,17 +251,23 @@ fn records_of(lookup: &Lookup<'_>, manifest: &Manifest, digest: &str) -> Result<
         true => diff_ids.iter().map(String::as_str).zip(layers).collect(),
         false => layers.iter().map(|layer| (layer.digest.as_str(), layer)).collect(),
     };
+    let alone = |descriptor: &Descriptor, diff_id: &str| {
+        let layer = ImageLayer { descriptor: descriptor.clone(), diff_id: diff_id.to_owned() };
+        Arc::new(layer_alone(format!("cache {}", lookup.name), digest, layer, lookup.origin.clone()))
+    };
+    let index = |(diff_id, name): (&String, &String)| {
+        let blob = blobs.get(name.as_str()).filter(|blob| blob.media_type == INDEX_TYPE)?;
+        Some((diff_id.clone(), alone(blob, diff_id)))
+    };
+    let indexes = document.indexes.iter().filter_map(index).collect();
     let hits = document.entries.into_iter().map(|entry| {
         let name = if inline { &entry.diff_id } else { &entry.blob };
         let blob = name.as_deref().and_then(|name| blobs.get(name));
         let blob = blob.filter(|blob| media_type::is_layer(&blob.media_type));
-        let layer = blob.zip(entry.diff_id.as_ref()).map(|(blob, diff_id)| {
-            let layer = ImageLayer { descriptor: (*blob).clone(), diff_id: diff_id.clone() };
-            Arc::new(layer_alone(format!("cache {}", lookup.name), digest, layer, lookup.origin.clone()))
-        });
+        let layer = blob.zip(entry.diff_id.as_ref()).map(|(blob, diff_id)| alone(blob, diff_id));
         Hit { entry: Arc::new(entry), layer }
     });
-    Ok(hits.collect())
+    Ok(Cache { hits: hits.collect(), indexes })
 }
 
 /// A layer as an image, which knows where to get it.

@@ -5,12 +5,13 @@
 //! ```text
 //! manifest   config  → records: one entry a step, with the parts of its key   application/vnd.nacre.cache.config.v1+json
 //!            layers  → blobs of the steps' layers, in no order that means anything   the usual layer types
+//!                    → indexes of these layers and of the images' bases   application/vnd.nacre.cache.index.v1+zstd
 //! ```
 //! An image may carry its records itself (`type=inline`): the same document as member `nacre.cache.v1` of its
 //! configuration; the layers are the image's own.
 //!
 //! Reading a cache fetches manifest and records. A layer is fetched when a step needs its files or an output its
-//! blob; it is checked like a layer of a base image. What a cache says of a step is believed: who may write to a cache decides what
+//! blob; a copy onto it needs its index alone. A layer is checked like a layer of a base image. What a cache says of a step is believed: who may write to a cache decides what
 //! those who read it build.
 //!
 //! An entry without a layer says what a step's result is without giving it. That is enough to find what comes after it;
@@ -25,16 +26,20 @@ use crate::store::blob::digest_hex;
 use crate::store::record::Part;
 use crate::tree::{Node, Origin, Tree, index};
 use serde::{Deserialize, Serialize};
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
 /// Media type of the records.
 pub const CONFIG_TYPE: &str = "application/vnd.nacre.cache.config.v1+json";
+/// Media type of a layer's index.
+pub const INDEX_TYPE: &str = "application/vnd.nacre.cache.index.v1+zstd";
 /// Member of an image configuration with the records of a cache inside of an image.
 pub const INLINE_MEMBER: &str = "nacre.cache.v1";
 /// Version of the document.
 const VERSION: u32 = 1;
 /// A list of files that is longer when compressed is left out: it only serves to say which file changed.
 const FILES_LIMIT_BYTES: usize = 48 << 10;
+/// An index is not unpacked to more than this.
+const INDEX_LIMIT_BYTES: usize = 256 << 20;
 /// A list of files is not unpacked to more than this.
 const FILES_UNPACKED_LIMIT_BYTES: usize = 8 << 20;
 
@@ -48,6 +53,9 @@ pub struct Document {
     pub key_format: u32,
     /// One for each step.
     pub entries: Vec<Entry>,
+    /// Digests of the blobs with indexes of layers, by diff ID.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub indexes: BTreeMap<String, String>,
 }
 
 /// The result of a step.
@@ -85,7 +93,7 @@ pub struct Entry {
 impl Document {
     /// A document with these entries.
     pub fn new(entries: Vec<Entry>) -> Self {
-        Self { version: VERSION, key_format: KEY_FORMAT, entries }
+        Self { version: VERSION, key_format: KEY_FORMAT, entries, indexes: BTreeMap::new() }
     }
 
     /// Reads a document; the error is a sentence.
@@ -110,6 +118,10 @@ impl Document {
                 return Err(format!("its record `{}` is damaged", entry.key));
             }
         }
+        let mut indexes = document.indexes.iter();
+        if indexes.any(|(diff_id, digest)| digest_hex(diff_id).is_err() || digest_hex(digest).is_err()) {
+            return Err("its list of indexes is damaged".to_owned());
+        }
         Ok(document)
     }
 
@@ -130,6 +142,16 @@ fn decode_files(text: &str) -> Option<Tree> {
     let compressed = decode_base64(text)?;
     let bytes = zstd::bulk::decompress(&compressed, FILES_UNPACKED_LIMIT_BYTES).ok()?;
     index::decode(&bytes).ok()
+}
+
+/// An index as a blob.
+fn encode_index(tree: &Tree) -> Option<Vec<u8>> {
+    zstd::bulk::compress(&index::encode(tree), 9).ok()
+}
+
+/// Reads [`encode_index`].
+pub(crate) fn decode_index(bytes: &[u8]) -> Option<Tree> {
+    index::decode(&zstd::bulk::decompress(bytes, INDEX_LIMIT_BYTES).ok()?).ok()
 }
 
 /// The files alone, without where their bytes are.
@@ -179,6 +201,7 @@ mod tests {
         check(&|document| document.entries[1].content_key.push('0'), "damaged");
         check(&|document| document.entries[1].diff_id = Some("sha256:../x".to_owned()), "damaged");
         check(&|document| document.entries[1].blob = Some("md5:00".to_owned()), "damaged");
+        check(&|document| drop(document.indexes.insert("x".to_owned(), "sha256:0".to_owned())), "indexes is damaged");
         assert!(Document::parse(b"{").is_err());
         assert!(Document::parse(b"[]").is_err());
     }

@@ -518,7 +518,7 @@ fn prepare_process(spec: &RunSpec, report: KeptFd) -> Result<Option<OwnedFd>, Fa
             .call(|| format!("setrlimit({name}, {soft}, {hard})"))
             .doing(|| format!("set the limit {name}"))?;
     }
-    let entered = enter_cwd(&spec.cwd)?;
+    let entered = enter_cwd(spec)?;
     let switch = !spec.has_single_id();
     if switch {
         own_streams(spec.uid);
@@ -568,21 +568,48 @@ fn prepare_process(spec: &RunSpec, report: KeptFd) -> Result<Option<OwnedFd>, Fa
 
 /// Enters the working directory, making it when it does not exist. Returns false when the command's own user may be
 /// able to enter it where root is not.
-fn enter_cwd(cwd: &str) -> Result<bool, Failure> {
+fn enter_cwd(spec: &RunSpec) -> Result<bool, Failure> {
+    let cwd = spec.cwd.as_str();
     let doing = || "enter the working directory".to_owned();
     match rustix::process::chdir(cwd) {
         Err(Errno::NOENT) => {}
         Err(Errno::ACCESS | Errno::PERM) => return Ok(false),
         result => return result.call(|| format!("chdir({cwd:?})")).doing(doing).map(|()| true),
     }
-    use std::os::unix::fs::DirBuilderExt;
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o755)
-        .create(cwd)
+    // With one id only, others cannot be given away before they are emulated.
+    let owner = (!spec.has_single_id()).then(|| (Uid::from_raw(spec.uid), Gid::from_raw(spec.gid)));
+    make_dirs(Path::new(cwd), owner, MAX_LINKS)
         .call(|| format!("mkdir({cwd:?})"))
         .doing(|| "make the working directory".into())?;
     rustix::process::chdir(cwd).call(|| format!("chdir({cwd:?})")).doing(doing).map(|()| true)
+}
+
+/// Links that may lead from one missing directory to the next, as path_resolution(7) has it.
+const MAX_LINKS: u32 = 40;
+
+/// Makes a directory and those above it that are missing, for the step's user as BuildKit does; where a link leads to
+/// nothing, what it names is made. `..` is resolved by the kernel, behind links.
+fn make_dirs(path: &Path, owner: Option<(Uid, Gid)>, links: u32) -> std::io::Result<()> {
+    let mut at = PathBuf::new();
+    for part in path.components() {
+        at.push(part);
+        if at.metadata().is_ok() {
+            continue;
+        }
+        match rustix::fs::mkdir(&at, Mode::from_raw_mode(0o755)) {
+            Ok(()) => {
+                if let Some((uid, gid)) = owner {
+                    rustix::fs::chown(&at, Some(uid), Some(gid))?;
+                }
+            }
+            Err(Errno::EXIST) if links > 0 && at.is_symlink() => {
+                let target = std::fs::read_link(&at)?;
+                make_dirs(&at.parent().unwrap_or(Path::new("/")).join(target), owner, links - 1)?;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
 }
 
 /// Refuses a working directory that is not below the root, which a magic link could lead to.

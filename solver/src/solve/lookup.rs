@@ -95,7 +95,7 @@ impl Build<'_> {
             Err(reason) => reason,
         };
         let context = &self.workspace.sources;
-        let found = self.request.imports.find(key, context, &|message| self.warn(message));
+        let found = self.workspace.imports.find(key, context, &|message| self.warn(message));
         found.and_then(|hit| self.take(wanted, hit, files)).ok_or(reason)
     }
 
@@ -122,7 +122,7 @@ impl Build<'_> {
     pub(super) fn look_up_by_inputs(&self, wanted: &Wanted<'_>) -> Option<Snapshot> {
         let key = wanted.inputs_key.filter(|_| !wanted.vertex.ignore_cache)?;
         let context = &self.workspace.sources;
-        let hit = self.request.imports.find_by_inputs(&key, context, &|message| self.warn(message))?;
+        let hit = self.workspace.imports.find_by_inputs(&key, context, &|message| self.warn(message))?;
         self.take(wanted, hit, None)
     }
 
@@ -220,7 +220,7 @@ impl Build<'_> {
             return Some((record.parts, layer));
         }
         let names = steps(self.definition, id, "");
-        let there = names.iter().find_map(|step| self.request.imports.last_of_step(step));
+        let there = names.iter().find_map(|step| self.workspace.imports.last_of_step(step));
         let hit = there.filter(|hit| alike(&hit.entry.parts))?;
         Some((hit.entry.parts.clone(), hit.files().map(Arc::new)))
     }

@@ -3,7 +3,7 @@
 use super::proxy::{BoxedRule, Fault, Proxy};
 use super::*;
 use nacre_solver::export::put_in_store;
-use nacre_solver::push::{PushError, PushImage, PushReport, push};
+use nacre_solver::push::{PushError, PushImage, PushReport, push, push_ahead};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Bytes that do not compress.
@@ -621,4 +621,34 @@ fn helpers_keep_credentials() {
     assert!(error.contains("no answer"), "{error}");
     assert!(helper::get("nacremissing", "h.io", second).unwrap_err().to_string().contains("not installed"));
     assert!(helper::get("../x", "h.io", second).is_err());
+}
+
+#[test]
+fn what_went_ahead_is_not_asked_for_again() {
+    let registry = Registry::start("");
+    let proxy = Proxy::start(&registry.host, |_, _, _| Fault::None);
+    let (_directory, store) = store();
+    let context = context(&store, quick());
+    let (mut image, assembled) = stored(&store, &[tar_of("big", &noise(2 << 20, 91)), tar_of("a", b"1")]);
+    let target = to(&proxy.host, "team/ahead:1");
+    let (sender, blobs) = std::sync::mpsc::channel();
+    let ahead = std::thread::scope(|scope| {
+        let sending = scope.spawn(|| push_ahead(blobs, &target, &context, &|_, _, _| (), &|| false));
+        for blob in image.blobs.clone() {
+            sender.send(blob).unwrap();
+        }
+        // One that nobody has does no harm here; the push itself tells of it.
+        let digest = sha256(b"nobody has it");
+        let descriptor = Descriptor { digest, size: 5, ..image.blobs[0].descriptor.clone() };
+        sender.send(nacre_solver::push::PushBlob { descriptor, base: None }).unwrap();
+        drop(sender);
+        sending.join().unwrap()
+    });
+    assert_eq!(ahead.len(), 3);
+    proxy.forget();
+    image.ahead = ahead;
+    let report = send(&image, &[target], &context).unwrap();
+    assert_eq!((report.sent, report.present), (3, 0));
+    assert_eq!((proxy.count("HEAD", "/blobs/"), proxy.blob_bytes()), (0, 0), "{:?}", proxy.seen());
+    assert_eq!(skopeo_digest(&format!("{}/team/ahead:1", registry.host), &[]), assembled.manifest_descriptor.digest);
 }
