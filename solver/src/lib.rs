@@ -3,6 +3,7 @@
 pub mod context;
 pub mod export;
 pub mod image;
+pub mod leak;
 pub mod materialize;
 pub mod op;
 pub mod plan;

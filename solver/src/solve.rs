@@ -5,6 +5,7 @@
 //! content leaves everything after it cached.
 
 use crate::context::ContextError;
+use crate::leak::{Leak, LeakStream};
 use crate::op::file::{Download, FileOp, LocalContext, Recipe, Value, digest_uncached};
 use crate::op::git::{self, GitError};
 use crate::op::run::{self, Host, RunError};
@@ -19,7 +20,7 @@ use crate::sandbox::{Cancel, SandboxError};
 use crate::snapshot::{Layer, Made, Snapshot, SnapshotError, Workspace};
 use crate::store::StoreError;
 use crate::store::record::{Part, Record};
-use crate::tree::{LayerId, Tree, index};
+use crate::tree::{Kind, LayerId, Tree, index};
 use nacre_frontend::llb::{Definition, ImageSource, Op, Platform, Source, Vertex, VertexId};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io::Write;
@@ -216,6 +217,9 @@ pub enum VertexError {
     /// A download that serves as a context.
     #[error(transparent)]
     Unpack(#[from] UnpackError),
+    /// A secret is where it must not be.
+    #[error(transparent)]
+    Leak(#[from] Leak),
     /// A fault of ours.
     #[error("internal error: {0}")]
     Panic(String),
@@ -229,6 +233,11 @@ impl VertexError {
             Self::Source(error) | Self::Snapshot(SnapshotError::Source(error)) => error.help(),
             Self::Snapshot(SnapshotError::Copy(error)) => error.help(),
             Self::Git(error) => error.help().map(str::to_owned),
+            Self::Leak(_) => Some(
+                "keep it out: use it in the step that mounts it, and remove what the step wrote of it; \
+                 --allow-secret-leak turns this check off"
+                    .to_owned(),
+            ),
             Self::Snapshot(SnapshotError::Changed { .. }) => Some("build again when nothing writes to it".to_owned()),
             Self::NoContext(name) => Some(format!("give it with `--build-context {name}=DIRECTORY`")),
             _ => None,
@@ -604,12 +613,34 @@ impl Build<'_> {
         self.tell(Event::Started { id: id.0 });
         self.explain(id, reason, &steps, &parts, selection.as_ref());
         let tree = recipe.carry_out(self.workspace)?;
+        self.check_for_secrets(&tree)?;
         let content = index::content_key(&tree);
         let layer_id = self.workspace.store.put_layer(&tree)?;
         let layer = self.workspace.layer(layer_id, Made::Step(Some(recipe)), Some(Arc::new(tree)));
         self.keep(&key, &steps, parts, layer.id(), &content, started)?;
         self.tell(Event::Finished { id: id.0, duration: started.elapsed() });
         Ok(parent.with(layer, &content, Some(self.now.0)))
+    }
+
+    /// Looks for secrets in the names, links, attributes and files of a new layer.
+    fn check_for_secrets(&self, tree: &Tree) -> Result<(), VertexError> {
+        let Some(leaks) = &self.request.host.leaks else { return Ok(()) };
+        self.workspace.prepare(tree)?;
+        for node in tree.nodes() {
+            let entry = &node.entry;
+            let path = || format!("/{}", String::from_utf8_lossy(&entry.path));
+            leaks.check(&entry.path, || "the name of a file".to_owned())?;
+            if let Kind::Symlink { target } = &entry.kind {
+                leaks.check(target, path)?;
+            }
+            entry.xattrs.values().try_for_each(|value| leaks.check(value, path))?;
+            if entry.is_file() {
+                let read = |source| SnapshotError::Read { path: path(), source };
+                let mut file = self.workspace.open(node).map_err(read)?;
+                leaks.check_reader(&mut file, path).map_err(read)??;
+            }
+        }
+        Ok(())
     }
 
     fn run(
@@ -648,11 +679,24 @@ impl Build<'_> {
         self.tell(Event::Started { id: id.0 });
         self.explain(id, reason, &steps, &parts, None);
         log.path = Some(self.workspace.store.part("logs").join(key.hex()));
+        let leaks = self.request.host.leaks.as_deref();
+        // Each stream by itself: pieces of the two come in any order.
+        let mut streams = leaks.map(|leaks| [LeakStream::new(leaks), LeakStream::new(leaks)]);
+        let mut leaked = None;
         let mut output = |stream: Stream, data: &[u8]| {
+            if let (Some(streams), None) = (&mut streams, &leaked) {
+                leaked = streams[usize::from(stream == Stream::Stderr)].push(data);
+            }
             log.write(data);
             self.tell(Event::Log { id: id.0, stream, data: data.to_vec() });
         };
-        let ran = run::execute(self.workspace, op, &inputs, &self.request.host, self.cancel, &mut output)?;
+        let ran = run::execute(self.workspace, op, &inputs, &self.request.host, self.cancel, &mut output);
+        if let Some((secret, form)) = leaked {
+            log.forget();
+            return Err(Leak { secret, place: "what the step printed".to_owned(), form }.into());
+        }
+        let ran = ran?;
+        self.check_for_secrets(&ran.changes)?;
         let content = index::content_key(&ran.changes);
         let snapshot_key = parent.content().stacked(&content);
         // The same content as an earlier run on the same content: that layer stays, so that the image's bytes do too.
@@ -706,6 +750,17 @@ impl StepLog {
                 self.open_line.push(byte);
             }
         }
+    }
+
+    /// Removes what was written: it holds what nobody may see.
+    fn forget(&mut self) {
+        self.file = None;
+        if let Some(path) = self.path.take() {
+            // Nothing was printed, or the file could not be made.
+            let _ = std::fs::remove_file(path);
+        }
+        self.lines.clear();
+        self.open_line.clear();
     }
 
     fn tail(&mut self) -> Vec<String> {

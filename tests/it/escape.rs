@@ -570,3 +570,47 @@ fn secrets_stay_out_of_layers_logs_and_the_store() {
     let found = Command::new("grep").args(["-rlaF", value]).arg(build.store()).output().expect("grep is there");
     assert_eq!(String::from_utf8_lossy(&found.stdout), "");
 }
+
+#[test]
+fn secrets_in_the_wrong_place_end_the_build() {
+    let value = "s3cr3t-value-4711";
+    let build = |dockerfile: &str| {
+        Build::new()
+            .dockerfile(dockerfile)
+            .file("config/.env", &format!("TOKEN={value}\n"))
+            .flag("--secret=id=s,env=SECRET")
+            .env("SECRET", value)
+    };
+    let mount = "FROM busybox\nRUN --mount=type=secret,id=s";
+    for (dockerfile, place) in [
+        (format!("{mount} cp /run/secrets/s /etc/token"), "/etc/token"),
+        (format!("{mount} base64 /run/secrets/s > /etc/token"), "/etc/token, in base64"),
+        (format!("{mount} ln -s $(cat /run/secrets/s) /link"), "/link"),
+        (format!("{mount} touch /$(cat /run/secrets/s)"), "the name of a file"),
+        (format!("{mount} cat /run/secrets/s"), "what the step printed"),
+        ("FROM busybox\nCOPY config /config\n".to_owned(), "/config/.env"),
+        (format!("FROM busybox\nENV TOKEN={value}\n"), "the image's configuration or history"),
+        (format!("FROM busybox\nARG TOKEN={value}\nRUN true\n"), "the image's configuration or history"),
+    ] {
+        let build = build(&dockerfile);
+        let ended = build.fails_with(4, &["secret `s` stands in", place, "--allow-secret-leak"]);
+        let logs = fs::read_dir(build.store().join("logs")).into_iter().flatten().flatten();
+        for log in logs {
+            let text = fs::read_to_string(log.path()).expect("text");
+            assert!(!text.contains(value), "{dockerfile}: {text}");
+        }
+        drop(ended);
+        build.flag("--allow-secret-leak").runs();
+    }
+    build(&format!("{mount} [ $(cat /run/secrets/s) = {value} ]\n").replace(value, "s3cr3t-\"\"value-4711")).runs();
+}
+
+#[test]
+fn steps_end_in_time() {
+    let build =
+        Build::new().dockerfile("FROM busybox\nRUN echo begun; sleep 4821 & sleep 4821\n").flag("--step-timeout=1s");
+    let start = std::time::Instant::now();
+    build.fails_with(4, &["stopped after 1s", "--step-timeout"]);
+    assert!(start.elapsed() < std::time::Duration::from_secs(20), "{:?}", start.elapsed());
+    Build::new().dockerfile("FROM busybox\nRUN true\n").flag("--step-timeout=1h").runs();
+}

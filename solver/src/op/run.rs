@@ -1,5 +1,6 @@
 //! RUN as a vertex: its key, its mounts, its sandbox, and the layer that it leaves.
 
+use crate::leak::LeakScan;
 use crate::materialize::{self, MaterializeError, Ownership};
 use crate::op::agent::AgentSocket;
 use crate::op::file::Value;
@@ -18,6 +19,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// What the caller of a build gives to its steps.
 #[derive(Debug, Clone, Default)]
@@ -28,6 +30,10 @@ pub struct Host {
     pub ssh: BTreeMap<String, PathBuf>,
     /// Content of /etc/resolv.conf for steps.
     pub resolv_conf: String,
+    /// Looks for secrets where they must not be.
+    pub leaks: Option<Arc<LeakScan>>,
+    /// How long a step may take.
+    pub step_timeout: Option<Duration>,
     /// Network of steps that ask for none in particular.
     pub default_network_none: bool,
 }
@@ -83,6 +89,12 @@ pub enum RunError {
         /// Its number.
         signal: i32,
     },
+    /// It took longer than allowed.
+    #[error("stopped after {}", humane(.after))]
+    TimedOut {
+        /// What was allowed.
+        after: Duration,
+    },
     /// Told to stop.
     #[error("interrupted")]
     Interrupted,
@@ -109,6 +121,7 @@ impl RunError {
             Self::User(UserError::NoGroup { name }) => {
                 format!("make group `{name}` in an earlier step, or give a number: `USER name:1000`")
             }
+            Self::TimedOut { .. } => "--step-timeout says how long a step may take".to_owned(),
             Self::NoSecret(id) => {
                 format!("give it with `--secret id={id},src=FILE` or `--secret id={id},env=VARIABLE`")
             }
@@ -119,6 +132,11 @@ impl RunError {
             _ => return None,
         })
     }
+}
+
+/// A duration in words: `90s`, `1.5s`.
+fn humane(duration: &Duration) -> String {
+    format!("{}s", duration.as_secs_f64())
 }
 
 /// The parts of the key, without those of the root file system.
@@ -300,14 +318,17 @@ pub fn execute(
         scratch_dir: directory("files")?,
         emulation,
     };
-    let result = sandbox::run(&spec, cancel, log);
+    let result = sandbox::run_for(&spec, cancel, host.step_timeout, log);
     // Cache mounts keep their owners whether the step succeeded or not.
     let recorded = match (&spec.emulation, &result) {
         (Some(emulation), Ok(_)) => owners::take(emulation, &caches).map_err(owners_failed)?,
         _ => Records::new(),
     };
     drop((locks, agents));
-    let outcome: Outcome = result?;
+    let outcome: Outcome = match (result, host.step_timeout) {
+        (Err(SandboxError::TimedOut), Some(after)) => return Err(RunError::TimedOut { after }),
+        (result, _) => result?,
+    };
     if cancel.is_cancelled() {
         return Err(RunError::Interrupted);
     }
