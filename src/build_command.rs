@@ -5,10 +5,9 @@ use crate::export_command::{self, Built};
 use crate::input::{self, Fetcher, Files, Input};
 use crate::interrupt::{Signals, last_words};
 use crate::progress::{Screen, ScreenOptions};
-use crate::report::{CommandError, Exit, Failure, Place, StepFailure, StepOutcome, Style, with_causes};
-use crate::request::{
-    BuildRequest, CacheUse, Call, Environment, NamedSource, OwnershipChoice, ProgressMode, SshSource,
-};
+use crate::report::{CommandError, Exit, Failure, Place, StepFailure, StepOutcome, Style, disk_help, with_causes};
+use crate::request::{BuildRequest, CacheUse, Call, Environment, NamedSource, OwnershipChoice, ProgressMode};
+use crate::ssh_agents::SshAgents;
 use nacre_frontend::check::{IgnoreRules, Warning};
 use nacre_frontend::diagnostic::Diagnostic;
 use nacre_frontend::instruction::{Dockerfile, InstructionKind};
@@ -96,7 +95,8 @@ fn call(request: &BuildRequest, env: &Environment, signalled: &Arc<AtomicBool>) 
         Some(input) => input,
         None => {
             let workspace = workspace(request, Ownership::SingleId, None)?;
-            let git = input::git_settings(request, env)?;
+            let agents = SshAgents::start(&request.ssh)?;
+            let git = input::git_settings(request, env, &agents)?;
             let stop = || signalled.load(Ordering::SeqCst);
             Fetcher { workspace: &workspace, git: &git, stop: &stop, events: &|_| {} }.input(request)?
         }
@@ -300,8 +300,9 @@ fn build(
     found: &mut Findings,
 ) -> Result<Vec<Built>, CommandError> {
     let workspace = workspace(request, place.ownership, Some(progress))?.with_cancel(cancel.clone());
-    let git = input::git_settings(request, env)?;
-    let host = host(request)?;
+    let agents = SshAgents::start(&request.ssh)?;
+    let git = input::git_settings(request, env, &agents)?;
+    let host = host(request, &agents)?;
     let (dockerfile, input) = match known {
         Some(known) => known,
         None => {
@@ -486,7 +487,7 @@ fn base_error(error: &SourceError, dockerfile: &Dockerfile, span: Span) -> Comma
     CommandError::Failure(Box::new(Failure { exit: Exit::Source, message, place, help }))
 }
 
-fn host(request: &BuildRequest) -> Result<Host, CommandError> {
+fn host(request: &BuildRequest, agents: &SshAgents) -> Result<Host, CommandError> {
     let mut host = Host {
         resolv_conf: std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
         default_network_none: request.network == Network::None,
@@ -499,15 +500,7 @@ fn host(request: &BuildRequest) -> Result<Host, CommandError> {
     if !request.allow_secret_leak {
         host.leaks = LeakScan::new(&host.secrets).map(Arc::new);
     }
-    for agent in &request.ssh {
-        match &agent.source {
-            SshSource::Socket(path) => host.ssh.insert(agent.id.clone(), path.clone()),
-            SshSource::Keys(_) => {
-                let message = format!("--ssh {}: key files cannot be used yet", agent.id);
-                return Err(failure(Exit::Usage, &message, Some("start an ssh-agent and add them".to_owned())));
-            }
-        };
-    }
+    host.ssh = agents.sockets().clone();
     Ok(host)
 }
 
@@ -520,7 +513,9 @@ fn solve_error(error: SolveError, steps: &blame::Steps<'_>) -> CommandError {
             let source = steps.dockerfile.source.clone();
             let place = lines.map(|lines| Place { source, lines, word: found.word });
             let outcome = match &*cause {
-                VertexError::Run(RunError::Exit { code, program }) => Some((StepOutcome::Exit(*code), program.clone())),
+                VertexError::Run(RunError::Exit { code, program, disk_full }) => {
+                    Some((StepOutcome::Exit { code: *code, disk_full: *disk_full }, program.clone()))
+                }
                 VertexError::Run(RunError::Signal { signal }) => Some((StepOutcome::Signal(*signal), String::new())),
                 _ => None,
             };
@@ -539,7 +534,8 @@ fn solve_error(error: SolveError, steps: &blame::Steps<'_>) -> CommandError {
                 _ => Exit::General,
             };
             let message = with_causes(&*cause);
-            CommandError::Failure(Box::new(Failure { exit, message, place, help: found.help }))
+            let help = found.help.or_else(|| disk_help(&*cause));
+            CommandError::Failure(Box::new(Failure { exit, message, place, help }))
         }
     }
 }

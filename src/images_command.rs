@@ -48,6 +48,8 @@ fn rows(store: &Path) -> Result<Vec<Row>, CommandError> {
     let index: Value = serde_json::from_slice(&text).map_err(|error| unreadable(&path, &error))?;
     let mut rows: Vec<Row> = members(&index, "manifests").map(|descriptor| row(store, descriptor)).collect();
     rows.sort_by(|a, b| (&a.name, &a.digest).cmp(&(&b.name, &b.digest)));
+    // The index has an image once for every spelling of its name that other tools look for.
+    rows.dedup();
     Ok(rows)
 }
 

@@ -5,7 +5,8 @@
 
 use crate::build_command::failure;
 use crate::report::{CommandError, Exit, with_causes};
-use crate::request::{BuildRequest, ContextSource, DockerfileSource, Environment, SshSource};
+use crate::request::{BuildRequest, ContextSource, DockerfileSource, Environment};
+use crate::ssh_agents::SshAgents;
 use nacre_frontend::lower::without_credentials;
 use nacre_frontend::parser;
 use nacre_frontend::source::SourceFile;
@@ -263,19 +264,19 @@ pub(crate) fn keeps_git_dir(request: &BuildRequest, of_address: Option<bool>) ->
 }
 
 /// How git is called for this user.
-pub(crate) fn git_settings(request: &BuildRequest, env: &Environment) -> Result<git::Settings, CommandError> {
+pub(crate) fn git_settings(
+    request: &BuildRequest,
+    env: &Environment,
+    agents: &SshAgents,
+) -> Result<git::Settings, CommandError> {
     let mut secrets = git::Secrets::default();
     for secret in request.secrets.iter().filter(|secret| secret.id.starts_with("GIT_AUTH_")) {
         secrets.0.insert(secret.id.clone(), secret.read()?);
     }
-    let agent = request.ssh.iter().find(|agent| agent.id == "default").and_then(|agent| match &agent.source {
-        SshSource::Socket(path) => Some(path.clone()),
-        SshSource::Keys(_) => None,
-    });
     Ok(git::Settings {
         program: PathBuf::new(),
         env: env.for_git(),
-        ssh_agent: agent,
+        ssh_agent: agents.sockets().get("default").cloned(),
         ssh_command: ssh_command(env.home(), is_mapped()),
         secrets,
     })

@@ -18,6 +18,7 @@ mod progress;
 mod prune_command;
 mod report;
 mod request;
+mod ssh_agents;
 
 use clap::Parser;
 use cli::{Cli, Command};

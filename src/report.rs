@@ -118,15 +118,21 @@ pub(crate) struct StepFailure {
 /// How a step ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum StepOutcome {
-    /// By itself, with a code other than 0.
-    Exit(i32),
+    /// By itself.
+    Exit {
+        /// A number other than 0.
+        code: i32,
+        /// The file system that it wrote to has no room left.
+        disk_full: bool,
+    },
     /// By a signal.
     Signal(i32),
 }
 
 impl CommandError {
     /// An error with all of its causes.
-    pub(crate) fn new(exit: Exit, error: &dyn Error, help: Option<String>) -> Self {
+    pub(crate) fn new(exit: Exit, error: &(dyn Error + 'static), help: Option<String>) -> Self {
+        let help = help.or_else(|| disk_help(error));
         Self::Failure(Box::new(Failure { exit, message: with_causes(error), place: None, help }))
     }
 
@@ -161,6 +167,26 @@ pub(crate) fn with_causes(error: &dyn Error) -> String {
         cause = error.source();
     }
     message
+}
+
+/// A way out of a full disk.
+const MAKE_ROOM: &str = "make room there (`nacre prune` clears what the cache does not need), or choose another place \
+                         with --store or --output";
+
+/// A way out when a file system is full or takes no writes.
+pub(crate) fn disk_help(error: &(dyn Error + 'static)) -> Option<String> {
+    use std::io::ErrorKind;
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        match error.downcast_ref::<std::io::Error>().map(std::io::Error::kind) {
+            Some(ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => return Some(MAKE_ROOM.to_owned()),
+            Some(ErrorKind::ReadOnlyFilesystem) => {
+                return Some("choose a place that can be written with --store or --output".to_owned());
+            }
+            _ => cause = error.source(),
+        }
+    }
+    None
 }
 
 /// How to print.
@@ -275,22 +301,28 @@ impl Style {
             text.push_str("---\n");
         }
         let outcome = match &step.outcome {
-            StepOutcome::Exit(code) => format!("{} failed with exit code {code}{}", step.name, exit_meaning(*code)),
+            StepOutcome::Exit { code, .. } => {
+                format!("{} failed with exit code {code}{}", step.name, exit_meaning(*code))
+            }
             StepOutcome::Signal(signal) => format!("{} was killed by {}", step.name, signal_name(*signal)),
         };
         let message = format!("{outcome} (stage {})", step.stage);
         let mut notes = Vec::new();
-        if matches!(step.outcome, StepOutcome::Exit(126 | 127)) {
+        if matches!(step.outcome, StepOutcome::Exit { code: 126 | 127, .. }) {
             notes
                 .push(format!("`{}`, or a command that it was given, is not in the image or no program", step.program));
+        }
+        if let StepOutcome::Exit { disk_full: true, .. } = step.outcome {
+            notes.push("the file system of the store, which the step writes to, is full".to_owned());
         }
         if let Some(log) = &step.log {
             notes.push(format!("all of its output is in {}", log.display()));
         }
         let place = step.place.as_ref().map(|place| (&place.source, place.span()));
         let help = match step.outcome {
+            StepOutcome::Exit { disk_full: true, .. } => Some(MAKE_ROOM),
             StepOutcome::Signal(9) => Some("the kernel kills with SIGKILL when memory runs out"),
-            StepOutcome::Exit(_) | StepOutcome::Signal(_) => None,
+            StepOutcome::Exit { .. } | StepOutcome::Signal(_) => None,
         };
         text.push_str(&self.block(Severity::Error, &message, place, &notes, help));
         text
@@ -511,7 +543,7 @@ help: comments start with `#`
             name: "[builder 2/2] RUN make all".to_owned(),
             stage: "builder".to_owned(),
             program: "/bin/sh".to_owned(),
-            outcome: StepOutcome::Exit(127),
+            outcome: StepOutcome::Exit { code: 127, disk_full: false },
             place: Some(Place { source, lines: (2, 3), word: None }),
             tail: (0..30).map(|n| format!("error: line {n}\u{1b}[2J")).collect(),
             log: Some("/store/logs/1".into()),
@@ -539,8 +571,8 @@ note: all of its output is in /store/logs/1
         for (outcome, words) in [
             (StepOutcome::Signal(9), "was killed by SIGKILL"),
             (StepOutcome::Signal(40), "was killed by signal 40"),
-            (StepOutcome::Exit(137), "exit code 137 (killed by SIGKILL)"),
-            (StepOutcome::Exit(1), "exit code 1 (stage 0)"),
+            (StepOutcome::Exit { code: 137, disk_full: false }, "exit code 137 (killed by SIGKILL)"),
+            (StepOutcome::Exit { code: 1, disk_full: false }, "exit code 1 (stage 0)"),
         ] {
             let step = StepFailure {
                 name: "RUN x".into(),

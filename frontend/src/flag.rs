@@ -466,7 +466,7 @@ fn validate(spec: &MountSpec) -> Result<(), MountError> {
 }
 
 /// Fields of one CSV record: separated by commas; double quotes around a whole field, doubled inside of it.
-fn csv_fields(text: &str) -> Result<Vec<String>, MountError> {
+pub(crate) fn csv_fields(text: &str) -> Result<Vec<String>, MountError> {
     let misplaced = || MountError::Quote(text.to_owned());
     let mut rest = text.strip_suffix('\n').map_or(text, |text| text.strip_suffix('\r').unwrap_or(text));
     if rest.is_empty() {

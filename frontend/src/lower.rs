@@ -291,6 +291,12 @@ fn reachable(
     lexer: &Lexer,
 ) -> Result<(Vec<bool>, MissingBases), Vec<Diagnostic>> {
     let mut needed = vec![false; plan.stages.len()];
+    // Looked for once: very many stages may be built on a long one.
+    let triggers_of: Vec<Vec<String>> = plan
+        .stages
+        .iter()
+        .map(|stage| stage.commands.iter().filter_map(|command| onbuild_text(&command.instruction)).collect())
+        .collect();
     let mut missing = BTreeMap::new();
     let mut problems = Vec::new();
     let mut todo = if options.all_stages { (0..plan.stages.len()).collect() } else { vec![plan.target] };
@@ -302,8 +308,7 @@ fn reachable(
         let triggers: Vec<String> = match &stage.base {
             Base::Stage(base) => {
                 todo.push(*base);
-                let commands = plan.stages[*base].commands.iter();
-                commands.filter_map(|command| onbuild_text(&command.instruction)).collect()
+                triggers_of[*base].clone()
             }
             Base::External(External::Image { source, platform, .. }) => {
                 let request = BaseRequest { source: source.clone(), platform: platform.clone() };

@@ -9,7 +9,8 @@ use crate::lower::environment::Environment;
 use crate::source::Span;
 use crate::stage::described;
 use crate::word::{Lexer, Variables};
-use std::collections::BTreeSet;
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeSet, HashMap};
 
 /// All that a target can be given.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -26,6 +27,8 @@ pub struct Outline {
     pub ssh: Vec<Given>,
     /// Cache mounts by their id.
     pub caches: Vec<Given>,
+    /// What the lists hold already: the kind (0 for args) and the name, with the place.
+    known: HashMap<(u8, String), usize>,
 }
 
 /// A build arg.
@@ -55,9 +58,9 @@ pub struct Given {
 impl Outline {
     /// An ARG of a stage. One without a default of its own may stand for a global one; that one is listed then.
     pub(crate) fn arg(&mut self, at: &Instruction, name: &Text, has_default: bool, value: Option<&str>) {
-        let known = self.args.iter().any(|arg| arg.name == name.value);
-        if known && !has_default {
-            return;
+        match self.known.entry((0, name.value.clone())) {
+            Entry::Occupied(_) if !has_default => return,
+            entry => _ = entry.or_insert(self.args.len()),
         }
         self.args.push(Argument {
             name: name.value.clone(),
@@ -69,13 +72,14 @@ impl Outline {
 
     /// A mount of RUN.
     pub(crate) fn mount(&mut self, kind: &MountKind, span: Span) {
-        let (list, name, required) = match kind {
-            MountKind::Secret { id, required, .. } => (&mut self.secrets, id, *required),
-            MountKind::Ssh { id, required, .. } => (&mut self.ssh, id, *required),
-            MountKind::Cache { id, .. } => (&mut self.caches, id, false),
+        let (kind, list, name, required) = match kind {
+            MountKind::Secret { id, required, .. } => (1, &mut self.secrets, id, *required),
+            MountKind::Ssh { id, required, .. } => (2, &mut self.ssh, id, *required),
+            MountKind::Cache { id, .. } => (3, &mut self.caches, id, false),
             _ => return,
         };
-        match list.iter_mut().find(|one| one.name == *name) {
+        let at = *self.known.entry((kind, name.clone())).or_insert(list.len());
+        match list.get_mut(at) {
             Some(one) => one.required |= required,
             None => list.push(Given { name: name.clone(), required, span }),
         }
@@ -117,8 +121,13 @@ impl Outline {
             }
         }
         // What a stage only repeats is listed where it is declared.
+        let mut repeats = HashMap::new();
+        for (at, arg) in self.args.iter().enumerate() {
+            repeats.entry((arg.name.clone(), arg.value.clone())).or_insert(at);
+        }
         for global in found {
-            match self.args.iter_mut().find(|arg| arg.name == global.name && arg.value == global.value) {
+            let at = repeats.get(&(global.name.clone(), global.value.clone()));
+            match at.and_then(|at| self.args.get_mut(*at)) {
                 Some(repeated) => {
                     let description = repeated.description.take().or(global.description);
                     *repeated = Argument { description, ..global };
@@ -134,6 +143,8 @@ impl Outline {
             self.description = described(target, &name.value.to_lowercase());
             self.name = Some(name.value.to_lowercase());
         }
+        // Places are others from here on.
+        self.known.clear();
         self.args.sort_by_key(|arg| arg.span);
         for list in [&mut self.secrets, &mut self.ssh, &mut self.caches] {
             list.sort_by_key(|one| one.span);

@@ -125,6 +125,11 @@ pub fn host() -> Platform {
     normal("linux", architecture, "")
 }
 
+/// Gives the parts of a platform their usual spelling (`aarch64` with variant `8` is `arm64` without one).
+pub fn normalize(platform: &Platform) -> Platform {
+    normal(&platform.os, &platform.architecture, &platform.variant)
+}
+
 /// Whether an image for `have` runs on `wanted`.
 pub fn matches(wanted: &Platform, have: &Platform) -> bool {
     rank(wanted, have).is_some()
@@ -133,13 +138,13 @@ pub fn matches(wanted: &Platform, have: &Platform) -> bool {
 /// How well an image for `have` fits `wanted`: 0 is best, `None` does not run there. Newer processors run the
 /// variants before theirs, 64-bit ones the 32-bit architecture.
 pub fn rank(wanted: &Platform, have: &Platform) -> Option<usize> {
-    let have = normal(&have.os, &have.architecture, &have.variant);
+    let have = normalize(have);
     candidates(wanted).iter().position(|candidate| *candidate == have)
 }
 
 /// Platforms that run on `wanted`, best first.
 fn candidates(wanted: &Platform) -> Vec<Platform> {
-    let first = normal(&wanted.os, &wanted.architecture, &wanted.variant);
+    let first = normalize(wanted);
     let number = first.variant.trim_start_matches('v').parse::<u32>().ok().filter(|number| *number < 100);
     let with = |architecture: &str, variant: u32| normal(&first.os, architecture, &format!("v{variant}"));
     let mut list = vec![first.clone()];

@@ -6,11 +6,11 @@
 
 use crate::check::{Reporter, Rule};
 use crate::diagnostic::{Diagnostic, Problem, did_you_mean};
+use crate::flag::csv_fields;
 use crate::flag::option_span;
 use crate::instruction::{Dockerfile, Instruction, InstructionKind, Text};
 use crate::llb::{ImageSource, Platform, Source};
 use crate::lower::environment::Environment;
-use crate::lower::mount::split_csv;
 use crate::lower::{NamedContext, Options, use_of_variable};
 use crate::lower_problem::LowerProblem;
 use crate::platform;
@@ -632,7 +632,7 @@ fn from_span(instruction: &Instruction, at: usize) -> Span {
 
 /// `from` of a mount that is not expanded yet; the last one counts.
 fn mount_from(mount: &str) -> Option<String> {
-    let fields = split_csv(mount)?;
+    let fields = csv_fields(mount).ok()?;
     let from = |field: &String| {
         let (key, value) = field.split_once('=')?;
         key.eq_ignore_ascii_case("from").then(|| value.to_owned())

@@ -64,8 +64,8 @@ pub enum MaterializeError {
         /// Why.
         source: io::Error,
     },
-    /// The content of a file cannot be read from where it is kept.
-    #[error("cannot read the content of {path}")]
+    /// The content of a file cannot be copied from where it is kept.
+    #[error("cannot copy the content of {path}")]
     Content {
         /// Path in the layer.
         path: String,

@@ -385,6 +385,16 @@ pub fn stat_fd(fd: impl AsFd) -> Result<rustix::fs::Stat> {
     rustix::fs::statat(&fd, "", AtFlags::EMPTY_PATH).call(|| format!("fstat({})", fd.as_fd().as_raw_fd()))
 }
 
+/// Returns whether the file system of `path` has no room for another file; false when it cannot be asked.
+pub fn is_full(path: &Path) -> bool {
+    // What a program could not write may be larger than what is left.
+    const LITTLE_BYTES: u64 = 1 << 20;
+    rustix::fs::statvfs(path).is_ok_and(|disk| {
+        let inodes = disk.f_files > 0 && disk.f_favail == 0;
+        inodes || disk.f_bavail.saturating_mul(disk.f_frsize) < LITTLE_BYTES
+    })
+}
+
 // Security
 
 /// One instruction of a socket filter, as seccomp(2) takes them.

@@ -59,7 +59,7 @@ fn a_name_is_in_the_list_of_images() {
     build.runs();
     let store = build.store();
     let list = nacre(&["images", "--store", store.to_str().expect("text")]);
-    assert!(list.stdout().contains("story:1"), "{}", list.stdout());
+    assert_eq!(list.stdout().matches("story:1").count(), 1, "{}", list.stdout());
 }
 
 #[test]

@@ -2,6 +2,8 @@
 
 use crate::git::{self, Daemon, commit, git, publish, repository};
 use crate::story::Build;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 const DOCKERFILE: &str = "FROM busybox\nCOPY . /src\nRUN cat /src/f > /seen\n";
 
@@ -172,20 +174,22 @@ fn private_repositories() {
     assert!(!ended.stderr.contains("wrong-pass"), "{}", ended.stderr);
 }
 
+/// A program in place of ssh: does `first`, and then locally what the other side would.
+fn ssh(dir: &Path, first: &str) -> PathBuf {
+    let script = dir.join("ssh");
+    let text = format!("#!/bin/sh\n{first}\nfor last; do :; done\neval \"git -c safe.directory='*' ${{last#git-}}\"\n");
+    std::fs::write(&script, text).expect("a file of our own");
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(&script, mode).expect("our own file");
+    script
+}
+
 #[test]
 fn ssh_is_called_with_the_agent_that_is_given() {
     let (_dir, dir) = git::directory();
     repository(&dir, "app", &[("f", "one")]);
-    // In place of ssh: notes how it is called, and does locally what the other side would.
-    let script = dir.join("ssh");
     let called = dir.join("called");
-    let text = format!(
-        "#!/bin/sh\necho \"$SSH_AUTH_SOCK $*\" >> {}\nfor last; do :; done\neval \"git -c safe.directory='*' ${{last#git-}}\"\n",
-        called.display()
-    );
-    std::fs::write(&script, text).expect("a file of our own");
-    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    std::fs::set_permissions(&script, mode).expect("our own file");
+    let script = ssh(&dir, &format!("echo \"$SSH_AUTH_SOCK $*\" >> {}", called.display()));
     let socket = dir.join("agent");
     let _agent = std::os::unix::net::UnixListener::bind(&socket).expect("a socket of our own");
     let path = dir.join("app.git").display().to_string();
@@ -198,6 +202,48 @@ fn ssh_is_called_with_the_agent_that_is_given() {
     let called = std::fs::read_to_string(called).expect("ssh was called");
     assert!(called.lines().all(|line| line.starts_with(&socket.display().to_string())), "{called}");
     assert!(called.contains("git@example.invalid"), "{called}");
+}
+
+/// Makes a key without passphrase, or with one, and returns its fingerprint.
+fn key(path: &Path, passphrase: &str) -> String {
+    let keygen = |args: &[&str]| {
+        let output = Command::new("ssh-keygen").args(args).arg("-f").arg(path).output().expect("ssh-keygen runs");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    keygen(&["-q", "-t", "ed25519", "-N", passphrase]);
+    keygen(&["-l"]).split(' ').nth(1).expect("a fingerprint").to_owned()
+}
+
+#[test]
+fn key_files_are_given_by_an_agent_that_ends_with_the_build() {
+    let (_dir, dir) = git::directory();
+    repository(&dir, "app", &[("f", "one")]);
+    let fingerprint = key(&dir.join("key"), "");
+    let listed = dir.join("listed");
+    let script = ssh(&dir, &format!("(echo $SSH_AUTH_SOCK; ssh-add -l) > {}", listed.display()));
+    let address = format!("git@example.invalid:{}", dir.join("app.git").display());
+    let build = Build::new().dockerfile(&format!(
+        "FROM scratch AS files\nADD {address}#main /\nFROM busybox\nCOPY --from=files /f /f\n\
+         RUN --mount=type=ssh test -S \"$SSH_AUTH_SOCK\"\n"
+    ));
+    let build = build.env("GIT_SSH_COMMAND", &script.display().to_string()).env("GIT_SSH_VARIANT", "ssh");
+    let image = build.flag(format!("--ssh=default={}", dir.join("key").display())).image();
+    assert_eq!(image.file("/f"), "one");
+    let listed = std::fs::read_to_string(listed).expect("ssh was called");
+    let (socket, keys) = listed.split_once('\n').expect("two lines");
+    assert!(keys.contains(&fingerprint), "{keys} has no {fingerprint}");
+    assert!(!Path::new(socket).exists(), "the agent still listens at {socket}");
+}
+
+#[test]
+fn keys_with_a_passphrase_are_refused_at_once() {
+    let (_dir, dir) = git::directory();
+    key(&dir.join("key"), "secret words");
+    let build = Build::new().dockerfile("FROM scratch\nCOPY Dockerfile /\n");
+    let build = build.flag(format!("--ssh=default={}", dir.join("key").display()));
+    let ended = build.fails_with(2, &["--ssh default", "ssh-add does not take the keys"]);
+    assert!(ended.stderr.contains("have no passphrase"), "{}", ended.stderr);
 }
 
 #[test]

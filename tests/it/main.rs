@@ -22,6 +22,7 @@ mod checks;
 mod command_line;
 mod context;
 mod context_git;
+mod disk;
 mod escape;
 mod interrupt;
 mod kill;

@@ -10,44 +10,6 @@ use crate::source::Span;
 use crate::stage::{SourceRef, problem};
 use std::collections::BTreeSet;
 
-/// Splits a comma-separated record; a quote that begins a field keeps commas in it, two quotes in it are one. `None`
-/// when quotes are wrong.
-pub(crate) fn split_csv(text: &str) -> Option<Vec<String>> {
-    let mut fields = Vec::new();
-    let mut rest = text;
-    loop {
-        let mut field = String::new();
-        if let Some(mut quoted) = rest.strip_prefix('"') {
-            loop {
-                let end = quoted.find('"')?;
-                field.push_str(&quoted[..end]);
-                quoted = &quoted[end + 1..];
-                match quoted.strip_prefix('"') {
-                    Some(more) => {
-                        field.push('"');
-                        quoted = more;
-                    }
-                    None => break,
-                }
-            }
-            rest = quoted;
-        } else {
-            let end = rest.find(',').unwrap_or(rest.len());
-            field.push_str(&rest[..end]);
-            if field.contains('"') {
-                return None;
-            }
-            rest = &rest[end..];
-        }
-        fields.push(field);
-        match rest.strip_prefix(',') {
-            Some(more) => rest = more,
-            None if rest.is_empty() => return Some(fields),
-            None => return None,
-        }
-    }
-}
-
 /// Mounts of a RUN.
 #[derive(Default)]
 pub(super) struct Mounts {
@@ -241,25 +203,6 @@ fn ssh(spec: &MountSpec, index: usize) -> Result<Mount, LowerProblem> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn csv() {
-        fn check(text: &str, expected: Option<&[&str]>) {
-            let got = split_csv(text);
-            assert_eq!(
-                got.as_ref().map(|all| all.iter().map(String::as_str).collect()),
-                expected.map(<[&str]>::to_vec)
-            );
-        }
-        check("a=b,c", Some(&["a=b", "c"]));
-        check(r#"a,"b,c""#, Some(&["a", "b,c"]));
-        check(r#""a""b""#, Some(&[r#"a"b"#]));
-        check("", Some(&[""]));
-        check("a,", Some(&["a", ""]));
-        check(r#"a"b"#, None);
-        check(r#""a"b"#, None);
-        check(r#""a"#, None);
-    }
 
     #[test]
     fn cleaning() {

@@ -128,6 +128,25 @@ pub(super) fn cross_target(stage: &Platform, env: &Environment) -> String {
     }
 }
 
+/// Replaces the passwords in addresses, `https://user:password@host`, as Go's `URL.Redacted` does.
+pub(super) fn without_passwords(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = rest.find("://") {
+        let (before, after) = rest.split_at(at + "://".len());
+        out.push_str(before);
+        let end = after.find(|c: char| c == '/' || c.is_whitespace()).unwrap_or(after.len());
+        let (authority, behind) = after.split_at(end);
+        match authority.rsplit_once('@').and_then(|(user, host)| Some((user.split_once(':')?.0, host))) {
+            Some((user, host)) => out.push_str(&format!("{user}:xxxxx@{host}")),
+            None => out.push_str(authority),
+        }
+        rest = behind;
+    }
+    out.push_str(rest);
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -181,5 +200,14 @@ mod tests {
         check(1_500_000_000, "2017-07-14T02:40:00Z");
         check(951_782_400, "2000-02-29T00:00:00Z");
         check(-1, "1969-12-31T23:59:59Z");
+    }
+
+    #[test]
+    fn passwords() {
+        let check = |text: &str, want: &str| assert_eq!(without_passwords(text), want);
+        check("ADD https://me:s3cret@host/x /x", "ADD https://me:xxxxx@host/x /x");
+        check("RUN git clone http://a:b:c@d@e:80 && x://:p@h", "RUN git clone http://a:xxxxx@e:80 && x://:xxxxx@h");
+        check("ADD https://me@host:80/x:y@z /", "ADD https://me@host:80/x:y@z /");
+        check("RUN echo ://", "RUN echo ://");
     }
 }

@@ -148,7 +148,8 @@ impl StageLowering<'_, '_> {
         name + words
     }
 
-    /// Step name and text of an instruction: expanded, keyword in upper case, on one line.
+    /// Step name and text of an instruction, for people and logs: expanded, keyword in upper case, on one line, without
+    /// the passwords of addresses.
     pub(super) fn words(
         &mut self,
         instruction: &Instruction,
@@ -163,7 +164,7 @@ impl StageLowering<'_, '_> {
         let expanded = expanded.ok().filter(fits).unwrap_or(written);
         let (keyword, rest) = expanded.split_once(' ').unwrap_or((&expanded, ""));
         let text = format!("{} {rest}", keyword.to_uppercase()).replace(['\n', '\r'], " ");
-        let text = text.trim_end().to_owned();
+        let text = text::without_passwords(text.trim_end());
         (self.step_name(&text, trigger, env), text)
     }
 }

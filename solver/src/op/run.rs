@@ -11,6 +11,7 @@ use crate::sandbox::emulation::{Records, Scope};
 use crate::sandbox::{self, Cancel, Net, Outcome, Rootfs, RunSpec, SandboxError, SetupMount, Status, Stream};
 use crate::snapshot::{Layer, Made, Snapshot, SnapshotError, Workspace};
 use crate::store::StoreError;
+use crate::sys;
 use crate::tree::{Entry, Node, Resolved, Tree, index};
 use crate::upper::{self, UpperError};
 use nacre_frontend::llb::{Mount, MountKind, Network, RunOp, Security, Sharing, Vertex};
@@ -82,6 +83,8 @@ pub enum RunError {
         code: i32,
         /// The program as the step names it.
         program: String,
+        /// The step's files are on a file system that has no room left, which may be why.
+        disk_full: bool,
     },
     /// A signal ended the program.
     #[error("killed by signal {signal}")]
@@ -335,7 +338,9 @@ pub fn execute(
     match outcome.status {
         Status::Exit(0) => {}
         Status::Exit(code) => {
-            return Err(RunError::Exit { code, program: op.args.first().cloned().unwrap_or_default() });
+            // Asked now: the caller throws the step's files away.
+            let disk_full = sys::is_full(&upper);
+            return Err(RunError::Exit { code, program: op.args.first().cloned().unwrap_or_default(), disk_full });
         }
         Status::Signal(signal) => return Err(RunError::Signal { signal }),
     }

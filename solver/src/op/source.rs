@@ -25,6 +25,7 @@ use crate::tree::{ContentDigest, Entry, Kind, LayerId, Node, Tree};
 use nacre_frontend::diagnostic::did_you_mean;
 use nacre_frontend::image_config::ImageConfig;
 use nacre_frontend::llb::{ImageSource, Platform};
+use nacre_frontend::platform;
 use sha2::{Digest, Sha256};
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
@@ -296,7 +297,7 @@ pub fn resolve_image(
             let mut other_platform = None;
             if let Some(root) = own_image(reference, &remote, context)? {
                 let found = look_up(reference, &Origin::Store, vec![root], platform, context)?;
-                if platform_rank(platform, &found.platform).is_some() {
+                if platform::rank(platform, &found.platform).is_some() {
                     return Ok(found);
                 }
                 // Built here, but for another platform: the registry may have it for this one.
@@ -636,10 +637,10 @@ impl Lookup<'_> {
         for _ in 0..=NESTING_LIMIT {
             let mut nested = Vec::new();
             for descriptor in std::mem::take(&mut candidates) {
-                let known = descriptor.platform.as_ref().map(|found| normal_platform(&found.into()));
+                let known = descriptor.platform.as_ref().map(|found| platform::normalize(&found.into()));
                 if let Some(found) = known.as_ref().filter(|_| checked && !media_type::is_index(&descriptor.media_type))
                 {
-                    let rank = platform_rank(platform, found);
+                    let rank = platform::rank(platform, found);
                     if found.os != "unknown" {
                         available.push(found.to_string());
                     }
@@ -660,11 +661,11 @@ impl Lookup<'_> {
                     Document::Manifest(_) if !checked => return Ok((descriptor, bytes)),
                     Document::Manifest(manifest) => {
                         let rank = match known {
-                            Some(found) => platform_rank(platform, &found),
+                            Some(found) => platform::rank(platform, &found),
                             None => {
                                 let Ok(found) = self.config_platform(&manifest) else { continue };
                                 available.push(found.to_string());
-                                platform_rank(platform, &found)
+                                platform::rank(platform, &found)
                             }
                         };
                         if let Some(rank) = rank.filter(|rank| best.as_ref().is_none_or(|(other, ..)| rank < other)) {
@@ -730,7 +731,7 @@ impl Lookup<'_> {
         let bytes = self.document(&manifest.config, true)?;
         let found: DescriptorPlatform = serde_json::from_slice(&bytes)
             .map_err(|error| self.bad("configuration", &manifest.config.digest, error))?;
-        Ok(normal_platform(&(&found).into()))
+        Ok(platform::normalize(&(&found).into()))
     }
 
     /// Reads the configuration and brings it together with the layers.
@@ -759,7 +760,7 @@ impl Lookup<'_> {
             }
             layers.push(ImageLayer { descriptor, diff_id });
         }
-        let platform = normal_platform(&Platform {
+        let platform = platform::normalize(&Platform {
             os: config.os.clone(),
             architecture: config.architecture.clone(),
             variant: config.variant.clone(),
@@ -780,55 +781,6 @@ impl Lookup<'_> {
 enum Document {
     Index(Index),
     Manifest(Box<Manifest>),
-}
-
-/// The one spelling of a platform that is compared.
-fn normal_platform(platform: &Platform) -> Platform {
-    let (os, architecture) = (platform.os.to_ascii_lowercase(), platform.architecture.to_ascii_lowercase());
-    let variant = platform.variant.to_ascii_lowercase();
-    let (architecture, variant) = match (architecture.as_str(), variant.as_str()) {
-        ("i386", _) => ("386", ""),
-        ("x86_64" | "x86-64" | "amd64", "v1") => ("amd64", ""),
-        ("x86_64" | "x86-64", variant) => ("amd64", variant),
-        ("aarch64" | "arm64", "8" | "v8" | "v8.0") => ("arm64", ""),
-        ("aarch64", variant) => ("arm64", variant),
-        ("armhf", _) => ("arm", "v7"),
-        ("armel", _) => ("arm", "v6"),
-        ("arm", "" | "7") => ("arm", "v7"),
-        ("arm", "5") => ("arm", "v5"),
-        ("arm", "6") => ("arm", "v6"),
-        ("arm", "8") => ("arm", "v8"),
-        (architecture, variant) => (architecture, variant),
-    };
-    Platform { os, architecture: architecture.to_owned(), variant: variant.to_owned() }
-}
-
-/// How well an image's platform suits: 0 is best, `None` is not at all.
-fn platform_rank(wanted: &Platform, found: &Platform) -> Option<usize> {
-    let (wanted, found) = (normal_platform(wanted), normal_platform(found));
-    if wanted.os != found.os {
-        return None;
-    }
-    let number = |variant: &str| variant.strip_prefix('v').and_then(|digits| digits.parse::<u32>().ok());
-    // What this processor also runs, best first.
-    let mut suitable: Vec<(&str, String)> = vec![(&wanted.architecture, wanted.variant.clone())];
-    match wanted.architecture.as_str() {
-        "amd64" => {
-            let level = number(&wanted.variant).unwrap_or(1).min(9);
-            suitable.extend((2..level).rev().map(|level| ("amd64", format!("v{level}"))));
-            suitable.extend([("amd64", String::new()), ("386", String::new())]);
-        }
-        "arm" => {
-            let level = number(&wanted.variant).unwrap_or(7).min(9);
-            suitable.extend((5..level).rev().map(|level| ("arm", format!("v{level}"))));
-        }
-        "arm64" => {
-            suitable.push(("arm64", String::new()));
-            suitable.extend((5..=8).rev().map(|level| ("arm", format!("v{level}"))));
-        }
-        _ => {}
-    }
-    suitable.iter().position(|(architecture, variant)| *architecture == found.architecture && *variant == found.variant)
 }
 
 // ---- unpacking ----
@@ -1227,7 +1179,7 @@ mod tests {
     #[test]
     fn platforms_are_ranked() {
         let check = |wanted: &str, found: &str, expected: Option<usize>| {
-            assert_eq!(platform_rank(&platform(wanted), &platform(found)), expected, "{wanted} on {found}");
+            assert_eq!(platform::rank(&platform(wanted), &platform(found)), expected, "{wanted} on {found}");
         };
         check("linux/amd64", "linux/amd64", Some(0));
         check("linux/amd64", "linux/x86_64", Some(0));

@@ -108,6 +108,8 @@ pub enum StoreError {
     ReadOnly {
         /// The store.
         path: PathBuf,
+        /// The kernel's refusal.
+        source: io::Error,
     },
     /// Made by somebody else.
     #[error("store {} belongs to user {owner}, not to user {user}", path.display())]
@@ -205,7 +207,7 @@ impl Store {
     pub fn open(path: &Path) -> Result<Store, StoreError> {
         let refused = |error: StoreError| match error {
             StoreError::Io { source, .. } if source.kind() == io::ErrorKind::ReadOnlyFilesystem => {
-                StoreError::ReadOnly { path: path.to_owned() }
+                StoreError::ReadOnly { path: path.to_owned(), source }
             }
             other => other,
         };
