@@ -31,6 +31,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// A layer cannot be had in the form asked for.
@@ -233,6 +234,8 @@ pub struct Workspace {
     pub ownership: Ownership,
     /// Threads for compression.
     pub threads: usize,
+    /// Layers cannot be stacked in the store, so that steps work on copies.
+    pub(crate) copies: AtomicBool,
     cancel: Option<Cancel>,
     layers: Mutex<HashMap<LayerId, Layer>>,
 }
@@ -242,7 +245,15 @@ impl Workspace {
     pub fn new(sources: SourceContext) -> Self {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let (store, ownership) = (sources.store.clone(), sources.write.ownership);
-        Self { store, sources, ownership, threads, cancel: None, layers: Mutex::default() }
+        Self {
+            store,
+            sources,
+            ownership,
+            threads,
+            copies: AtomicBool::new(false),
+            cancel: None,
+            layers: Mutex::default(),
+        }
     }
 
     /// This workspace, with reading that fails once `cancel` is requested: that ends copies and exports half-way.

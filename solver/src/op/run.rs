@@ -3,11 +3,12 @@
 use crate::leak::LeakScan;
 use crate::materialize::{self, MaterializeError, Ownership};
 use crate::op::agent::AgentSocket;
+use crate::op::copied;
 use crate::op::file::Value;
 use crate::op::owners::{self, Caches};
 use crate::op::user::{self, UserError};
 use crate::plan::cache_key::{Key, Parts};
-use crate::sandbox::emulation::{Records, Scope};
+use crate::sandbox::emulation::{Identity, Owner, Records, Scope};
 use crate::sandbox::{self, Cancel, Net, Outcome, Rootfs, RunSpec, SandboxError, SetupMount, Status, Stream};
 use crate::snapshot::{Layer, Made, Snapshot, SnapshotError, Workspace};
 use crate::store::StoreError;
@@ -18,8 +19,10 @@ use nacre_frontend::llb::{Mount, MountKind, Network, RunOp, Security, Sharing, V
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 /// What the caller of a build gives to its steps.
@@ -109,6 +112,9 @@ pub enum RunError {
         /// Why.
         source: io::Error,
     },
+    /// A root file system could not be copied, or what the step changed could not be kept.
+    #[error("cannot copy the root file system of the step")]
+    Copied(#[source] MaterializeError),
     /// A cache mount could not be filled.
     #[error("cannot prepare a cache mount")]
     CacheMount(#[source] MaterializeError),
@@ -243,7 +249,7 @@ pub struct Ran {
     pub upper: PathBuf,
 }
 
-/// Runs the step.
+/// Runs the step. Where layers cannot be stacked, this and all later steps work on copies.
 pub fn execute(
     workspace: &Workspace,
     op: &RunOp,
@@ -251,6 +257,32 @@ pub fn execute(
     host: &Host,
     cancel: &Cancel,
     log: &mut dyn FnMut(Stream, &[u8]),
+) -> Result<Ran, RunError> {
+    if !workspace.copies.load(Ordering::Relaxed) {
+        match execute_once(workspace, op, inputs, host, cancel, log, false) {
+            Err(RunError::Sandbox(SandboxError::Overlay { source, .. })) => {
+                workspace.copies.store(true, Ordering::Relaxed);
+                let cause = &source.source;
+                let notice = format!(
+                    "nacre: layers cannot be stacked in the store ({source}: {cause}), so steps work on copies, which \
+                     takes time; choose a directory on a local disk, a volume or a tmpfs with --store\n"
+                );
+                log(Stream::Stderr, notice.as_bytes());
+            }
+            result => return result,
+        }
+    }
+    execute_once(workspace, op, inputs, host, cancel, log, true)
+}
+
+fn execute_once(
+    workspace: &Workspace,
+    op: &RunOp,
+    inputs: &[Option<Value>],
+    host: &Host,
+    cancel: &Cancel,
+    log: &mut dyn FnMut(Stream, &[u8]),
+    copies: bool,
 ) -> Result<Ran, RunError> {
     let parent = match inputs.first() {
         Some(Some(Value::Snapshot(snapshot))) => snapshot.clone(),
@@ -265,7 +297,15 @@ pub fn execute(
     let flat = workspace.flatten(&parent)?;
     let (upper, work) = (directory("upper")?, directory("work")?);
     set_mode(&upper, 0o755)?;
-    let rootfs = Rootfs::Overlay { lowers: lowers(workspace, &parent)?, upper: upper.clone(), work };
+    let mut copied = Vec::new();
+    let rootfs = if copies {
+        let dir = directory("root")?;
+        set_mode(&dir, 0o755)?;
+        copied = copy_snapshot(workspace, &flat, &dir)?;
+        Rootfs::Plain { dir }
+    } else {
+        Rootfs::Overlay { lowers: lowers(workspace, &parent)?, upper: upper.clone(), work }
+    };
 
     let read = |node: &Node| workspace.read_small(node);
     let user = user::look_up(&flat, &op.user, &read)?;
@@ -283,8 +323,17 @@ pub fn execute(
         // The kernel lets nobody but the first namespace's root make device nodes.
         Ownership::Native => (!sandbox::idmap::is_initial_namespace()).then_some(Scope::Devices),
     };
-    let mut setup =
-        MountSetup { workspace, inputs, host, scratch: &scratch, env: &mut env, caches: &caches, agents: Vec::new() };
+    let mut setup = MountSetup {
+        workspace,
+        inputs,
+        host,
+        scratch: &scratch,
+        env: &mut env,
+        caches: &caches,
+        agents: Vec::new(),
+        copies,
+        copied,
+    };
     let mut in_order: Vec<(usize, &Mount)> = op.mounts.iter().enumerate().collect();
     // What is mounted inside of another mount comes after it, whatever the order in the Dockerfile.
     in_order.sort_by_key(|(_, mount)| mount.target.split('/').filter(|part| !part.is_empty()).count());
@@ -293,10 +342,12 @@ pub fn execute(
     }
     // They listen until the step has ended.
     let agents = std::mem::take(&mut setup.agents);
+    let copied = std::mem::take(&mut setup.copied);
     let owners_failed = |source| RunError::Io { path: scratch.clone(), source };
     // After the mounts: new caches have been filled by now.
-    let emulation =
-        scope.map(|scope| owners::prepare(scope, &flat, &caches, &scratch)).transpose().map_err(owners_failed)?;
+    let below = (!copies).then_some(&*flat);
+    let prepare = |scope| owners::prepare(scope, below, copied, &caches, &scratch);
+    let emulation = scope.map(prepare).transpose().map_err(owners_failed)?;
     let spec = RunSpec {
         rootfs,
         mounts,
@@ -344,7 +395,14 @@ pub fn execute(
         }
         Status::Signal(signal) => return Err(RunError::Signal { signal }),
     }
-    let changes = upper::scan_upper(&upper, &flat, workspace.ownership, &recorded)?;
+    let changes = match &spec.rootfs {
+        Rootfs::Overlay { .. } => upper::scan_upper(&upper, &flat, workspace.ownership, &recorded)?,
+        Rootfs::Plain { dir } => {
+            let changes = copied::changes(dir, &flat, workspace.ownership, &recorded)?;
+            copied::write_upper(&changes, &upper, workspace.sources.write).map_err(RunError::Copied)?;
+            changes
+        }
+    };
     let changes = crate::op::copy::with_parents(&changes, &flat);
     Ok(Ran { changes, upper })
 }
@@ -394,6 +452,17 @@ struct MountSetup<'a> {
     caches: &'a Caches,
     /// Sockets for the step, kept by the caller until it has ended.
     agents: Vec<AgentSocket>,
+    /// Layers cannot be stacked.
+    copies: bool,
+    /// Owners of what was copied instead.
+    copied: Vec<(Identity, Owner)>,
+}
+
+/// Copies a snapshot; returns the owners that the disk does not hold.
+fn copy_snapshot(workspace: &Workspace, tree: &Tree, dir: &Path) -> Result<Vec<(Identity, Owner)>, RunError> {
+    workspace.prepare(tree)?;
+    let read = |node: &Node| workspace.open(node).map(|reader| reader as Box<dyn io::Read>);
+    copied::copy(tree, &read, dir, workspace.sources.write).map_err(RunError::Copied)
 }
 
 /// Locks the caches that a step mounts; the locks are to be held until it has ended. A step waits for one cache while
@@ -526,6 +595,7 @@ impl MountSetup<'_> {
             Some(Value::Snapshot(snapshot)) => {
                 let flat = self.workspace.flatten(snapshot)?;
                 match flat.resolve(source.as_bytes(), true) {
+                    Resolved::Found(path) if self.copies => (Vec::new(), path, flat),
                     Resolved::Found(path) => (lowers(self.workspace, snapshot)?, path, flat),
                     _ => return Err(missing()),
                 }
@@ -533,9 +603,17 @@ impl MountSetup<'_> {
             Some(_) => {
                 let Some((tree, path)) = mounted_tree(self.workspace, value, source)? else { return Err(missing()) };
                 let tree = Arc::new(tree);
-                (vec![self.stored(tree.clone())?], path, tree)
+                let lowers = if self.copies { Vec::new() } else { vec![self.stored(tree.clone())?] };
+                (lowers, path, tree)
             }
         };
+        if self.copies {
+            let dir = directory("copy")?;
+            let part = Tree::from_nodes(tree.subtree(&subpath).to_vec());
+            self.copied.extend(copy_snapshot(self.workspace, &part, &dir)?);
+            let source = dir.join(std::ffi::OsStr::from_bytes(&subpath));
+            return Ok(SetupMount::Bind { source, target: mount.target.clone(), read_only: mount.read_only });
+        }
         let subpath = format!("/{}", String::from_utf8_lossy(&subpath));
         let (upper, work) = (directory("upper")?, directory("work")?);
         set_mode(&upper, 0o755)?;
