@@ -232,24 +232,44 @@ int main(void) {
 }
 "#;
 
-#[test]
-fn the_supervisor_is_not_confused() {
+/// Runs [`SUPERVISOR`] as a step, by the command that `wrap` makes of the build's.
+#[track_caller]
+fn confuse(wrap: impl Fn(Command) -> Command) {
+    use std::os::unix::fs::MetadataExt;
     let build = Build::new();
     let mark = build.path("context/Dockerfile");
     let build = build.flag("--ownership=emulate").dockerfile(&format!(
-        "FROM busybox\nENV MARK={}\nCOPY confuse /confuse\nRUN /confuse; echo result $?\nRUN stat -c %u:%g /mine\n",
+        "FROM busybox\nENV MARK={0}\nCOPY confuse /confuse\nRUN /confuse; echo result $?\n\
+         RUN stat -c %u:%g /mine; for p in /proc/[0-9]*; do [ -e $p/root{0} ] && echo ESC$NOTHING''APED; \
+         chown 5 $p/cwd{0} $p/fd/*{0} 2>/dev/null && echo ESC$NOTHING''APED; done; true\n",
         mark.display()
     ));
-    let program = compiled("confuse", SUPERVISOR);
-    fs::copy(program, build.path("context/confuse")).expect("a file of our own");
+    fs::copy(compiled("confuse", SUPERVISOR), build.path("context/confuse")).expect("a file of our own");
     let before = fs::metadata(&mark).expect("it is there");
-    let ended = build.runs();
+    let ended = crate::story::run(wrap(build.command()), None);
+    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     assert!(!ended.stderr.contains("ESCAPED"), "{}", ended.stderr);
     assert!(ended.stderr.contains("result 0") && ended.stderr.contains("7:8"), "{}", ended.stderr);
-    use std::os::unix::fs::MetadataExt;
     let after = fs::metadata(&mark).expect("it is there");
     let of = |metadata: &fs::Metadata| (metadata.uid(), metadata.gid(), metadata.mode(), metadata.ctime_nsec());
     assert_eq!(of(&before), of(&after));
+}
+
+#[test]
+fn the_supervisor_is_not_confused() {
+    confuse(|command| command);
+}
+
+#[test]
+fn nor_where_it_shares_its_proc_with_the_step() {
+    confuse(|inner| {
+        // What covers a part of /proc cannot be taken away in the inner namespace, so no other one can be mounted.
+        let script = "mount -t tmpfs cover /proc/driver && exec unshare -Urm \"$@\"";
+        let mut command = Command::new("unshare");
+        command.args(["-Urmpf", "--mount-proc", "sh", "-c", script, "sh"]).arg(inner.get_program());
+        command.args(inner.get_args()).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+        command
+    });
 }
 
 /// The program of [`CALLS`], made once.
