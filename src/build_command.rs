@@ -1,7 +1,8 @@
 //! `nacre build`: read the Dockerfile, lower it, solve the graph, export. The one place that knows both crates.
 
 use crate::blame;
-use crate::export_command::{self, Built};
+use crate::cache_command;
+use crate::export_command::{self, Built, Live};
 use crate::input::{self, Fetcher, Files, Input};
 use crate::interrupt::{Signals, last_words};
 use crate::progress::{Screen, ScreenOptions};
@@ -17,6 +18,7 @@ use nacre_frontend::parser::ParseFailure;
 use nacre_frontend::reference::Reference;
 use nacre_frontend::source::{SourceFile, Span};
 use nacre_frontend::{parser, platform};
+use nacre_solver::cache::import::Imports;
 use nacre_solver::context::{Context, ContextError, DigestCache, IgnoreFile};
 use nacre_solver::leak::LeakScan;
 use nacre_solver::materialize::{Ownership, WriteOptions};
@@ -24,6 +26,7 @@ use nacre_solver::op::file::LocalContext;
 use nacre_solver::op::run::{Host, RunError};
 use nacre_solver::op::source::{Progress, PullPolicy, ResolvedImage, SourceContext, SourceError, resolve_image};
 use nacre_solver::registry::Client;
+use nacre_solver::sandbox::foreign::{self, Emulators};
 use nacre_solver::sandbox::{self, Cancel};
 use nacre_solver::snapshot::Workspace;
 use nacre_solver::solve::{self, Event, SolveError, VertexError};
@@ -52,7 +55,8 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
     };
     // Before any thread exists, and before standard input is read: an ordinary user's build goes on in a process inside
     // of a user namespace.
-    let Some(place) = enter(known.as_ref().map(|(dockerfile, _)| dockerfile), request)? else {
+    let foreign = foreign_platforms(request, known.as_ref().map(|(dockerfile, _)| dockerfile))?;
+    let Some(place) = enter(known.as_ref().map(|(dockerfile, _)| dockerfile), &foreign, request)? else {
         return Ok(());
     };
     let host_error = |error: &(dyn std::error::Error + 'static)| CommandError::new(Exit::Host, error, None);
@@ -124,6 +128,30 @@ struct Surroundings {
     ownership: Ownership,
     /// Why steps cannot run.
     refused: Option<CommandError>,
+    /// In a user namespace that was made for this build.
+    own_namespace: bool,
+}
+
+/// Platforms that are asked for, or named by FROM, and are not this machine's.
+fn foreign_platforms(request: &BuildRequest, dockerfile: Option<&Dockerfile>) -> Result<Vec<Platform>, CommandError> {
+    let host = platform::host();
+    let named = dockerfile.into_iter().flat_map(|dockerfile| &dockerfile.instructions).filter_map(|instruction| {
+        match &instruction.kind {
+            InstructionKind::From { platform: Some(text), .. } => platform::parse(&text.value, &host).ok(),
+            _ => None,
+        }
+    });
+    let mut foreign: Vec<Platform> = platforms(request)?.into_iter().flatten().chain(named).collect();
+    foreign.retain(|platform| !foreign::is_native(platform));
+    foreign.sort();
+    foreign.dedup();
+    Ok(foreign)
+}
+
+/// Would emulators have to be registered for these platforms?
+fn needs_emulators(foreign: &[Platform]) -> bool {
+    let Ok(scratch) = tempfile::tempdir() else { return false };
+    foreign.iter().any(|platform| !foreign::runs(platform, scratch.path()))
 }
 
 fn has_runs(dockerfile: &Dockerfile) -> bool {
@@ -136,7 +164,13 @@ fn has_runs(dockerfile: &Dockerfile) -> bool {
 
 /// Goes into a user namespace if the file needs one and we are not root; a file that is not known yet may. `None` when
 /// a process inside has done the work.
-fn enter(dockerfile: Option<&Dockerfile>, build: &BuildRequest) -> Result<Option<Surroundings>, CommandError> {
+///
+/// For foreign platforms root goes there, too: emulators are registered in a namespace of the build's own.
+fn enter(
+    dockerfile: Option<&Dockerfile>,
+    foreign: &[Platform],
+    build: &BuildRequest,
+) -> Result<Option<Surroundings>, CommandError> {
     let runs = dockerfile.is_some_and(has_runs);
     // A base may have triggers that run, and its files have owners.
     let bases = dockerfile.is_none_or(|dockerfile| {
@@ -146,19 +180,26 @@ fn enter(dockerfile: Option<&Dockerfile>, build: &BuildRequest) -> Result<Option
             _ => false,
         })
     });
-    let place = |ownership| Surroundings { ownership, refused: None };
+    let place = |ownership| Surroundings { ownership, refused: None, own_namespace: false };
     if !runs && !bases {
         return Ok(Some(place(Ownership::SingleId)));
     }
-    let request = match build.ownership {
+    let best = match build.ownership {
         OwnershipChoice::Emulate => sandbox::idmap::EnterRequest::SingleId,
         OwnershipChoice::Auto | OwnershipChoice::SubordinateIds => sandbox::idmap::EnterRequest::Best,
     };
-    match sandbox::idmap::enter(request) {
+    let own = build.ownership != OwnershipChoice::Emulate && runs && !foreign.is_empty() && needs_emulators(foreign);
+    let entered = match own {
+        // What root may not have a namespace for, it may well be able to do without.
+        true => sandbox::idmap::enter(sandbox::idmap::EnterRequest::Own).or_else(|_| sandbox::idmap::enter(best)),
+        false => sandbox::idmap::enter(best),
+    };
+    match entered {
         // Root of a namespace may have no other id than its own, too.
         Ok(sandbox::idmap::Entered::Root) => owners(build, sandbox::idmap::ownership(), None).map(place).map(Some),
         Ok(sandbox::idmap::Entered::Inside { ownership, notice }) => {
-            owners(build, ownership, notice).map(place).map(Some)
+            let place = owners(build, ownership, notice).map(place)?;
+            Ok(Some(Surroundings { own_namespace: true, ..place }))
         }
         Ok(sandbox::idmap::Entered::Parent { exit_code: 0 }) => Ok(None),
         Ok(sandbox::idmap::Entered::Parent { exit_code }) => {
@@ -170,7 +211,8 @@ fn enter(dockerfile: Option<&Dockerfile>, build: &BuildRequest) -> Result<Option
             if runs {
                 Err(error)
             } else {
-                Ok(Some(Surroundings { ownership: Ownership::SingleId, refused: Some(error) }))
+                let ownership = Ownership::SingleId;
+                Ok(Some(Surroundings { ownership, refused: Some(error), own_namespace: false }))
             }
         }
     }
@@ -302,7 +344,10 @@ fn build(
     let workspace = workspace(request, place.ownership, Some(progress))?.with_cancel(cancel.clone());
     let agents = SshAgents::start(&request.ssh)?;
     let git = input::git_settings(request, env, &agents)?;
-    let host = host(request, &agents)?;
+    let mut host = host(request, &agents)?;
+    let mut emulators = env.program_directories();
+    emulators.push(foreign::DEBIAN_DIRECTORY.into());
+    host.emulators = Emulators::new(emulators, place.own_namespace);
     let (dockerfile, input) = match known {
         Some(known) => known,
         None => {
@@ -318,6 +363,8 @@ fn build(
     found.source = Some(input.source.clone());
     let contexts = contexts(request, &input, &workspace.store)?;
     let mut all = Vec::new();
+    let imports = Arc::new(Imports::new(request.cache_from.clone()));
+    let collect = !request.cache_from.is_empty() || !request.cache_to.is_empty();
     for platform in platforms(request)? {
         let mut options = options(request, platform)?;
         options.ignored = contexts.get("context").and_then(|local| ignored(local.context()?));
@@ -327,19 +374,28 @@ fn build(
             images,
             host: host.clone(),
             git: git.clone(),
+            imports: imports.clone(),
+            collect,
             project: input.project.clone(),
         };
         check_for_secrets(&definition, &solve_request.host)?;
-        let snapshot = solve::solve(&definition, &workspace, &solve_request, cancel, events);
+        let solved = solve::solve(&definition, &workspace, &solve_request, cancel, events);
         for local in contexts.values() {
             // Digests that are not kept are made again: no reason to fail.
             let _ = local.save();
         }
         let steps = blame::Steps { dockerfile: &dockerfile, definition: &definition, contexts: &contexts };
-        let snapshot = snapshot.map_err(|error| solve_error(error, &steps))?;
-        all.push(Built::new(definition.image, snapshot));
+        let solved = solved.map_err(|error| solve_error(error, &steps))?;
+        all.push(Built::new(definition.image, solved));
     }
-    export_command::export(request, &workspace, &mut all, events, &|| cancel.is_cancelled())?;
+    let live = Live { events, stop: &|| cancel.is_cancelled() };
+    export_command::export(request, &workspace, &mut all, &live)?;
+    cache_command::keep_imported(&workspace, &all)?;
+    cache_command::write_caches(&request.cache_to, &workspace, &all, &live)?;
+    let received_bytes = workspace.sources.client.received_bytes();
+    if received_bytes > 0 {
+        events(Event::Traffic { received_bytes });
+    }
     Ok(all)
 }
 
@@ -524,7 +580,7 @@ fn solve_error(error: SolveError, steps: &blame::Steps<'_>) -> CommandError {
                 return CommandError::Step(Box::new(failure));
             }
             let exit = match &*cause {
-                VertexError::Run(RunError::Sandbox(_)) => Exit::Host,
+                VertexError::Run(RunError::Sandbox(_) | RunError::Emulator(_)) => Exit::Host,
                 VertexError::Run(RunError::Snapshot(error)) => export_command::snapshot_exit(error),
                 VertexError::Run(RunError::Store(_) | RunError::Io { .. }) | VertexError::Store(_) => Exit::Store,
                 VertexError::Run(_) | VertexError::Leak(_) => Exit::Step,

@@ -5,6 +5,7 @@
 //! accepted, and [`BuildArgs::without_meaning`] names those that were given.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use nacre_solver::registry::Mirror;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
@@ -67,6 +68,10 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// Write images of the store into an archive that docker and podman load
     Save(SaveArgs),
+    /// Put the images of an archive into the store
+    Load(LoadArgs),
+    /// Look at images in registries
+    Manifest(ManifestArgs),
     /// Keep credentials for a registry
     Login(LoginArgs),
     /// Forget the credentials for a registry
@@ -159,10 +164,10 @@ pub(crate) struct BuildArgs {
     /// Say for every step that ran which input differs from the last time
     #[arg(long, help_heading = "Cache", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", value_parser = boolean, value_name = "BOOL", hide_default_value = true)]
     pub(crate) explain: bool,
-    /// Cache to read from (not yet used)
+    /// Cache of other machines to read: NAME or type=registry,ref=NAME; type=local,src=DIR; may be repeated
     #[arg(long = "cache-from", value_name = "SOURCE", help_heading = "Cache")]
     pub(crate) cache_from: Vec<String>,
-    /// Cache to write to (not yet used)
+    /// Cache to write for other machines: type=registry,ref=NAME; type=local,dest=DIR; type=inline; mode=min|max
     #[arg(long = "cache-to", value_name = "DEST", help_heading = "Cache")]
     pub(crate) cache_to: Vec<String>,
 
@@ -292,6 +297,13 @@ pub(crate) struct RegistryArgs {
     /// Certificates (PEM) of authorities to trust besides the system's; may be repeated
     #[arg(long = "tls-ca", value_name = "FILE")]
     pub(crate) authorities: Vec<PathBuf>,
+    /// Registry to ask first for what another has, as docker.io=HOST[/PATH]; may be repeated
+    #[arg(long = "registry-mirror", value_name = "HOST=MIRROR", value_parser = mirror)]
+    pub(crate) mirrors: Vec<Mirror>,
+}
+
+fn mirror(text: &str) -> Result<Mirror, String> {
+    Mirror::parse(text).ok_or_else(|| "expected HOST=MIRROR, as docker.io=mirror.example.com:5000".to_owned())
 }
 
 /// `nacre pull`.
@@ -306,6 +318,9 @@ pub(crate) struct PullArgs {
     /// Print only the digest
     #[arg(short, long)]
     pub(crate) quiet: bool,
+    /// Form of the result
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: ListFormat,
     /// Directory of cache and images
     #[arg(long, value_name = "DIR")]
     pub(crate) store: Option<PathBuf>,
@@ -355,6 +370,9 @@ pub(crate) struct RmiArgs {
     /// A name that is not there is no error
     #[arg(short, long)]
     pub(crate) force: bool,
+    /// Form of the result
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: ListFormat,
     /// Directory of cache and images
     #[arg(long, value_name = "DIR")]
     pub(crate) store: Option<PathBuf>,
@@ -386,6 +404,60 @@ pub(crate) struct SaveArgs {
     /// Directory of cache and images
     #[arg(long, value_name = "DIR")]
     pub(crate) store: Option<PathBuf>,
+}
+
+/// `nacre load`.
+#[derive(Debug, Args)]
+pub(crate) struct LoadArgs {
+    /// Archive, also compressed [default: standard input]
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) input: Option<PathBuf>,
+    /// Name for the archive's only image, in place of those it has
+    #[arg(short, long, value_name = "NAME")]
+    pub(crate) tag: Option<String>,
+    /// Print only digests
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// Form of the result
+    #[arg(long, value_enum, default_value = "table")]
+    pub(crate) format: ListFormat,
+    /// Directory of cache and images
+    #[arg(long, value_name = "DIR")]
+    pub(crate) store: Option<PathBuf>,
+}
+
+/// `nacre manifest`.
+#[derive(Debug, Args)]
+pub(crate) struct ManifestArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: ManifestCommand,
+}
+
+/// Subcommands of `nacre manifest`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ManifestCommand {
+    /// Print a manifest or index, as JSON
+    Inspect(ManifestInspectArgs),
+}
+
+/// `nacre manifest inspect`.
+#[derive(Debug, Args)]
+pub(crate) struct ManifestInspectArgs {
+    /// Image in a registry
+    #[arg(value_name = "NAME")]
+    pub(crate) name: String,
+    /// The bytes as they are, for digests
+    #[arg(long)]
+    pub(crate) raw: bool,
+    /// Accepted for symmetry; the result is always JSON
+    #[arg(long, hide = true)]
+    pub(crate) format: Option<String>,
+    /// The registry's certificate is not checked, and it may speak plain HTTP
+    #[arg(long = "insecure", hide = true)]
+    pub(crate) unchecked: bool,
+    #[command(flatten)]
+    pub(crate) registry: RegistryArgs,
 }
 
 /// `nacre login`.
@@ -510,11 +582,6 @@ impl BuildArgs {
         if docker.attest.iter().any(|value| !value.contains("disabled=true")) {
             notices.push("--attest does nothing yet: no attestation is made".to_owned());
         }
-        for (flag, values) in [("--cache-from", &self.cache_from), ("--cache-to", &self.cache_to)] {
-            if !values.is_empty() {
-                notices.push(format!("{flag} does nothing yet: only the cache in the store is used"));
-            }
-        }
         notices
     }
 }
@@ -528,7 +595,10 @@ pub(crate) fn without_docker_groups(mut args: Vec<OsString>) -> Vec<OsString> {
         ("buildx", "build" | "b" | "version" | "prune")
             | ("builder", "build" | "prune")
             | ("builder" | "buildx", "du")
-            | ("image", "build" | "ls" | "list" | "pull" | "push" | "tag" | "rm" | "inspect" | "save" | "prune")
+            | (
+                "image",
+                "build" | "ls" | "list" | "pull" | "push" | "tag" | "rm" | "inspect" | "save" | "load" | "prune"
+            )
     );
     if grouped {
         args.remove(1);

@@ -1,17 +1,20 @@
 //! The end of `nacre build`: layers become blobs, blobs an image, the image an output.
 
 use crate::build_command::failure;
+use crate::cache_options::CachePlace;
 use crate::report::{CommandError, Exit};
 use crate::request::{AnnotationPlace, BuildRequest, Compression, Destination, Output, OutputKind, Push};
 use nacre_frontend::llb::Image;
 use nacre_frontend::reference::Reference;
+use nacre_solver::cache::INLINE_MEMBER;
+use nacre_solver::cache::export::{StepResult, inline_document};
 use nacre_solver::export::{self, Dest, ExportError, ExportImage};
 use nacre_solver::image::{Annotations, Assembled, Descriptor, Media, Timestamp, assemble, assemble_index};
 use nacre_solver::op::source::{ResolvedImage, SourceContext};
 use nacre_solver::push::{PushBlob, PushError, PushImage, PushReport, push};
 use nacre_solver::registry::{RegistryError, RemoteImage};
-use nacre_solver::snapshot::{self, LayerBlob, Snapshot, SnapshotError, Workspace};
-use nacre_solver::solve::Event;
+use nacre_solver::snapshot::{self, Layer, LayerBlob, Snapshot, SnapshotError, Workspace};
+use nacre_solver::solve::{Event, Solved};
 use nacre_solver::tree::Node;
 use nacre_solver::tree::blob::Codec;
 use nacre_solver::tree::layer::TarOptions;
@@ -25,7 +28,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 /// One platform's result.
 pub(crate) struct Built {
     image: Image,
-    snapshot: Snapshot,
+    solved: Solved,
     /// What the first output that makes an image made of it.
     assembled: Option<Assembled>,
     /// What stands for all platforms: the index if there are several, else the manifest.
@@ -34,8 +37,23 @@ pub(crate) struct Built {
 
 impl Built {
     /// A result that no output has been made of.
-    pub(crate) fn new(image: Image, snapshot: Snapshot) -> Self {
-        Self { image, snapshot, assembled: None, root: None }
+    pub(crate) fn new(image: Image, solved: Solved) -> Self {
+        Self { image, solved, assembled: None, root: None }
+    }
+
+    /// The file system of the image.
+    pub(crate) fn snapshot(&self) -> &Snapshot {
+        &self.solved.snapshot
+    }
+
+    /// What the steps gave.
+    pub(crate) fn steps(&self) -> &[StepResult] {
+        &self.solved.steps
+    }
+
+    /// What the steps are called in the store's records.
+    pub(crate) fn names(&self) -> &[[String; 2]] {
+        &self.solved.names
     }
 }
 
@@ -48,18 +66,18 @@ pub(crate) fn snapshot_exit(error: &SnapshotError) -> Exit {
     }
 }
 
-fn snapshot_error(error: SnapshotError) -> CommandError {
+pub(crate) fn snapshot_error(error: SnapshotError) -> CommandError {
     CommandError::new(snapshot_exit(&error), &error, None)
 }
 
-fn export_error(error: ExportError) -> CommandError {
+pub(crate) fn export_error(error: ExportError) -> CommandError {
     CommandError::new(Exit::Store, &error, None)
 }
 
 /// Who is told of bytes that go, and who may end it.
-struct Live<'a> {
-    events: &'a (dyn Fn(Event) + Sync),
-    stop: &'a (dyn Fn() -> bool + Sync),
+pub(crate) struct Live<'a> {
+    pub(crate) events: &'a (dyn Fn(Event) + Sync),
+    pub(crate) stop: &'a (dyn Fn() -> bool + Sync),
 }
 
 /// The exit code and text for a push that failed.
@@ -86,9 +104,9 @@ pub(crate) fn export(
     request: &BuildRequest,
     workspace: &Workspace,
     built: &mut [Built],
-    events: &(dyn Fn(Event) + Sync),
-    stop: &(dyn Fn() -> bool + Sync),
+    live: &Live<'_>,
 ) -> Result<(), CommandError> {
+    let Live { events, stop } = live;
     for output in &request.outputs {
         if stop() {
             return Err(CommandError::Interrupted);
@@ -96,7 +114,7 @@ pub(crate) fn export(
         let what = describe(output);
         let started = Instant::now();
         events(Event::Exporting { what: what.clone() });
-        write(request, workspace, built, output, &Live { events, stop })?;
+        write(request, workspace, built, output, live)?;
         events(Event::Exported { what, duration: started.elapsed() });
     }
     Ok(())
@@ -155,7 +173,7 @@ fn write_files(
     clamp_mtime: Option<i64>,
     several: bool,
 ) -> Result<(), CommandError> {
-    let tree = workspace.flatten(&built.snapshot).map_err(snapshot_error)?;
+    let tree = workspace.flatten(built.snapshot()).map_err(snapshot_error)?;
     workspace.prepare(&tree).map_err(snapshot_error)?;
     let open = |node: &Node| workspace.open(node);
     let read = |node: &Node| workspace.open(node).map(|reader| reader as Box<dyn Read>);
@@ -188,6 +206,15 @@ fn destination(dest: &Destination) -> Dest {
     }
 }
 
+/// The codec and its level.
+pub(crate) fn codec(compression: Compression) -> (Codec, Option<u32>) {
+    match compression {
+        Compression::Uncompressed => (Codec::None, None),
+        Compression::Gzip(level) => (Codec::Gzip, level),
+        Compression::Zstd(level) => (Codec::Zstd, level),
+    }
+}
+
 fn write_image(
     request: &BuildRequest,
     workspace: &Workspace,
@@ -196,11 +223,7 @@ fn write_image(
     clamp_mtime: Option<i64>,
     live: &Live<'_>,
 ) -> Result<(), CommandError> {
-    let (codec, level) = match output.compression {
-        Compression::Uncompressed => (Codec::None, None),
-        Compression::Gzip(level) => (Codec::Gzip, level),
-        Compression::Zstd(level) => (Codec::Zstd, level),
-    };
+    let (codec, level) = codec(output.compression);
     let compression = snapshot::Compression { codec, level, clamp_mtime, force: output.force_compression };
     let media = if output.docker_media_types { Media::Docker } else { Media::Oci };
     let names = canonical_names(&output.names)?;
@@ -214,10 +237,18 @@ fn write_image(
     };
     let mut images = Vec::new();
     for one in built.iter() {
-        let layers = blobs(workspace, &one.snapshot, compression, output.kind == OutputKind::Registry)?;
+        let made = one.snapshot().layers();
+        let layers = layer_blobs(workspace, &made, compression, output.kind == OutputKind::Registry);
+        let layers = layers.map_err(snapshot_error)?;
         let layers: Vec<(Descriptor, String)> =
             layers.into_iter().map(|layer| (layer.descriptor, layer.diff_id)).collect();
-        let (config, created) = dated(one, request.source_date_epoch);
+        let (mut config, created) = dated(one, request.source_date_epoch);
+        if request.cache_to.iter().any(|target| target.place == CachePlace::Inline) {
+            let diff_ids: Vec<String> = layers.iter().map(|(_, diff_id)| diff_id.clone()).collect();
+            let records = inline_document(one.steps(), &made, &diff_ids, request.source_date_epoch);
+            let records = serde_json::to_value(records).unwrap_or_default();
+            config.other.insert(INLINE_MEMBER.to_owned(), records);
+        }
         images.push(assemble(config, &layers, Some(created.into()), media, &annotations));
     }
     let index = (images.len() > 1).then(|| assemble_index(&images, media, &place(AnnotationPlace::Index)));
@@ -266,7 +297,7 @@ fn push_image(
 ) -> Result<(), CommandError> {
     let mut image = PushImage::default();
     for (one, assembled) in built.iter().zip(images) {
-        for (layer, descriptor) in one.snapshot.layers().iter().zip(&assembled.layers) {
+        for (layer, descriptor) in one.snapshot().layers().iter().zip(&assembled.layers) {
             let base = layer.image().map(|(base, at)| (base.clone(), at));
             let same = |(base, at): &(std::sync::Arc<ResolvedImage>, usize)| {
                 base.layers.get(*at).is_some_and(|layer| layer.descriptor.digest == descriptor.digest)
@@ -316,13 +347,12 @@ fn canonical_names(names: &[String]) -> Result<Vec<String>, CommandError> {
 }
 
 /// The layers as blobs, several made at once. With `later`, base layers are only named.
-fn blobs(
+pub(crate) fn layer_blobs(
     workspace: &Workspace,
-    snapshot: &Snapshot,
+    layers: &[Layer],
     compression: snapshot::Compression,
     later: bool,
-) -> Result<Vec<LayerBlob>, CommandError> {
-    let layers = snapshot.layers();
+) -> Result<Vec<LayerBlob>, SnapshotError> {
     let next = AtomicUsize::new(0);
     let results = Mutex::new(BTreeMap::new());
     std::thread::scope(|scope| {
@@ -340,7 +370,7 @@ fn blobs(
         }
     });
     let results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
-    results.into_values().map(|result| result.map_err(snapshot_error)).collect()
+    results.into_values().collect()
 }
 
 /// The configuration with dates in its history: a layer has the date of the run that made it, so that a build from the
@@ -348,7 +378,7 @@ fn blobs(
 /// later than that.
 fn dated(built: &Built, epoch: Option<i64>) -> (nacre_frontend::image_config::ImageConfig, i64) {
     let mut config = built.image.config.clone();
-    let created = built.snapshot.created();
+    let created = built.snapshot().created();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs() as i64);
     // What stands before the first new layer gets that one's date.
     let mut latest = created.iter().flatten().next().copied().unwrap_or(now);

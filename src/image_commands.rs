@@ -3,6 +3,7 @@
 use crate::build_command::failure;
 use crate::cli::{InspectArgs, ListFormat, PullArgs, PushArgs, RmiArgs, SaveArgs, TagArgs};
 use crate::export_command::{registry_help, send};
+use crate::interrupt::end_on_signals;
 use crate::report::{CommandError, Exit};
 use crate::request::Environment;
 use nacre_frontend::llb::ImageSource;
@@ -15,21 +16,23 @@ use nacre_solver::op::source::{PullPolicy, ResolvedImage, SourceContext, SourceE
 use nacre_solver::push::PushImage;
 use nacre_solver::registry::{Client, ClientOptions, RemoteImage};
 use nacre_solver::solve::Event;
+use nacre_solver::store::refs::RememberedReference;
 use nacre_solver::store::{Store, StoreError};
 use nacre_solver::tree::layer::Limits;
 use serde_json::{Value, json};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Layers that are fetched at once.
 const PARALLEL_LAYERS: usize = 4;
 
-fn store_error(error: StoreError) -> CommandError {
+pub(crate) fn store_error(error: StoreError) -> CommandError {
     CommandError::new(Exit::Store, &error, None)
 }
 
-fn source_error(error: &SourceError) -> CommandError {
+pub(crate) fn source_error(error: &SourceError) -> CommandError {
     let help = match error {
         SourceError::Registry(error) => registry_help(error),
         _ => None,
@@ -37,15 +40,19 @@ fn source_error(error: &SourceError) -> CommandError {
     CommandError::new(Exit::Source, error, help)
 }
 
-fn reference(name: &str) -> Result<Reference, CommandError> {
+pub(crate) fn reference(name: &str) -> Result<Reference, CommandError> {
     Reference::parse(name).map_err(|error| failure(Exit::Usage, &format!("image name `{name}`: {error}"), error.help()))
 }
 
-fn open(env: &Environment, flag: Option<&Path>) -> Result<Arc<Store>, CommandError> {
+pub(crate) fn open(env: &Environment, flag: Option<&Path>) -> Result<Arc<Store>, CommandError> {
     Store::open(&env.store(flag)?).map(Arc::new).map_err(store_error)
 }
 
-fn sources(store: &Arc<Store>, options: ClientOptions) -> SourceContext {
+pub(crate) fn listen(env: &Environment) -> Result<(), CommandError> {
+    end_on_signals(env.color).map_err(|error| CommandError::new(Exit::Host, &error, None))
+}
+
+pub(crate) fn sources(store: &Arc<Store>, options: ClientOptions) -> SourceContext {
     SourceContext {
         store: store.clone(),
         client: Client::new(options),
@@ -88,6 +95,7 @@ pub(crate) fn pull(args: &PullArgs, env: &Environment) -> Result<(), CommandErro
         None => host,
         Some(text) => platform::parse(text, &host).map_err(|error| CommandError::new(Exit::Usage, &error, None))?,
     };
+    listen(env)?;
     let store = open(env, args.store.as_deref())?;
     let sources = sources(&store, env.registry(&args.registry));
     let remote = RemoteImage::parse(&name.to_string())
@@ -95,6 +103,14 @@ pub(crate) fn pull(args: &PullArgs, env: &Environment) -> Result<(), CommandErro
     let registry = |error| source_error(&SourceError::Registry(error));
     let (bytes, root) = sources.client.manifest(&remote).map_err(registry)?;
     store.put_document(&bytes).map_err(store_error)?;
+    // Where its layers are, for a later push to the same registry.
+    let resolved = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let remembered = RememberedReference {
+        reference: remote.to_string(),
+        descriptor: root.clone(),
+        resolved: i64::try_from(resolved).unwrap_or(i64::MAX),
+    };
+    store.remember_reference(&remembered).map_err(store_error)?;
     // By the digest: what has this name in the store does not matter, and the tag may move meanwhile.
     let pinned = RemoteImage { tag: None, digest: Some(root.digest), ..remote };
     let image = resolve_image(&ImageSource::Reference(pinned.to_string()), &platform, &sources)
@@ -120,7 +136,15 @@ pub(crate) fn pull(args: &PullArgs, env: &Environment) -> Result<(), CommandErro
         }
         None => store.tag(&name.to_string(), &descriptor).map_err(store_error)?,
     }
-    crate::print_result(&format!("{}\n", image.manifest_digest))
+    crate::print_result(&match args.format {
+        ListFormat::Table => format!("{}\n", image.manifest_digest),
+        ListFormat::Json => {
+            let name = format!("{}", RemoteImage { digest: None, ..pinned });
+            let bytes = sources.client.received_bytes();
+            let list = json!([{"name": name, "digest": image.manifest_digest, "received_bytes": bytes}]);
+            format!("{list:#}\n")
+        }
+    })
 }
 
 fn fetch_layers(image: &ResolvedImage, sources: &SourceContext, quiet: bool) -> Result<(), CommandError> {
@@ -156,6 +180,7 @@ fn fetch_layers(image: &ResolvedImage, sources: &SourceContext, quiet: bool) -> 
 
 /// Sends images of the store to the registries that their names tell.
 pub(crate) fn push(args: &PushArgs, env: &Environment) -> Result<(), CommandError> {
+    listen(env)?;
     let store = open(env, args.store.as_deref())?;
     let sources = sources(&store, env.registry(&args.registry));
     let mut results = Vec::new();
@@ -214,6 +239,7 @@ pub(crate) fn tag(args: &TagArgs, env: &Environment) -> Result<(), CommandError>
 /// Takes names away.
 pub(crate) fn remove(args: &RmiArgs, env: &Environment) -> Result<(), CommandError> {
     let store = open(env, args.store.as_deref())?;
+    let mut removed = Vec::new();
     for name in &args.names {
         let canonical = reference(name)?.to_string();
         let found = store.untag(&canonical).map_err(store_error)?;
@@ -222,10 +248,13 @@ pub(crate) fn remove(args: &RmiArgs, env: &Environment) -> Result<(), CommandErr
             return Err(failure(Exit::Usage, &format!("no image `{name}` in the store"), help));
         }
         if found {
-            crate::print_result(&format!("{canonical}\n"))?;
+            removed.push(canonical);
         }
     }
-    Ok(())
+    crate::print_result(&match args.format {
+        ListFormat::Table => removed.iter().map(|name| format!("{name}\n")).collect(),
+        ListFormat::Json => format!("{:#}\n", json!({"removed": removed})),
+    })
 }
 
 /// Prints manifest and configuration of images.

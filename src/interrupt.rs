@@ -3,7 +3,7 @@
 use crate::report::{CommandError, Exit};
 use nacre_solver::sandbox::Cancel;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// A signal that comes so soon after another is the same wish: who signals a process group reaches this process twice,
@@ -66,6 +66,29 @@ impl Signals {
             std::process::exit(Exit::Interrupted as i32);
         }
     }
+}
+
+/// Lets signals end the process with the code of the signal, as a shell counts (130, 143), after a word about it. For
+/// commands that may end at any moment: the store bears it, and so do registries.
+pub(crate) fn end_on_signals(color: bool) -> std::io::Result<()> {
+    use signal_hook::consts::{SIGINT, SIGTERM};
+    let seen = Arc::new(AtomicUsize::new(0));
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register_usize(signal, Arc::clone(&seen), usize::try_from(signal).unwrap_or_default())?;
+    }
+    std::thread::Builder::new().name("signals".to_owned()).spawn(move || wait_for_end(&seen, last_words(color)))?;
+    Ok(())
+}
+
+#[expect(clippy::exit, reason = "there is nothing to wait for")]
+fn wait_for_end(seen: &AtomicUsize, last_words: String) -> ! {
+    while seen.load(Ordering::SeqCst) == 0 {
+        std::thread::sleep(PAUSE);
+    }
+    // Nobody may be reading, and then the words would wait for ever.
+    std::thread::spawn(move || crate::print_error(&last_words));
+    std::thread::sleep(PAUSE * 5);
+    std::process::exit(128 + i32::try_from(seen.load(Ordering::SeqCst)).unwrap_or_default())
 }
 
 /// What a build that was interrupted ends with.

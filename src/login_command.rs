@@ -69,9 +69,18 @@ pub(crate) fn login(args: &LoginArgs, env: &Environment) -> Result<(), CommandEr
     let options = ClientOptions { given: Some((host.clone(), credentials.clone())), ..env.registry(&args.registry) };
     let timeout = options.helper_timeout;
     let failed = |error: RegistryError| CommandError::new(Exit::Source, &error, None);
-    Client::new(options).log_in(&host).map_err(failed)?;
+    let client = Client::new(options);
+    client.log_in(&host).map_err(failed)?;
+    // A token server may give something in place of the password that can be taken back and opens nothing else.
+    let credentials = match client.identity_token(&host, &credentials) {
+        Some(identity_token) => Credentials { password: String::new(), identity_token, ..credentials },
+        None => credentials,
+    };
     let text = match login::store(&file, &host, &credentials, timeout).map_err(failed)? {
         Kept::Helper(program) => format!("logged in to {host}; {program} keeps the password\n"),
+        Kept::File(path) if !credentials.identity_token.is_empty() => {
+            format!("logged in to {host}; {} keeps a token, not the password\n", path.display())
+        }
         Kept::File(path) => format!(
             "logged in to {host}\nnotice: the password stands in {} as it is; a `credsStore` there would keep it safe\n",
             path.display()

@@ -4,6 +4,8 @@
 
 mod blame;
 mod build_command;
+mod cache_command;
+mod cache_options;
 mod call_command;
 mod cli;
 mod doctor_command;
@@ -13,6 +15,7 @@ mod image_commands;
 mod images_command;
 mod input;
 mod interrupt;
+mod load_command;
 mod login_command;
 mod progress;
 mod prune_command;
@@ -74,6 +77,10 @@ fn run(command: Command, env: &Environment, cancel: &Arc<AtomicBool>) -> Result<
         Command::Rmi(args) => image_commands::remove(&args, env),
         Command::Inspect(args) => image_commands::inspect(&args, env),
         Command::Save(args) => image_commands::save(&args, env),
+        Command::Load(args) => load_command::load(&args, env),
+        Command::Manifest(args) => match args.command {
+            cli::ManifestCommand::Inspect(args) => load_command::manifest(&args, env),
+        },
         Command::Login(args) => login_command::login(&args, env),
         Command::Logout(args) => login_command::logout(&args, env),
         Command::Prune(args) => prune_command::prune(&args, env),

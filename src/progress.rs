@@ -152,6 +152,7 @@ impl<W: Write + Send> Painter for JsonLines<W> {
 /// {"time":0.02,"event":"loaded","what":"https://example.com/repository.git","seconds":0.01}
 /// {"time":0.32,"event":"exporting","what":"OCI archive out.tar"}
 /// {"time":0.40,"event":"exported","what":"OCI archive out.tar","seconds":0.08}
+/// {"time":0.40,"event":"traffic","received_bytes":123}
 /// {"time":0.40,"event":"warning","message":"…"}
 /// {"time":0.01,"event":"check","rule":"StageNameCasing","message":"…","url":"…","file":"Dockerfile","line":1,"column":6}
 /// ```
@@ -191,6 +192,7 @@ fn json(at: Duration, event: &Event) -> Value {
         Event::Check { rule, message, url, file, line, column } => json!({
             "event": "check", "rule": rule, "message": message, "url": url, "file": file, "line": line, "column": column
         }),
+        Event::Traffic { received_bytes } => json!({"event": "traffic", "received_bytes": received_bytes}),
         Event::Warning { message } => json!({"event": "warning", "message": message}),
     };
     // First in the line: what reads along wants to see it there.
@@ -207,6 +209,7 @@ struct Totals {
     ran: BTreeSet<usize>,
     cached: BTreeSet<usize>,
     failed: BTreeSet<usize>,
+    received_bytes: u64,
 }
 
 impl Totals {
@@ -215,6 +218,11 @@ impl Totals {
             Event::Planned { vertices } => {
                 self.vertices.extend(vertices.iter().map(|vertex| (vertex.id, vertex.clone())));
             }
+            // A step may have to run after all, when what only a cache knows of it is not enough.
+            Event::Started { id } => {
+                self.cached.remove(id);
+            }
+            Event::Traffic { received_bytes } => self.received_bytes = *received_bytes,
             Event::Cached { id } => {
                 self.cached.insert(*id);
             }
@@ -232,17 +240,21 @@ impl Totals {
         self.vertices.get(&id).map_or("(step)", |vertex| vertex.name.as_str())
     }
 
-    /// `12 steps: 3 ran, 9 cached, 1.2s`; nothing before a graph is known.
+    /// `12 steps: 3 ran, 9 cached, 4.5 MiB received, 1.2s`; nothing before a graph is known.
     fn sum(&self, at: Duration) -> Option<String> {
         let all = self.vertices.len();
         let (ran, cached, failed) = (self.ran.len(), self.cached.len(), self.failed.len());
         let steps = if all == 1 { "1 step".to_owned() } else { format!("{all} steps") };
         let time = seconds(at);
+        let received = match self.received_bytes {
+            0 => String::new(),
+            bytes => format!("{} received, ", HumanBytes(bytes)),
+        };
         match (all, failed) {
             (0, _) => None,
-            (_, 0) if cached == all => Some(format!("{steps}, all cached, {time}")),
-            (_, 0) => Some(format!("{steps}: {ran} ran, {cached} cached, {time}")),
-            _ => Some(format!("{steps}: {ran} ran, {cached} cached, {failed} failed, {time}")),
+            (_, 0) if cached == all => Some(format!("{steps}, all cached, {received}{time}")),
+            (_, 0) => Some(format!("{steps}: {ran} ran, {cached} cached, {received}{time}")),
+            _ => Some(format!("{steps}: {ran} ran, {cached} cached, {failed} failed, {received}{time}")),
         }
     }
 }
@@ -403,7 +415,7 @@ impl<W: Write + Send> Painter for Plain<W> {
             Event::Exporting { what } => self.line(&format!("exporting {what}")),
             Event::Exported { what, duration } => self.line(&format!("exporting {what} DONE {}", seconds(*duration))),
             // Shown with their places when the steps are done.
-            Event::Check { .. } => {}
+            Event::Check { .. } | Event::Traffic { .. } => {}
             Event::Warning { message } => self.line(&format!("warning: {}", sanitised(message.as_bytes(), false))),
         }
     }
@@ -452,7 +464,7 @@ impl LiveModel {
     fn event(&mut self, at: Duration, event: &Event) -> Vec<String> {
         self.totals.event(event);
         match event {
-            Event::Planned { .. } | Event::Cached { .. } | Event::Check { .. } => Vec::new(),
+            Event::Planned { .. } | Event::Cached { .. } | Event::Check { .. } | Event::Traffic { .. } => Vec::new(),
             Event::Started { id } => {
                 self.running.insert(*id, (at, String::new()));
                 Vec::new()

@@ -2,6 +2,7 @@
 
 use crate::build_command::failure;
 use crate::cli::{ListFormat, PruneArgs, UsageArgs};
+use crate::interrupt::end_on_signals;
 use crate::report::{CommandError, Exit};
 use crate::request::Environment;
 use nacre_frontend::units;
@@ -29,6 +30,10 @@ pub(crate) fn enter() -> Result<bool, CommandError> {
     }
 }
 
+fn listen(env: &Environment) -> Result<(), CommandError> {
+    end_on_signals(env.color).map_err(|error| CommandError::new(Exit::Host, &error, None))
+}
+
 /// Removes what may go. A signal ends it at once, which the store bears.
 pub(crate) fn prune(args: &PruneArgs, env: &Environment) -> Result<(), CommandError> {
     let path = env.store(args.store.as_deref())?;
@@ -36,6 +41,7 @@ pub(crate) fn prune(args: &PruneArgs, env: &Environment) -> Result<(), CommandEr
     if !enter()? {
         return Ok(());
     }
+    listen(env)?;
     let told = Cell::new(false);
     let wait = || {
         if !told.replace(true) {

@@ -72,6 +72,19 @@ pub(crate) enum CommandError {
     Inside(u8),
 }
 
+impl CommandError {
+    /// What went wrong, on one line.
+    pub(crate) fn message(&self) -> String {
+        match self {
+            Self::Failure(failure) => failure.message.clone(),
+            Self::Dockerfile { .. } => "the Dockerfile has mistakes".to_owned(),
+            Self::Step(_) => "a step failed".to_owned(),
+            Self::Interrupted => "interrupted".to_owned(),
+            Self::Inside(code) => format!("ended with code {code}"),
+        }
+    }
+}
+
 /// Something went wrong outside of the Dockerfile's text.
 #[derive(Debug)]
 pub(crate) struct Failure {
@@ -169,6 +182,9 @@ pub(crate) fn with_causes(error: &dyn Error) -> String {
     message
 }
 
+/// What SIGKILL often means.
+const OUT_OF_MEMORY: &str = "the kernel kills with SIGKILL when memory runs out";
+
 /// A way out of a full disk.
 const MAKE_ROOM: &str = "make room there (`nacre prune` clears what the cache does not need), or choose another place \
                          with --store or --output";
@@ -214,6 +230,13 @@ impl Style {
             CommandError::Failure(failure) => {
                 let place = failure.place.as_ref().map(|place| (&place.source, place.span()));
                 self.block(Severity::Error, &failure.message, place, &[], failure.help.as_deref())
+            }
+            // It could not say this itself.
+            CommandError::Inside(code @ 129..) if *code != Exit::Interrupted as u8 => {
+                let signal = i32::from(*code) - 128;
+                let message = format!("the process that builds was killed by {}", signal_name(signal));
+                let help = (signal == 9).then_some(OUT_OF_MEMORY);
+                self.block(Severity::Error, &message, None, &[], help)
             }
             CommandError::Inside(_) => String::new(),
             CommandError::Interrupted => {
@@ -321,7 +344,7 @@ impl Style {
         let place = step.place.as_ref().map(|place| (&place.source, place.span()));
         let help = match step.outcome {
             StepOutcome::Exit { disk_full: true, .. } => Some(MAKE_ROOM),
-            StepOutcome::Signal(9) => Some("the kernel kills with SIGKILL when memory runs out"),
+            StepOutcome::Signal(9) => Some(OUT_OF_MEMORY),
             StepOutcome::Exit { .. } | StepOutcome::Signal(_) => None,
         };
         text.push_str(&self.block(Severity::Error, &message, place, &notes, help));

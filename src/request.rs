@@ -4,12 +4,14 @@
 //! looked at on disk is only what a flag's meaning depends on (is the context a directory, is the ssh source a socket,
 //! is there a secret file); contents are read when the build needs them.
 
+use crate::cache_options::{self, CacheTarget};
 use crate::cli::{self, BuildArgs, RegistryArgs};
 use nacre_frontend::llb::Network;
 use nacre_frontend::lower::{GitUrl, GitUrlError};
 use nacre_frontend::reference::Reference;
 use nacre_frontend::units;
-use nacre_solver::registry::{ClientOptions, Proxies};
+use nacre_solver::cache::import::CacheSource;
+use nacre_solver::registry::{ClientOptions, Mirror, Proxies};
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -73,6 +75,10 @@ pub(crate) struct BuildRequest {
     pub(crate) store: PathBuf,
     /// Which results of earlier builds may be used.
     pub(crate) cache_use: CacheUse,
+    /// `--cache-from`, in order.
+    pub(crate) cache_from: Vec<CacheSource>,
+    /// `--cache-to`.
+    pub(crate) cache_to: Vec<CacheTarget>,
     /// `--pull`.
     pub(crate) pull: bool,
     /// `--explain`.
@@ -491,6 +497,12 @@ impl Environment {
         Ok(self.current_dir.join(path))
     }
 
+    /// Returns the directories of programs.
+    pub(crate) fn program_directories(&self) -> Vec<PathBuf> {
+        let path = self.get("PATH").unwrap_or(OsStr::new("/usr/local/bin:/usr/bin:/bin"));
+        std::env::split_paths(path).filter(|directory| directory.is_absolute()).collect()
+    }
+
     /// Returns the user's home directory.
     pub(crate) fn home(&self) -> Option<&Path> {
         self.get("HOME").map(Path::new)
@@ -570,8 +582,18 @@ impl Environment {
             certificates: certificates.into_iter().flatten().collect(),
             authorities: absolute(args.authorities.clone()),
             insecure: args.insecure.clone(),
+            mirrors: self.mirrors(args),
             proxies: self.proxies(),
             ..ClientOptions::default()
+        }
+    }
+
+    /// Those of the flags, else those of NACRE_REGISTRY_MIRRORS.
+    fn mirrors(&self, args: &RegistryArgs) -> Vec<Mirror> {
+        let variable = self.get("NACRE_REGISTRY_MIRRORS").and_then(OsStr::to_str).unwrap_or_default();
+        match args.mirrors.as_slice() {
+            [] => variable.split([',', ' ']).filter_map(Mirror::parse).collect(),
+            given => given.to_vec(),
         }
     }
 
@@ -888,6 +910,17 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
             registry.insecure.extend(Reference::parse(name).map(|reference| reference.host));
         }
     }
+    let given = |values: &[String]| -> Vec<String> {
+        values.iter().filter(|value| !value.trim().is_empty()).cloned().collect()
+    };
+    let mut cache_from = Vec::new();
+    for text in given(&args.cache_from) {
+        cache_from.push(cache_options::cache_source(&text, env, &mut registry.insecure)?);
+    }
+    let mut cache_to = Vec::new();
+    for text in given(&args.cache_to) {
+        cache_to.push(cache_options::cache_target(&text, env, &mut registry.insecure)?);
+    }
 
     Ok(BuildRequest {
         context,
@@ -909,6 +942,8 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
         call,
         store,
         cache_use,
+        cache_from,
+        cache_to,
         pull: args.pull,
         explain: args.explain,
         secrets,
@@ -1051,7 +1086,7 @@ fn directory(name: &str, path: &str, env: &Environment) -> Result<PathBuf, Reque
 }
 
 /// Splits comma separated fields; a field in double quotes may hold commas, `""` in it is a quote.
-fn fields(text: &str) -> Vec<String> {
+pub(crate) fn fields(text: &str) -> Vec<String> {
     let mut fields = vec![String::new()];
     let mut quoted = false;
     let mut chars = text.chars().peekable();
@@ -1078,7 +1113,7 @@ fn push(fields: &mut [String], c: char) {
 }
 
 /// Fields as names (in lower case) and values; a field without `=` has the value `default`.
-fn attributes(text: &str, default: &str) -> Vec<(String, String)> {
+pub(crate) fn attributes(text: &str, default: &str) -> Vec<(String, String)> {
     fields(text)
         .iter()
         .map(|field| match field.split_once('=') {
@@ -1299,7 +1334,8 @@ fn output(text: &str, tags: &[String], env: &Environment, notices: &mut Vec<Stri
     Ok(output)
 }
 
-fn compression(codec: Option<&str>, level: Option<&str>) -> Result<Compression, &'static str> {
+/// Reads `compression` and `compression-level`; the error is a sentence.
+pub(crate) fn compression(codec: Option<&str>, level: Option<&str>) -> Result<Compression, &'static str> {
     let level = |limit: std::ops::RangeInclusive<u32>, expected| match level {
         None | Some("") => Ok(None),
         Some(level) => level.parse().ok().filter(|level| limit.contains(level)).map(Some).ok_or(expected),

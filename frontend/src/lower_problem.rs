@@ -72,6 +72,9 @@ pub enum LowerProblem {
     /// `--from=$X`.
     #[error("variable expansion is not supported in --from ({0})")]
     VariableInFrom(String),
+    /// `<<dir/name`, as a file of COPY.
+    #[error("open {0}: no such file or directory: the name of a heredoc leads into a directory")]
+    HeredocPath(String),
     /// `--from=7` with fewer stages.
     #[error("invalid stage index {index}: {}", count_stages(*.stages))]
     StageIndex {
@@ -237,6 +240,7 @@ impl LowerProblem {
                 "define a stage with `FROM $NAME AS stage`, using an ARG from before the first FROM, and copy from that"
                     .to_owned()
             }
+            Self::HeredocPath(_) => "name the file only, and put the directory into the destination".to_owned(),
             Self::StageIndex { stages: 1, .. } => "stages count from 0".to_owned(),
             Self::StageIndex { stages, .. } => format!("stages count from 0: the last one is {}", stages - 1),
             Self::Circular(_) => {

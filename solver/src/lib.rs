@@ -1,9 +1,11 @@
 //! Executes a build graph.
 
+pub mod cache;
 pub mod context;
 pub mod export;
 pub mod image;
 pub mod leak;
+pub mod load;
 pub mod materialize;
 pub mod op;
 pub mod plan;

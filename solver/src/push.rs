@@ -64,6 +64,8 @@ pub struct PushImage {
     pub blobs: Vec<PushBlob>,
     /// Manifests with their bytes, what refers to others behind them; the last is the root.
     pub manifests: Vec<(Descriptor, Vec<u8>)>,
+    /// Repositories that are known to have blobs, by digest: places to mount them from.
+    pub places: BTreeMap<String, Vec<RemoteImage>>,
 }
 
 /// What came of a push.
@@ -87,6 +89,12 @@ impl PushImage {
     pub fn of_store(store: &Store, root: &Descriptor) -> Result<Self, PushError> {
         let mut image = Self::default();
         image.add(store, root, NESTING_LIMIT)?;
+        for remembered in store.remembered_references()? {
+            let Some(remote) = RemoteImage::parse(&remembered.reference) else { continue };
+            for digest in known_blobs(store, &remembered.descriptor.digest, NESTING_LIMIT) {
+                image.places.entry(digest).or_default().push(remote.clone());
+            }
+        }
         Ok(image)
     }
 
@@ -139,6 +147,19 @@ impl PushImage {
     pub fn root(&self) -> Option<&Descriptor> {
         self.manifests.last().map(|(root, _)| root)
     }
+}
+
+/// Digests of the blobs of an image, as far as its documents are here: what is pulled for one platform is not there in
+/// whole.
+fn known_blobs(store: &Store, digest: &str, depth: u32) -> Vec<String> {
+    let Ok(bytes) = store.read_document(digest) else { return Vec::new() };
+    if let Ok(manifest) = serde_json::from_slice::<Manifest>(&bytes) {
+        let layers = manifest.layers.unwrap_or_default();
+        return layers.into_iter().map(|layer| layer.digest).collect();
+    }
+    let index = serde_json::from_slice::<Index>(&bytes).unwrap_or_default();
+    let nested = index.manifests.iter().filter(|_| depth > 0);
+    nested.flat_map(|image| known_blobs(store, &image.digest, depth - 1)).collect()
 }
 
 /// Pushes an image to all of `targets`; by its digest alone where a target has no tag. `stop` is asked between blobs.
@@ -208,7 +229,7 @@ fn push_blobs(
                 while let Some(blob) = blobs.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let result = match stop() {
                         true => Err(PushError::Interrupted),
-                        false => push_blob(blob, target, sibling, sources, progress),
+                        false => push_blob(blob, target, from(image, blob, target, sibling), sources, progress),
                     };
                     let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
                     match result {
@@ -234,22 +255,34 @@ fn push_blobs(
     }
 }
 
+/// A repository of the target's registry that is known, or may be expected, to have the blob.
+fn from<'a>(
+    image: &'a PushImage,
+    blob: &'a PushBlob,
+    target: &RemoteImage,
+    sibling: Option<&'a str>,
+) -> Option<&'a str> {
+    let base = blob.base.as_ref().and_then(|(image, _)| match &image.origin {
+        Origin::Registry(remote) => Some(remote),
+        _ => None,
+    });
+    let known = base.into_iter().chain(image.places.get(&blob.descriptor.digest).into_iter().flatten());
+    let mut near = known.filter(|remote| remote.host == target.host && remote.repository != target.repository);
+    near.next().map(|remote| remote.repository.as_str()).or(sibling)
+}
+
 fn push_blob(
     blob: &PushBlob,
     target: &RemoteImage,
-    sibling: Option<&str>,
+    from: Option<&str>,
     sources: &SourceContext,
     progress: PushProgress<'_>,
 ) -> Result<Uploaded, PushError> {
     let descriptor = &blob.descriptor;
-    let base = blob.base.as_ref().and_then(|(image, _)| match &image.origin {
-        Origin::Registry(remote) if remote.host == target.host => Some(remote.repository.as_str()),
-        _ => None,
-    });
     let sent = Arc::new(std::sync::atomic::AtomicU64::new(0));
     let counter = sent.clone();
     let counting: SendProgress = Arc::new(move |bytes| counter.store(bytes, Ordering::Relaxed));
-    let upload = BlobUpload { image: target, blob: descriptor, from: base.or(sibling), progress: Some(counting) };
+    let upload = BlobUpload { image: target, blob: descriptor, from, progress: Some(counting) };
     let client = &sources.client;
     if client.has_blob(&upload)? {
         return Ok(Uploaded::Present);

@@ -113,6 +113,8 @@ pub(crate) enum Made {
     Image(Arc<ResolvedImage>, usize),
     /// By a step of this graph, now or earlier.
     Step(Option<Recipe>),
+    /// By a step elsewhere. Its content is known by its key, and nothing of it is here.
+    Elsewhere,
 }
 
 /// A stack of layers. Cheap to clone.
@@ -123,6 +125,8 @@ struct SnapshotInner {
     parent: Option<Snapshot>,
     layer: Option<Layer>,
     content: Key,
+    /// All layers can be had.
+    whole: bool,
     /// When the layer was made, in seconds since the epoch; `None` for those of base images.
     created: Option<i64>,
     flat: OnceLock<Arc<Tree>>,
@@ -145,6 +149,7 @@ impl Snapshot {
             parent: None,
             layer: None,
             content: Key::SCRATCH,
+            whole: true,
             created: None,
             flat: OnceLock::new(),
         }))
@@ -154,6 +159,7 @@ impl Snapshot {
     pub(crate) fn with(&self, layer: Layer, content: &[u8; 32], created: Option<i64>) -> Self {
         Self(Arc::new(SnapshotInner {
             content: self.0.content.stacked(content),
+            whole: self.0.whole && layer.is_there(),
             parent: Some(self.clone()),
             layer: Some(layer),
             created,
@@ -164,6 +170,11 @@ impl Snapshot {
     /// Digest of what is in it, times left out.
     pub fn content(&self) -> Key {
         self.0.content
+    }
+
+    /// Can all of its layers be had? Of others only the content key is known.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.0.whole
     }
 
     /// Its layers, lowest first.
@@ -197,8 +208,13 @@ impl Layer {
     pub fn image(&self) -> Option<(&Arc<ResolvedImage>, usize)> {
         match &self.0.made {
             Made::Image(image, at) => Some((image, *at)),
-            Made::Step(_) => None,
+            Made::Step(_) | Made::Elsewhere => None,
         }
+    }
+
+    /// Can it be had at all?
+    pub fn is_there(&self) -> bool {
+        !matches!(self.0.made, Made::Elsewhere)
     }
 }
 
@@ -274,6 +290,26 @@ impl Workspace {
         snapshot
     }
 
+    /// The layer of an image that has only this one. Nothing is fetched yet.
+    pub(crate) fn layer_alone(&self, image: &Arc<ResolvedImage>) -> Option<Layer> {
+        let diff_id = &image.layers.first()?.diff_id;
+        let id = self.store.layer_by_diff_id(diff_id).unwrap_or_else(|| pulled_layer_id(diff_id));
+        Some(self.layer(id, Made::Image(image.clone(), 0), None))
+    }
+
+    /// A layer of which only the content key is known.
+    pub(crate) fn layer_elsewhere(&self, content: &[u8; 32]) -> Layer {
+        self.layer(LayerId(format!("elsewhere-{}", Key(*content).hex())), Made::Elsewhere, None)
+    }
+
+    /// Are the entries of all layers at hand, so that nothing need be fetched to look at them?
+    pub(crate) fn is_indexed(&self, snapshot: &Snapshot) -> bool {
+        snapshot
+            .chain()
+            .filter_map(|inner| inner.layer.as_ref())
+            .all(|layer| layer.is_there() && (layer.0.tree.get().is_some() || self.store.has_layer(&layer.0.id)))
+    }
+
     /// The layer of this name, one object a process, so that its forms are made once.
     pub(crate) fn layer(&self, id: LayerId, made: Made, tree: Option<Arc<Tree>>) -> Layer {
         let mut layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
@@ -300,6 +336,7 @@ impl Workspace {
         let id = match &layer.0.made {
             Made::Image(image, at) => source::ensure_layers(image, Form::Index, &self.sources)?.swap_remove(*at),
             Made::Step(_) => layer.0.id.clone(),
+            Made::Elsewhere => return Err(SnapshotError::Gone(layer.0.id.0.clone())),
         };
         let index = self.store.layer(&id)?;
         let mut tree = Tree::clone(&index);
@@ -383,6 +420,7 @@ impl Workspace {
                     self.store.tree_dir(&id).ok_or_else(|| SnapshotError::Gone(id.0.clone()))?
                 }
                 Made::Step(recipe) => self.make_tree(layer, recipe.as_ref())?,
+                Made::Elsewhere => return Err(SnapshotError::Gone(layer.0.id.0.clone())),
             },
         };
         Ok(layer.0.directory.get_or_init(|| directory).clone())
@@ -464,6 +502,7 @@ impl Workspace {
                 None
             }
             Made::Step(recipe) => recipe.as_ref(),
+            Made::Elsewhere => return Err(SnapshotError::Gone(layer.0.id.0.clone())),
         };
         let Compression { codec, level, clamp_mtime, .. } = compression;
         let name = &layer.0.id.0;

@@ -4,32 +4,32 @@
 //! caller's) owns the schedule. A vertex depends on the *content* of its inputs, so one that ran again and gave the same
 //! content leaves everything after it cached.
 
+mod lookup;
+mod step;
+
+use crate::cache::export::StepResult;
+use crate::cache::import::Imports;
 use crate::context::ContextError;
-use crate::leak::{Leak, LeakStream};
-use crate::op::file::{Download, FileOp, LocalContext, Recipe, Value, digest_uncached};
+use crate::leak::Leak;
+use crate::op::file::{Download, FileOp, LocalContext, Value, digest_uncached};
 use crate::op::git::{self, GitError};
-use crate::op::run::{self, Host, RunError};
+use crate::op::run::{Host, RunError};
 use crate::op::source::{ResolvedImage, SourceError, resolve_image};
 use crate::op::unpacked::UnpackError;
-use crate::plan::cache_key::{Key, Parts};
-use crate::plan::explain::{self, Reason};
 use crate::plan::schedule::{self, Command, Schedule};
 use crate::registry::http::http_get;
 pub use crate::sandbox::Stream;
 use crate::sandbox::{Cancel, SandboxError};
 use crate::snapshot::{Layer, Made, Snapshot, SnapshotError, Workspace};
 use crate::store::StoreError;
-use crate::store::record::{Part, Record};
-use crate::tree::{Kind, LayerId, Tree, index};
+use crate::tree::{Tree, index};
 use nacre_frontend::llb::{Definition, ImageSource, Op, Platform, Source, Vertex, VertexId};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io::Write;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// The part of a key that stands for the file system that a step changes.
-const PARENT: &str = "content below";
 /// Lines of a failed step's output that its error repeats.
 const TAIL_LINES: usize = 20;
 /// A line longer than this is cut in the error; the log keeps it whole.
@@ -138,6 +138,11 @@ pub enum Event {
         /// Column, counted from 1.
         column: u32,
     },
+    /// What came over the network in all.
+    Traffic {
+        /// Bytes of answers' bodies.
+        received_bytes: u64,
+    },
     /// Something the user should know.
     Warning {
         /// In words.
@@ -220,6 +225,9 @@ pub enum VertexError {
     /// A secret is where it must not be.
     #[error(transparent)]
     Leak(#[from] Leak),
+    /// A step before this one, which had to run for it after all.
+    #[error(transparent)]
+    Before(Box<SolveError>),
     /// A fault of ours.
     #[error("internal error: {0}")]
     Panic(String),
@@ -255,6 +263,10 @@ pub struct Request {
     pub host: Host,
     /// How git is called.
     pub git: git::Settings,
+    /// Caches of other machines.
+    pub imports: Arc<Imports>,
+    /// Remember what steps gave, for a cache that is to be written or was read.
+    pub collect: bool,
     /// Tells one project's steps from another's when a miss is explained: paths of context and Dockerfile.
     pub project: String,
 }
@@ -265,19 +277,32 @@ struct Build<'a> {
     request: &'a Request,
     cancel: &'a Cancel,
     events: &'a (dyn Fn(Event) + Sync),
-    values: Vec<OnceLock<Value>>,
+    values: Vec<RwLock<Option<Value>>>,
+    /// Held while a step is run although a cache knew its result.
+    realizing: Vec<Mutex<()>>,
+    results: Mutex<BTreeMap<usize, StepResult>>,
     turns: Mutex<HashMap<String, Arc<Mutex<()>>>>,
     now: (i64, u32),
 }
 
-/// Carries out a graph; returns the snapshot of its image. `events` is told what happens, from several threads.
+/// What a graph gave.
+pub struct Solved {
+    /// The file system of its image.
+    pub snapshot: Snapshot,
+    /// All steps with a result, in the order of the graph.
+    pub steps: Vec<StepResult>,
+    /// What the steps are called in this store's records.
+    pub names: Vec<[String; 2]>,
+}
+
+/// Carries out a graph. `events` is told what happens, from several threads.
 pub fn solve(
     definition: &Definition,
     workspace: &Workspace,
     request: &Request,
     cancel: &Cancel,
     events: &(dyn Fn(Event) + Sync),
-) -> Result<Snapshot, SolveError> {
+) -> Result<Solved, SolveError> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let build = Build {
         definition,
@@ -285,7 +310,9 @@ pub fn solve(
         request,
         cancel,
         events,
-        values: definition.vertices.iter().map(|_| OnceLock::new()).collect(),
+        values: definition.vertices.iter().map(|_| RwLock::default()).collect(),
+        realizing: definition.vertices.iter().map(|_| Mutex::default()).collect(),
+        results: Mutex::default(),
         turns: Mutex::default(),
         now: (i64::try_from(now.as_secs()).unwrap_or(i64::MAX), now.subsec_nanos()),
     };
@@ -293,7 +320,15 @@ pub fn solve(
         |(id, vertex): (usize, &Vertex)| VertexInfo { id, name: vertex.name.clone(), stage: vertex.stage.clone() };
     build.tell(Event::Planned { vertices: definition.vertices.iter().enumerate().map(info).collect() });
     build.drive()?;
-    build.result().map_err(|source| SolveError::Result { source: Box::new(source) })
+    let failed = |source| match source {
+        VertexError::Before(error) => *error,
+        source => SolveError::Result { source: Box::new(source) },
+    };
+    let snapshot = build.result().map_err(failed)?;
+    let results = build.results.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let names = |&id: &usize| lookup::steps(definition, VertexId(id), &request.project);
+    let names = results.keys().map(names).collect();
+    Ok(Solved { snapshot, steps: results.into_values().collect(), names })
 }
 
 impl Build<'_> {
@@ -303,7 +338,19 @@ impl Build<'_> {
 
     /// The image's snapshot; `FROM` a context makes one of its files.
     fn result(&self) -> Result<Snapshot, VertexError> {
-        self.rootfs(&[self.definition.image.top.and_then(|top| self.values[top.0].get()).cloned()])
+        if let Some(top) = self.definition.image.top {
+            self.realize(top)?;
+        }
+        self.rootfs(&[self.definition.image.top.and_then(|top| self.known(top))])
+    }
+
+    /// The value of a vertex, once there is one.
+    fn known(&self, id: VertexId) -> Option<Value> {
+        self.values[id.0].read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, id: VertexId, value: Value) {
+        *self.values[id.0].write().unwrap_or_else(PoisonError::into_inner) = Some(value);
     }
 
     fn drive(&self) -> Result<(), SolveError> {
@@ -329,7 +376,7 @@ impl Build<'_> {
                 }
                 let event = match inbox.recv_timeout(Duration::from_millis(50)) {
                     Ok((vertex, Ok(value))) => {
-                        let _ = self.values[vertex.0].set(value);
+                        self.set(vertex, value);
                         schedule::Event::Done(vertex)
                     }
                     Ok((vertex, Err(error))) => {
@@ -354,15 +401,24 @@ impl Build<'_> {
 
     /// One vertex from look-up to record. A panic in it is a failed step, not a lost build.
     fn carry_out(&self, id: VertexId) -> Result<Value, SolveError> {
+        self.attempt(id, false)
+    }
+
+    /// As [`Self::carry_out`]; with `whole`, a result of which only the content is known does not count.
+    fn attempt(&self, id: VertexId, whole: bool) -> Result<Value, SolveError> {
         let vertex = &self.definition.vertices[id.0];
         let mut log = StepLog::default();
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.value(id, vertex, &mut log)))
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.value(id, vertex, whole, &mut log)))
             .unwrap_or_else(|panic| {
                 let text = panic.downcast_ref::<String>().cloned();
                 let text = text.or_else(|| panic.downcast_ref::<&str>().map(|&text| text.to_owned()));
                 Err(VertexError::Panic(text.unwrap_or_default()))
             });
         result.map_err(|source| {
+            if let VertexError::Before(error) = source {
+                self.tell(Event::Canceled { id: id.0 });
+                return *error;
+            }
             let told = matches!(
                 source,
                 VertexError::Run(RunError::Interrupted | RunError::Sandbox(SandboxError::Cancelled))
@@ -386,15 +442,18 @@ impl Build<'_> {
         })
     }
 
-    fn value(&self, id: VertexId, vertex: &Vertex, log: &mut StepLog) -> Result<Value, VertexError> {
-        let inputs: Vec<Option<Value>> =
-            vertex.inputs.iter().map(|input| input.and_then(|input| self.values[input.0].get().cloned())).collect();
+    fn value(&self, id: VertexId, vertex: &Vertex, whole: bool, log: &mut StepLog) -> Result<Value, VertexError> {
+        let inputs = self.inputs(vertex);
         match &vertex.op {
             Op::Source(source) => self.source(id, vertex, source, log),
-            Op::Run(op) => self.run(id, vertex, op, &inputs, log).map(Value::Snapshot),
-            Op::Copy(op) => self.file(id, vertex, FileOp::Copy(op.clone()), inputs).map(Value::Snapshot),
-            Op::Mkdir(op) => self.file(id, vertex, FileOp::Mkdir(op.clone()), inputs).map(Value::Snapshot),
+            Op::Run(op) => self.run(id, vertex, op, inputs, whole, log).map(Value::Snapshot),
+            Op::Copy(op) => self.file(id, vertex, &FileOp::Copy(op.clone()), inputs, whole).map(Value::Snapshot),
+            Op::Mkdir(op) => self.file(id, vertex, &FileOp::Mkdir(op.clone()), inputs, whole).map(Value::Snapshot),
         }
+    }
+
+    fn inputs(&self, vertex: &Vertex) -> Vec<Option<Value>> {
+        vertex.inputs.iter().map(|input| input.and_then(|input| self.known(input))).collect()
     }
 
     fn source(&self, id: VertexId, vertex: &Vertex, source: &Source, log: &mut StepLog) -> Result<Value, VertexError> {
@@ -475,251 +534,6 @@ impl Build<'_> {
         let layer = self.workspace.layer(id, Made::Step(None), Some(Arc::new(tree)));
         Ok(Snapshot::scratch().with(layer, &content, Some(self.now.0)))
     }
-
-    /// Held by whoever looks for, or makes, the result of a key.
-    fn turn(&self, key: &Key) -> Arc<Mutex<()>> {
-        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
-        turns.entry(key.hex()).or_default().clone()
-    }
-
-    /// The step's name in the key is the same whatever it stands on: a predecessor that is written in another way and
-    /// gives the same content changes nothing.
-    fn add_parent(parts: &mut Parts, parent: &Snapshot) {
-        parts.add(PARENT, parent.content().hex());
-    }
-
-    /// What a difference in the parent's content is called.
-    fn parent_name(&self, id: VertexId) -> String {
-        let input = self.definition.vertices[id.0].inputs.first().copied().flatten();
-        match input.map(|input| &self.definition.vertices[input.0]) {
-            None => "content of scratch".to_owned(),
-            Some(Vertex { op: Op::Source(Source::Image(_)), text, .. }) => {
-                format!("content of image {}", text.trim_start_matches("FROM "))
-            }
-            Some(before) => format!("content of {}", before.text),
-        }
-    }
-
-    fn steps(&self, id: VertexId, vertex: &Vertex) -> [String; 2] {
-        let same_stage =
-            self.definition.vertices[..id.0].iter().filter(|other| other.stage == vertex.stage).count().to_string();
-        let step = |kind: &str, what: &str| {
-            let mut parts = Parts::default();
-            parts.add("project", &self.request.project);
-            parts.add("platform", vertex.platform.to_string());
-            parts.add("stage", &vertex.stage);
-            parts.add(kind, what);
-            parts.key().hex()
-        };
-        [step("text", &vertex.text), step("position", &same_stage)]
-    }
-
-    /// The snapshot a record stands for, if its layer can still be had.
-    fn look_up(&self, key: &Key, parent: &Snapshot, recipe: Option<&Recipe>) -> Result<Snapshot, Reason> {
-        let record = self.workspace.store.get_record(&key.hex()).ok().flatten().ok_or(Reason::FirstBuild)?;
-        let content = Key::from_hex(&record.content_key);
-        let (Some(id), Some(content)) = (record.layer, content) else { return Err(Reason::FirstBuild) };
-        if !self.workspace.is_whole(&id, recipe.is_some()) {
-            return Err(Reason::ResultGone);
-        }
-        let layer = self.workspace.layer(id, Made::Step(recipe.cloned()), None);
-        Ok(parent.with(layer, &content.0, Some(record.created)))
-    }
-
-    fn explain(&self, id: VertexId, reason: Reason, steps: &[String; 2], parts: &Parts, selection: Option<&Tree>) {
-        let store = &self.workspace.store;
-        // What stood in this place before is only of use when it was a step of this kind.
-        let op = parts.0.iter().find(|(name, _)| name == "op").map(|(_, value)| value);
-        let alike = |record: &Record| record.parts.iter().find(|part| part.name == "op").map(|part| &part.value) == op;
-        let last = || steps.iter().find_map(|step| store.last_record_of_step(step).ok().flatten().filter(alike));
-        let reason = match reason {
-            Reason::FirstBuild => match last() {
-                None => Reason::FirstBuild,
-                Some(record) => {
-                    let old: Vec<(String, String)> =
-                        record.parts.iter().map(|part| (part.name.clone(), part.value.clone())).collect();
-                    let mut differences = parts.differences(&old);
-                    differences.retain(|difference| difference.part != "arguments" || differences_only(&old, parts));
-                    for difference in differences.iter_mut().filter(|difference| difference.part == PARENT) {
-                        difference.part = self.parent_name(id);
-                    }
-                    let files = differences.iter().any(|difference| difference.part == "files");
-                    differences.retain(|difference| difference.part != "files");
-                    let layer = record.layer.as_ref().and_then(|layer| store.layer(layer).ok());
-                    match (files, selection, layer) {
-                        (true, Some(new), Some(old)) => {
-                            let mut names = explain::changed_files(&old, new);
-                            if names.is_empty() {
-                                names.push("selected files changed".to_owned());
-                            }
-                            Reason::Files(names)
-                        }
-                        _ => Reason::Changed(differences),
-                    }
-                }
-            },
-            other => other,
-        };
-        self.tell(Event::Explained { id: id.0, reason: reason.to_string() });
-    }
-
-    fn keep(
-        &self,
-        key: &Key,
-        steps: &[String; 2],
-        parts: Parts,
-        layer: &LayerId,
-        content: &[u8; 32],
-        started: Instant,
-    ) -> Result<(), StoreError> {
-        let record = Record {
-            version: crate::store::record::RECORD_VERSION,
-            key: key.hex(),
-            steps: steps.to_vec(),
-            parts: parts.0.into_iter().map(|(name, value)| Part { name, value }).collect(),
-            layer: Some(layer.clone()),
-            content_key: Key(*content).hex(),
-            created: self.now.0,
-            duration_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
-            extra: BTreeMap::new(),
-        };
-        self.workspace.store.put_record(&record)
-    }
-
-    fn file(
-        &self,
-        id: VertexId,
-        vertex: &Vertex,
-        op: FileOp,
-        inputs: Vec<Option<Value>>,
-    ) -> Result<Snapshot, VertexError> {
-        let started = Instant::now();
-        let parent = self.rootfs(&inputs)?;
-        let recipe = Recipe { op, parent: parent.clone(), inputs, now: self.now };
-        let (mut parts, selection) = recipe.parts(self.workspace)?;
-        parts.add("platform", vertex.platform.to_string());
-        Self::add_parent(&mut parts, &parent);
-        let (key, steps) = (parts.key(), self.steps(id, vertex));
-        let reason = match vertex.ignore_cache {
-            true => Reason::CacheOff,
-            false => match self.look_up(&key, &parent, Some(&recipe)) {
-                Ok(snapshot) => {
-                    self.tell(Event::Cached { id: id.0 });
-                    return Ok(snapshot);
-                }
-                Err(reason) => reason,
-            },
-        };
-        self.tell(Event::Started { id: id.0 });
-        self.explain(id, reason, &steps, &parts, selection.as_ref());
-        let tree = recipe.carry_out(self.workspace)?;
-        self.check_for_secrets(&tree)?;
-        let content = index::content_key(&tree);
-        let layer_id = self.workspace.store.put_layer(&tree)?;
-        let layer = self.workspace.layer(layer_id, Made::Step(Some(recipe)), Some(Arc::new(tree)));
-        self.keep(&key, &steps, parts, layer.id(), &content, started)?;
-        self.tell(Event::Finished { id: id.0, duration: started.elapsed() });
-        Ok(parent.with(layer, &content, Some(self.now.0)))
-    }
-
-    /// Looks for secrets in the names, links, attributes and files of a new layer.
-    fn check_for_secrets(&self, tree: &Tree) -> Result<(), VertexError> {
-        let Some(leaks) = &self.request.host.leaks else { return Ok(()) };
-        self.workspace.prepare(tree)?;
-        for node in tree.nodes() {
-            let entry = &node.entry;
-            let path = || format!("/{}", String::from_utf8_lossy(&entry.path));
-            leaks.check(&entry.path, || "the name of a file".to_owned())?;
-            if let Kind::Symlink { target } = &entry.kind {
-                leaks.check(target, path)?;
-            }
-            entry.xattrs.values().try_for_each(|value| leaks.check(value, path))?;
-            if entry.is_file() {
-                let read = |source| SnapshotError::Read { path: path(), source };
-                let mut file = self.workspace.open(node).map_err(read)?;
-                leaks.check_reader(&mut file, path).map_err(read)??;
-            }
-        }
-        Ok(())
-    }
-
-    fn run(
-        &self,
-        id: VertexId,
-        vertex: &Vertex,
-        op: &nacre_frontend::llb::RunOp,
-        inputs: &[Option<Value>],
-        log: &mut StepLog,
-    ) -> Result<Snapshot, VertexError> {
-        let started = Instant::now();
-        let parent = self.rootfs(inputs)?;
-        let mut inputs = inputs.to_vec();
-        if let Some(first) = inputs.first_mut() {
-            *first = Some(Value::Snapshot(parent.clone()));
-        }
-        let mut parts = run::parts(self.workspace, vertex, op, &inputs)?;
-        Self::add_parent(&mut parts, &parent);
-        let (key, steps) = (parts.key(), self.steps(id, vertex));
-        // Of equal steps in two stages one runs, and the other takes its result.
-        let turn = self.turn(&key);
-        let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
-        let reason = match vertex.ignore_cache {
-            true => Reason::CacheOff,
-            false => match self.look_up(&key, &parent, None) {
-                Ok(snapshot) => {
-                    self.tell(Event::Cached { id: id.0 });
-                    return Ok(snapshot);
-                }
-                Err(reason) => reason,
-            },
-        };
-        if self.cancel.is_cancelled() {
-            return Err(RunError::Interrupted.into());
-        }
-        self.tell(Event::Started { id: id.0 });
-        self.explain(id, reason, &steps, &parts, None);
-        log.path = Some(self.workspace.store.part("logs").join(key.hex()));
-        let leaks = self.request.host.leaks.as_deref();
-        // Each stream by itself: pieces of the two come in any order.
-        let mut streams = leaks.map(|leaks| [LeakStream::new(leaks), LeakStream::new(leaks)]);
-        let mut leaked = None;
-        let mut output = |stream: Stream, data: &[u8]| {
-            if let (Some(streams), None) = (&mut streams, &leaked) {
-                leaked = streams[usize::from(stream == Stream::Stderr)].push(data);
-            }
-            log.write(data);
-            self.tell(Event::Log { id: id.0, stream, data: data.to_vec() });
-        };
-        let ran = run::execute(self.workspace, op, &inputs, &self.request.host, self.cancel, &mut output);
-        if let Some((secret, form)) = leaked {
-            log.forget();
-            return Err(Leak { secret, place: "what the step printed".to_owned(), form }.into());
-        }
-        let ran = ran?;
-        self.check_for_secrets(&ran.changes)?;
-        let content = index::content_key(&ran.changes);
-        let snapshot_key = parent.content().stacked(&content);
-        // The same content as an earlier run on the same content: that layer stays, so that the image's bytes do too.
-        let earlier = self.workspace.store.layer_by_content(&snapshot_key.0);
-        let layer = match earlier.filter(|id| self.workspace.is_whole(id, false)) {
-            Some(id) => self.workspace.layer(id, Made::Step(None), None),
-            None => {
-                let id = self.workspace.store.put_layer(&ran.changes)?;
-                self.workspace.store.adopt_upper(&ran.upper, &id)?;
-                self.workspace.store.set_layer_by_content(&snapshot_key.0, &id)?;
-                self.workspace.layer(id, Made::Step(None), None)
-            }
-        };
-        self.keep(&key, &steps, parts, layer.id(), &content, started)?;
-        self.tell(Event::Finished { id: id.0, duration: started.elapsed() });
-        Ok(parent.with(layer, &content, Some(self.now.0)))
-    }
-}
-
-/// `arguments` repeats `command` word by word: it is told only when it is all that differs.
-fn differences_only(old: &[(String, String)], parts: &Parts) -> bool {
-    let command = |parts: &[(String, String)]| parts.iter().find(|(name, _)| name == "command").cloned();
-    command(old) == command(&parts.0)
 }
 
 /// Output of a step: all of it to a file, the last lines in memory.

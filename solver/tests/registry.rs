@@ -2,6 +2,8 @@
 
 #[path = "registry/proxy.rs"]
 mod proxy;
+#[path = "registry/pull.rs"]
+mod pull;
 #[path = "registry/push.rs"]
 mod push;
 
@@ -13,6 +15,7 @@ use nacre_solver::materialize::{Ownership, WriteOptions};
 use nacre_solver::op::source::{
     Form, Origin, PullPolicy, SourceContext, SourceError, ensure_blob, ensure_layers, resolve_image,
 };
+use nacre_solver::registry::auth::Credentials;
 use nacre_solver::registry::{Client, ClientOptions, RegistryError, RemoteImage, http_get};
 use nacre_solver::store::{Store, blob::sha256};
 use nacre_solver::tree::layer::Limits;
@@ -526,6 +529,35 @@ fn identity_tokens_are_exchanged() {
     assert_eq!(read_blob(&client, &server.host, &blob_of(b"content")).unwrap(), b"content");
     let bodies = server.headers("body");
     assert!(bodies[1].as_deref().is_some_and(|body| body.contains("refresh_token=refresh+me")), "{bodies:?}");
+}
+
+#[test]
+fn a_login_gets_an_identity_token_where_there_is_one() {
+    let server = Server::start(|_, (line, headers), stream| {
+        let host = headers.get("host").cloned().unwrap_or_default();
+        match line.starts_with("POST /token") {
+            true => reply(stream, "200 OK", "", b"{\"access_token\":\"a\",\"refresh_token\":\"keep me\"}"),
+            false => reply(
+                stream,
+                "401 Unauthorized",
+                &format!("WWW-Authenticate: Bearer realm=\"http://{host}/token\",service=\"s\"\r\n"),
+                b"",
+            ),
+        }
+    });
+    let credentials = Credentials { user: "me".into(), password: "a&b".into(), ..Credentials::default() };
+    let client = Client::new(quick());
+    assert_eq!(client.identity_token(&server.host, &credentials).as_deref(), Some("keep me"));
+    let body = server.headers("body").into_iter().flatten().last().unwrap();
+    for part in ["grant_type=password", "access_type=offline", "service=s", "username=me", "password=a%26b"] {
+        assert!(body.contains(part), "{body}");
+    }
+    // One that asks for a password with every request, one that knows no such tokens, and none at all.
+    for challenge in ["Basic realm=\"x\"", "Bearer realm=\"http://127.0.0.1:1/token\"", ""] {
+        let header = format!("WWW-Authenticate: {challenge}\r\n");
+        let server = Server::start(move |_, _, stream| reply(stream, "401 Unauthorized", &header, b""));
+        assert_eq!(client.identity_token(&server.host, &credentials), None, "{challenge}");
+    }
 }
 
 #[test]

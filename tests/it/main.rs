@@ -29,5 +29,7 @@ mod kill;
 mod mistakes;
 mod output;
 mod ownership;
+mod platforms;
 mod registry;
+mod remote_cache;
 mod story;

@@ -9,9 +9,9 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-struct Registry {
+pub(crate) struct Registry {
     child: Child,
-    host: String,
+    pub(crate) host: String,
     dir: tempfile::TempDir,
 }
 
@@ -49,7 +49,7 @@ impl Registry {
         panic!("docker-registry did not start");
     }
 
-    fn plain() -> Registry {
+    pub(crate) fn plain() -> Registry {
         Self::start("", |_| ())
     }
 
@@ -62,7 +62,7 @@ impl Registry {
     }
 
     /// Has skopeo put the busybox base there.
-    fn add_base(&self) {
+    pub(crate) fn add_base(&self) {
         let status = Command::new("skopeo")
             .args(["--insecure-policy", "copy", "-q", "--dest-tls-verify=false"])
             .arg(format!("oci:{}:latest", busybox_base().display()))
@@ -73,7 +73,7 @@ impl Registry {
     }
 
     /// What skopeo says of an image; it reads all of its blobs.
-    fn check(&self, name: &str, more: &[&str]) -> Value {
+    pub(crate) fn check(&self, name: &str, more: &[&str]) -> Value {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let copy = Command::new("skopeo")
             .args(["--insecure-policy", "copy", "-q", "--src-tls-verify=false"])
@@ -347,4 +347,139 @@ fn pruning_waits_for_builds() {
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     assert!(ended.stderr.contains("waiting for builds"), "{}", ended.stderr);
     assert!(child.wait().expect("it ends").success());
+}
+
+#[test]
+fn what_was_pulled_is_mounted_when_it_is_pushed_elsewhere_in_its_registry() {
+    let registry = Registry::plain();
+    registry.add_base();
+    let host = &registry.host;
+    let build = Build::new();
+    works(&build, &["pull", "-q", &format!("{host}/library/busybox:1")]);
+    works(&build, &["tag", &format!("{host}/library/busybox:1"), &format!("{host}/team/copy:1")]);
+    let text = works(&build, &["push", "--format=json", &format!("{host}/team/copy:1")]);
+    let pushed: Value = serde_json::from_str(&text).expect("JSON");
+    // The layer; the configuration is sent.
+    assert_eq!((&pushed[0]["mounted"], &pushed[0]["sent"]), (&Value::from(1), &Value::from(1)), "{pushed}");
+    registry.check("team/copy:1", &[]);
+}
+
+#[test]
+fn mirrors_are_asked_first() {
+    let registry = Registry::plain();
+    registry.add_base();
+    let build = Build::new();
+    let mirror = format!("--registry-mirror=registry.test={}", registry.host);
+    let digest = works(&build, &["pull", "-q", &mirror, "registry.test/library/busybox:1"]);
+    assert!(digest.starts_with("sha256:"), "{digest}");
+    let build = Build::new().dockerfile("FROM library/busybox:1\nCOPY Dockerfile /\n");
+    // Without a host it is one of Docker Hub.
+    build.env("NACRE_REGISTRY_MIRRORS", &registry.host).runs();
+    let build = Build::new();
+    assert_eq!(nacre(&build, &["pull", "--registry-mirror=nothing=", "x"], None).code, Some(2));
+}
+
+#[test]
+fn signals_end_commands_with_their_number() {
+    use rustix::process::{Pid, Signal, kill_process};
+    // Takes connections and never answers.
+    let silent = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let host = silent.local_addr().expect("an address").to_string();
+    let build = Build::new().dockerfile("FROM busybox\nCOPY Dockerfile /\n").flag(format!("-t={host}/app:1"));
+    build.runs();
+    let name = format!("{host}/app:1");
+    for (signal, code) in [(Signal::INT, 130), (Signal::TERM, 143)] {
+        for args in [&["push", &name][..], &["pull", &name], &["prune", "--all"]] {
+            // A build that takes its time.
+            let lock = fs::File::options().read(true).write(true).open(build.store().join("lock")).expect("a file");
+            lock.lock_shared().expect("nobody else has it");
+            let mut child = Command::new(env!("CARGO_BIN_EXE_nacre"))
+                .args(args)
+                .env("NACRE_STORE", build.store())
+                .env("HOME", build.path("home"))
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::piped())
+                .spawn()
+                .expect("nacre starts");
+            std::thread::sleep(Duration::from_millis(700));
+            kill_process(Pid::from_child(&child), signal).expect("it still runs");
+            let status = child.wait().expect("it ends");
+            let mut words = String::new();
+            std::io::Read::read_to_string(&mut child.stderr.take().expect("a pipe"), &mut words).expect("text");
+            assert_eq!(status.code(), Some(code), "{args:?}: {words}");
+            assert!(words.contains("interrupted"), "{args:?}: {words}");
+        }
+    }
+    crate::story::assert_store_is_whole(&build.store());
+}
+
+#[test]
+fn archives_of_all_kinds_are_loaded() {
+    let source = Build::new().dockerfile("FROM busybox\nCOPY a /a\n").file("a", "loaded");
+    let own = source.path("own.tar");
+    let mut command = source.command();
+    command.args(["-t=app:1", "-t=localhost/other:2"]).arg(format!("--output=type=docker,dest={}", own.display()));
+    assert_eq!(run(command, None).code, Some(0));
+    let skopeo = |to: &str| {
+        let path = source.path("archive").join(to.replace(':', "-"));
+        fs::create_dir_all(path.parent().expect("a parent")).expect("a directory");
+        let kind = to.split(':').next().unwrap_or_default();
+        let status = Command::new("skopeo")
+            .args(["--insecure-policy", "copy", "-q"])
+            .arg(format!("docker-archive:{}:app:1", own.display()))
+            .arg(format!("{kind}:{}:app:1", path.display()))
+            .status()
+            .expect("these tests need the program skopeo");
+        assert!(status.success());
+        path
+    };
+    let (docker, oci) = (skopeo("docker-archive:x"), skopeo("oci-archive:x"));
+    for (path, names) in [(&own, 2), (&docker, 1), (&oci, 1)] {
+        let build = Build::new().dockerfile("FROM app:1\nRUN test $(cat /a) = loaded\n");
+        let path = path.to_str().expect("text");
+        let text = works(&build, &["load", "--format=json", "-i", path]);
+        let loaded: Value = serde_json::from_str(&text).expect("JSON");
+        assert_eq!(loaded[0]["names"].as_array().map(Vec::len), Some(names), "{loaded}");
+        build.runs();
+        crate::story::assert_store_is_whole(&build.store());
+        // From a pipe, compressed, under another name.
+        let gzip = Command::new("gzip").arg("-c").arg(path).output().expect("gzip runs").stdout;
+        let ended = nacre(&build, &["load", "-q", "--tag=renamed:3"], Some(&gzip));
+        assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+        let saved = build.path("saved.tar");
+        works(&build, &["save", "-o", saved.to_str().expect("text"), "renamed:3"]);
+        let again = Build::new();
+        works(&again, &["load", "-i", saved.to_str().expect("text")]);
+        assert!(works(&again, &["images", "--format=json"]).contains("renamed:3"));
+    }
+    let build = Build::new();
+    let cut = fs::read(&own).expect("a file");
+    let ended = nacre(&build, &["load"], Some(&cut[..cut.len() / 2]));
+    assert_eq!(ended.code, Some(5), "{}", ended.stderr);
+    assert_eq!(nacre(&build, &["load"], Some(b"nothing")).code, Some(5));
+    assert_eq!(nacre(&build, &["load", "-i", "/nonexistent"], None).code, Some(2));
+    assert_eq!(works(&build, &["images", "-q"]), "");
+}
+
+#[test]
+fn manifests_are_looked_at_where_they_are() {
+    let registry = Registry::plain();
+    registry.add_base();
+    let build = Build::new();
+    let name = format!("{}/library/busybox:1", registry.host);
+    let text = works(&build, &["manifest", "inspect", &name]);
+    let manifest: Value = serde_json::from_str(&text).expect("JSON");
+    assert!(manifest["layers"][0]["digest"].is_string(), "{manifest}");
+    let digest = works(&build, &["pull", "-q", &name]);
+    let raw = works(&build, &["manifest", "inspect", "--raw", &name]);
+    use sha2::Digest;
+    let found: String = sha2::Sha256::digest(raw.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect();
+    assert_eq!(format!("sha256:{found}"), digest.trim());
+    let text = works(&build, &["pull", "--format=json", &name]);
+    let pulled: Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!(pulled[0]["digest"], digest.trim());
+    let removed: Value = serde_json::from_str(&works(&build, &["rmi", "--format=json", &name])).expect("JSON");
+    assert_eq!(removed["removed"][0], name.as_str());
+    assert_eq!(nacre(&build, &["manifest", "inspect", &format!("{}/none:1", registry.host)], None).code, Some(5));
 }

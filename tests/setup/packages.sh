@@ -6,7 +6,7 @@ set -euo pipefail
 wanted=(
     busybox-static:busybox uidmap:newuidmap skopeo:skopeo umoci:umoci runc:runc podman:podman buildah:buildah
     mmdebstrap:mmdebstrap docker-registry:docker-registry zstd:zstd xz-utils:xz bzip2:bzip2 python3:python3 git:git
-    curl:curl pigz:pigz openssl:openssl openssh-client:ssh-agent ca-certificates:update-ca-certificates
+    curl:curl pigz:pigz qemu-user-static:qemu-aarch64-static openssl:openssl openssh-client:ssh-agent ca-certificates:update-ca-certificates
 )
 PATH=$PATH:/usr/sbin:/sbin
 
@@ -17,6 +17,27 @@ done
 # The dynamic busybox has the same name; in an image without libraries it cannot run.
 if command -v busybox >/dev/null && ldd "$(command -v busybox)" >/dev/null 2>&1; then
     missing+=(busybox-static)
+fi
+# busybox for another processor. Taken out of its package: installing it would make that processor one of the system's.
+arm64=/var/cache/nacre-tests/busybox-arm64
+fetch_arm64() {
+    local dir options
+    dir=$(mktemp -d)
+    mkdir -p "$dir/lists/partial" "$dir/cache/archives/partial" "${arm64%/*}"
+    options=(-o "Dir::State::lists=$dir/lists" -o "Dir::Cache=$dir/cache" -o Dir::State::status=/dev/null
+        -o APT::Architecture=arm64 -o APT::Architectures=arm64 -o APT::Sandbox::User=)
+    apt-get "${options[@]}" update -qq
+    (cd "$dir" && apt-get "${options[@]}" download -qq busybox-static)
+    dpkg-deb --fsys-tarfile "$dir"/busybox-static_*_arm64.deb | tar -xO ./bin/busybox >"$dir/busybox"
+    install -m 755 "$dir/busybox" "$arm64"
+    rm -r "$dir"
+}
+if [ ! -x "$arm64" ] && [ "$(id -u)" -eq 0 ]; then
+    echo "fetching busybox for arm64"
+    fetch_arm64
+elif [ ! -x "$arm64" ]; then
+    echo "tests need $arm64: run tests/setup/packages.sh as root" >&2
+    exit 1
 fi
 if [ ${#missing[@]} -eq 0 ]; then
     exit 0

@@ -101,7 +101,7 @@ impl Layout {
         Ok(Self { dir })
     }
 
-    fn blob(&self, data: &[u8], media_type: &str) -> std::io::Result<Value> {
+    pub(crate) fn blob(&self, data: &[u8], media_type: &str) -> std::io::Result<Value> {
         let hex: String = Sha256::digest(data).iter().map(|byte| format!("{byte:02x}")).collect();
         std::fs::write(self.dir.join("blobs/sha256").join(&hex), data)?;
         Ok(json!({"mediaType": media_type, "digest": format!("sha256:{hex}"), "size": data.len()}))
@@ -142,6 +142,11 @@ impl Layout {
 
 /// The layer with busybox, its applets and a few users.
 pub(crate) fn busybox_layer(busybox: &Path) -> std::io::Result<Vec<u8>> {
+    tools_layer(busybox, busybox)
+}
+
+/// The same with another program, for another processor, in the place of busybox.
+pub(crate) fn tools_layer(busybox: &Path, program: &Path) -> std::io::Result<Vec<u8>> {
     let list = Command::new(busybox).arg("--list").output()?.stdout;
     let list = String::from_utf8_lossy(&list).into_owned();
     let mut layer = Layer::new();
@@ -154,7 +159,7 @@ pub(crate) fn busybox_layer(busybox: &Path) -> std::io::Result<Vec<u8>> {
         };
         layer = layer.dir(dir, mode, (owner, owner));
     }
-    layer = layer.file_with("bin/busybox", &std::fs::read(busybox)?, 0o755, (0, 0));
+    layer = layer.file_with("bin/busybox", &std::fs::read(program)?, 0o755, (0, 0));
     for applet in APPLETS.split_whitespace().filter(|applet| list.lines().any(|line| line == *applet)) {
         layer = layer.symlink(&format!("bin/{applet}"), "busybox");
     }

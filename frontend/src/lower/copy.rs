@@ -37,6 +37,10 @@ impl StageLowering<'_, '_> {
         let lexer = Lexer { skip_process_quotes: true, ..Lexer::new('\\') };
         let mut inline = Vec::new();
         for (_, heredoc) in &copy.heredocs {
+            // BuildKit writes it into an empty file system, where there is no directory for it.
+            if text::absolute("/", &heredoc.name).matches('/').count() > 1 {
+                return Err(problem(at.instruction.span, LowerProblem::HeredocPath(heredoc.name.clone())));
+            }
             let content = match heredoc.expand {
                 true => self.expand_with(at, &lexer, &heredoc.content, heredoc.span)?,
                 false => heredoc.content.clone(),

@@ -410,6 +410,10 @@ fn mistakes() {
         "FROM busybox AS a\nCOPY --from=b a b\nFROM busybox AS b\nFROM a\n",
         &["stage `b` must be defined before stage `a`, which uses it"],
     );
+    fails(
+        "FROM busybox\nCOPY <<a/b /f\n1\na/b\n",
+        &["open a/b: no such file or directory: the name of a heredoc leads into a directory"],
+    );
     // All that are independent.
     fails(
         "FROM busybox\nEXPOSE http 80/xyz\nVOLUME a $X\nCOPY http://x/y /\nSTOPSIGNAL SIGFOO\nRUN --mount=target=/ x\n\

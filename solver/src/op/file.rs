@@ -164,6 +164,25 @@ impl Recipe {
         Ok((parts, selection))
     }
 
+    /// The key's parts with the content of whole stages in place of the selected files: they can be had without a look
+    /// at any file. `None` when something else than stages is copied from.
+    pub fn parts_of_inputs(&self) -> Option<Parts> {
+        let FileOp::Copy(op) = &self.op else { return None };
+        let mut parts = Parts::default();
+        describe(op, &mut parts);
+        for (at, value) in self.inputs.iter().enumerate().skip(1) {
+            let Some(Value::Snapshot(snapshot)) = value else { return None };
+            parts.add(format!("stage {at}"), snapshot.content().hex());
+        }
+        for (at, source) in op.sources.iter().enumerate() {
+            match source {
+                CopySource::Tree { input, .. } => parts.add(format!("source {} of stage", at + 1), input.to_string()),
+                _ => return None,
+            }
+        }
+        Some(parts)
+    }
+
     /// The layer: changed entries and their parents, digests filled in.
     pub fn carry_out(&self, workspace: &Workspace) -> Result<Tree, SnapshotError> {
         let independent = matches!(&self.op, FileOp::Copy(op) if op.link);

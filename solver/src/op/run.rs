@@ -9,13 +9,14 @@ use crate::op::owners::{self, Caches};
 use crate::op::user::{self, UserError};
 use crate::plan::cache_key::{Key, Parts};
 use crate::sandbox::emulation::{Identity, Owner, Records, Scope};
+use crate::sandbox::foreign::{self, EmulatorError, Emulators};
 use crate::sandbox::{self, Cancel, Net, Outcome, Rootfs, RunSpec, SandboxError, SetupMount, Status, Stream};
 use crate::snapshot::{Layer, Made, Snapshot, SnapshotError, Workspace};
 use crate::store::StoreError;
 use crate::sys;
 use crate::tree::{Entry, Node, Resolved, Tree, index};
 use crate::upper::{self, UpperError};
-use nacre_frontend::llb::{Mount, MountKind, Network, RunOp, Security, Sharing, Vertex};
+use nacre_frontend::llb::{Mount, MountKind, Network, Platform, RunOp, Security, Sharing, Vertex};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
@@ -38,6 +39,8 @@ pub struct Host {
     pub leaks: Option<Arc<LeakScan>>,
     /// How long a step may take.
     pub step_timeout: Option<Duration>,
+    /// Emulators for steps of other platforms.
+    pub emulators: Emulators,
     /// Network of steps that ask for none in particular.
     pub default_network_none: bool,
 }
@@ -54,6 +57,9 @@ pub enum RunError {
     /// The sandbox could not be set up.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
+    /// The step is for another processor.
+    #[error(transparent)]
+    Emulator(#[from] EmulatorError),
     /// What the step wrote could not be read.
     #[error("cannot read what the step wrote")]
     Upper(#[from] UpperError),
@@ -131,6 +137,7 @@ impl RunError {
                 format!("make group `{name}` in an earlier step, or give a number: `USER name:1000`")
             }
             Self::TimedOut { .. } => "--step-timeout says how long a step may take".to_owned(),
+            Self::Emulator(error) => return error.help(),
             Self::NoSecret(id) => {
                 format!("give it with `--secret id={id},src=FILE` or `--secret id={id},env=VARIABLE`")
             }
@@ -155,6 +162,39 @@ pub fn parts(
     op: &RunOp,
     inputs: &[Option<Value>],
 ) -> Result<Parts, SnapshotError> {
+    let mut parts = described(vertex, op);
+    for (input, mount, source) in mounted_inputs(op) {
+        let name = format!("content of mount {} ({source})", mount.target);
+        let tree = mounted_tree(workspace, &inputs[input], source)?;
+        parts.add(name, tree.map_or_else(String::new, |(tree, _)| Key(index::content_key(&tree)).hex()));
+    }
+    Ok(parts)
+}
+
+/// The parts of the key with the content of whole stages in place of what is mounted of them: they can be had without a
+/// look at any file. `None` when nothing of a stage is mounted, or something else than stages.
+pub fn parts_of_inputs(vertex: &Vertex, op: &RunOp, inputs: &[Option<Value>]) -> Option<Parts> {
+    let mounted = mounted_inputs(op);
+    let mut parts = described(vertex, op);
+    for (input, mount, source) in &mounted {
+        let Some(Some(Value::Snapshot(snapshot))) = inputs.get(*input) else { return None };
+        parts.add(format!("stage of mount {} ({source})", mount.target), snapshot.content().hex());
+    }
+    (!mounted.is_empty()).then_some(parts)
+}
+
+/// Mounts that show something of another input than the step's own file system, and which part.
+fn mounted_inputs(op: &RunOp) -> Vec<(usize, &Mount, &str)> {
+    let shown = op.mounts.iter().filter_map(|mount| match &mount.kind {
+        MountKind::Bind { input: Some(input), source } => Some((*input, mount, source.as_str())),
+        MountKind::Cache { from: Some((input, source)), .. } => Some((*input, mount, source.as_str())),
+        _ => None,
+    });
+    shown.filter(|(input, ..)| *input != 0).collect()
+}
+
+/// The parts of the key that depend on no file.
+fn described(vertex: &Vertex, op: &RunOp) -> Parts {
     let mut parts = Parts::default();
     parts.add("op", "run");
     parts.add("command", shell_text(&op.args));
@@ -178,20 +218,9 @@ pub fn parts(
         // Which cache and whose secret are part of it, what they hold is not.
         let name = format!("mount {} {}", at + 1, mount.target);
         leaves(&mut parts, &name, &serde_json::to_value(mount).unwrap_or_default());
-        let (input, source) = match &mount.kind {
-            MountKind::Bind { input: Some(input), source } => (*input, source),
-            MountKind::Cache { from: Some((input, source)), .. } => (*input, source),
-            _ => continue,
-        };
-        if input == 0 {
-            continue;
-        }
-        let name = format!("content of mount {} ({source})", mount.target);
-        let tree = mounted_tree(workspace, &inputs[input], source)?;
-        parts.add(name, tree.map_or_else(String::new, |(tree, _)| Key(index::content_key(&tree)).hex()));
     }
     parts.add("platform", vertex.platform.to_string());
-    Ok(parts)
+    parts
 }
 
 /// Adds the members of a value one by one, so that a difference is told by the member it is in.
@@ -247,6 +276,22 @@ pub struct Ran {
     pub changes: Tree,
     /// The upper directory, to become the layer's tree.
     pub upper: PathBuf,
+}
+
+/// Makes sure that the platform's programs can run here.
+pub fn ensure_platform(
+    workspace: &Workspace,
+    platform: &Platform,
+    host: &Host,
+    cancel: &Cancel,
+) -> Result<(), RunError> {
+    if foreign::is_native(platform) {
+        return Ok(());
+    }
+    let scratch = workspace.store.begin_tree()?;
+    let result = host.emulators.ensure(platform, &scratch, cancel);
+    let _ = materialize::remove_tree(&scratch);
+    Ok(result?)
 }
 
 /// Runs the step. Where layers cannot be stacked, this and all later steps work on copies.
@@ -356,7 +401,7 @@ fn execute_once(
         cwd: op.cwd.clone(),
         uid: user.uid,
         gid: user.gid,
-        groups: user.groups,
+        groups: user.all_groups(),
         hostname: op.hostname.clone().unwrap_or_else(|| "buildkitsandbox".to_owned()),
         hosts: hosts_file(&op.extra_hosts),
         resolv_conf: host.resolv_conf.clone(),

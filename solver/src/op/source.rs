@@ -439,7 +439,11 @@ impl Read for Reporting {
 // ---- finding ----
 
 /// The manifests that a tag or digest means in a layout: more than one when the same tag stands at several platforms.
-fn layout_roots(path: &str, tag: Option<&str>, digest: Option<&str>) -> Result<(String, Vec<Descriptor>), SourceError> {
+pub(crate) fn layout_roots(
+    path: &str,
+    tag: Option<&str>,
+    digest: Option<&str>,
+) -> Result<(String, Vec<Descriptor>), SourceError> {
     let directory = PathBuf::from(path);
     let unusable = |reason: String| SourceError::NotALayout { path: directory.clone(), reason };
     if !directory.is_dir() {
@@ -572,15 +576,19 @@ fn find_reference(reference: &str, remote: &RemoteImage, context: &SourceContext
     Ok(root)
 }
 
-struct Lookup<'a> {
-    name: &'a str,
-    origin: &'a Origin,
-    context: &'a SourceContext,
+/// Reads an image's documents from where it is.
+pub(crate) struct Lookup<'a> {
+    /// Name for messages.
+    pub(crate) name: &'a str,
+    /// Where the image is.
+    pub(crate) origin: &'a Origin,
+    /// Store and registry.
+    pub(crate) context: &'a SourceContext,
 }
 
 impl Lookup<'_> {
     /// Reads a manifest, an index or a configuration; from a registry it is kept.
-    fn document(&self, descriptor: &Descriptor, config: bool) -> Result<Vec<u8>, SourceError> {
+    pub(crate) fn document(&self, descriptor: &Descriptor, config: bool) -> Result<Vec<u8>, SourceError> {
         let store = &self.context.store;
         let remote = match self.origin {
             Origin::Layout(path) => {

@@ -50,6 +50,14 @@ pub struct User {
     pub groups: Vec<u32>,
 }
 
+impl User {
+    /// The groups of a process of this user: those above, and before them its own, as containerd has it.
+    pub fn all_groups(&self) -> Vec<u32> {
+        let own = Some(self.gid).filter(|gid| !self.groups.contains(gid));
+        own.into_iter().chain(self.groups.iter().copied()).collect()
+    }
+}
+
 /// Looks USER up in a root file system.
 pub fn look_up(rootfs: &Tree, spec: &str, read: &dyn Fn(&Node) -> io::Result<Vec<u8>>) -> Result<User, UserError> {
     if let Some((uid, gid)) = spec.split_once(':').and_then(|(uid, gid)| Some((uid.parse().ok()?, gid.parse().ok()?))) {
@@ -143,6 +151,9 @@ mod tests {
     #[test]
     fn two_numbers_need_no_file() {
         let read = |_: &Node| Err(io::Error::other("not read"));
-        assert_eq!(look_up(&Tree::default(), "5:6", &read).unwrap(), User { uid: 5, gid: 6, groups: Vec::new() });
+        let found = look_up(&Tree::default(), "5:6", &read).unwrap();
+        assert_eq!(found, User { uid: 5, gid: 6, groups: Vec::new() });
+        assert_eq!(found.all_groups(), [6]);
+        assert_eq!(User { groups: vec![50, 6], ..found }.all_groups(), [50, 6]);
     }
 }

@@ -175,7 +175,7 @@ pub(crate) fn encode_base64(bytes: &[u8]) -> String {
 }
 
 /// Base64, standard or URL-safe alphabet, padding optional.
-fn decode_base64(text: &str) -> Option<Vec<u8>> {
+pub(crate) fn decode_base64(text: &str) -> Option<Vec<u8>> {
     let mut bytes = Vec::with_capacity(text.len() / 4 * 3);
     let (mut bits, mut count) = (0u32, 0u32);
     for byte in text.trim().trim_end_matches('=').bytes() {

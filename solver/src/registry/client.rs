@@ -7,12 +7,13 @@
 use super::RegistryError;
 use super::auth::{Challenge, CredentialFile, Credentials, encode_base64, parse_challenge};
 use super::helper;
+use super::mirror::Mirror;
 use super::payload::Payload;
 use crate::image::{Descriptor, media_type};
 use crate::store::blob::{DOCUMENT_LIMIT_BYTES, sha256};
 use reqwest::header::{self, HeaderMap, HeaderName, HeaderValue};
 use reqwest::{Method, StatusCode, Url};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::{self, Read};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
@@ -42,6 +43,8 @@ pub struct ClientOptions {
     pub authorities: Vec<PathBuf>,
     /// Directories with a directory for each host: `*.crt` authorities, `NAME.cert` and `NAME.key` for the client.
     pub certificates: Vec<PathBuf>,
+    /// Hosts that are asked first for what others have.
+    pub mirrors: Vec<Mirror>,
     /// How to get out.
     pub proxies: Proxies,
     /// Attempts for one request.
@@ -78,6 +81,7 @@ impl Default for ClientOptions {
             insecure: Vec::new(),
             authorities: Vec::new(),
             certificates: Vec::new(),
+            mirrors: Vec::new(),
             proxies: Proxies::default(),
             attempts: 5,
             pause: Duration::from_millis(300),
@@ -105,6 +109,10 @@ struct Shared {
     authorizations: Mutex<HashMap<(String, String), HeaderValue>>,
     /// Which of the hosts that may speak plain HTTP speak HTTPS.
     speaks_https: Mutex<HashMap<String, bool>>,
+    /// Mirrors that do not answer.
+    dead_mirrors: Mutex<HashSet<String>>,
+    /// Bytes of bodies that came.
+    received: AtomicU64,
 }
 
 /// Kinds of connections, each with a client of its own: loopback ones take no proxy, and only HTTPS loads certificates.
@@ -229,12 +237,24 @@ impl Client {
             credentials: Mutex::default(),
             authorizations: Mutex::default(),
             speaks_https: Mutex::default(),
+            dead_mirrors: Mutex::default(),
+            received: AtomicU64::new(0),
         }))
     }
 
+    /// Bytes of manifests, blobs and files that came so far.
+    pub fn received_bytes(&self) -> u64 {
+        self.0.received.load(Ordering::Relaxed)
+    }
+
     /// Fetches a manifest or index by the image's tag or digest and checks it.
-    pub fn manifest(&self, image: &RemoteImage) -> Result<(Vec<u8>, Descriptor), RegistryError> {
-        let mut body = self.open(self.manifest_exchange(Method::GET, image)?, None)?;
+    pub(super) fn manifest_at(
+        &self,
+        image: &RemoteImage,
+        patient: bool,
+    ) -> Result<(Vec<u8>, Descriptor), RegistryError> {
+        let exchange = Exchange { repeat: patient, ..self.manifest_exchange(Method::GET, image)? };
+        let mut body = self.open(exchange, None)?;
         let content_type = body.header(header::CONTENT_TYPE);
         let mut bytes = Vec::new();
         body.read_limited(DOCUMENT_LIMIT_BYTES, &mut bytes)?;
@@ -256,8 +276,9 @@ impl Client {
     }
 
     /// Asks which manifest a tag means, without fetching it. `None` when the registry does not say.
-    pub fn resolve(&self, image: &RemoteImage) -> Result<Option<Descriptor>, RegistryError> {
-        let (response, _) = self.exchange(&self.manifest_exchange(Method::HEAD, image)?)?;
+    pub(super) fn resolve_at(&self, image: &RemoteImage, patient: bool) -> Result<Option<Descriptor>, RegistryError> {
+        let exchange = Exchange { repeat: patient, ..self.manifest_exchange(Method::HEAD, image)? };
+        let (response, _) = self.exchange(&exchange)?;
         let text = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
         let digest = text("docker-content-digest").filter(|digest| crate::store::blob::digest_hex(digest).is_ok());
         Ok(digest.map(|digest| Descriptor {
@@ -269,10 +290,10 @@ impl Client {
     }
 
     /// Begins to fetch a blob. The bytes are those of the descriptor in number; their digest is for the reader to check.
-    pub fn blob(&self, image: &RemoteImage, blob: &Descriptor) -> Result<Body, RegistryError> {
+    pub(super) fn blob_at(&self, image: &RemoteImage, blob: &Descriptor, patient: bool) -> Result<Body, RegistryError> {
         let what = format!("blob {}", blob.digest);
         let exchange = self.request(Method::GET, image, &format!("blobs/{}", blob.digest), what, Access::Pull)?;
-        self.open(exchange, Some(blob.size))
+        self.open(Exchange { repeat: patient, ..exchange }, Some(blob.size))
     }
 
     /// A request about something in a repository.
@@ -304,21 +325,43 @@ impl Client {
     /// Tries whether a registry lets us in with the credentials that it would be given.
     pub fn log_in(&self, host: &str) -> Result<(), RegistryError> {
         let url = self.registry_url(host, "")?;
-        let exchange = Exchange {
-            method: Method::GET,
+        let nobody = RemoteImage { host: host.to_owned(), repository: String::new(), tag: None, digest: None };
+        self.exchange(&self.login_exchange(Method::GET, &nobody, url)).map(drop)
+    }
+
+    /// A request about nothing but who we are.
+    pub(super) fn login_exchange(&self, method: Method, image: &RemoteImage, url: Url) -> Exchange {
+        Exchange {
+            method,
             home: url.clone(),
             url,
             headers: HeaderMap::new(),
-            host: host.to_owned(),
-            repository: String::new(),
+            host: image.host.clone(),
+            repository: image.repository.clone(),
             access: Access::Login,
             body: None,
             repeat: true,
             what: "login".to_owned(),
             downgrade: false,
             authorization: None,
-        };
-        self.exchange(&exchange).map(drop)
+        }
+    }
+
+    /// Sends a request once, whatever the answer.
+    pub(super) fn ask_once(
+        &self,
+        exchange: &Exchange,
+        request: reqwest::RequestBuilder,
+    ) -> Result<reqwest::Response, RegistryError> {
+        self.await_answer(exchange, request, None)
+    }
+
+    pub(super) fn options(&self) -> &ClientOptions {
+        &self.0.options
+    }
+
+    pub(super) fn dead_mirrors(&self) -> &Mutex<HashSet<String>> {
+        &self.0.dead_mirrors
     }
 
     fn manifest_exchange(&self, method: Method, image: &RemoteImage) -> Result<Exchange, RegistryError> {
@@ -335,7 +378,7 @@ impl Client {
     }
 
     /// Address of something below `/v2/` of a registry. Docker Hub's registry has another name than its images.
-    fn registry_url(&self, host: &str, path: &str) -> Result<Url, RegistryError> {
+    pub(super) fn registry_url(&self, host: &str, path: &str) -> Result<Url, RegistryError> {
         let server = match host {
             "docker.io" | "index.docker.io" => "registry-1.docker.io",
             other => other,
@@ -416,7 +459,7 @@ impl Client {
         Ok(https)
     }
 
-    fn http_client(&self, url: &Url) -> Result<reqwest::Client, RegistryError> {
+    pub(super) fn http_client(&self, url: &Url) -> Result<reqwest::Client, RegistryError> {
         let reach = self.reach(url);
         if let Some(client) = locked(&self.0.clients).get(&reach) {
             return Ok(client.clone());
@@ -785,7 +828,7 @@ impl Client {
     }
 
     /// Reads what there is of a short body.
-    fn small_body(&self, mut response: reqwest::Response) -> Option<Vec<u8>> {
+    pub(super) fn small_body(&self, mut response: reqwest::Response) -> Option<Vec<u8>> {
         let mut bytes = Vec::new();
         let timeout = self.0.options.data_timeout;
         self.runtime().ok()?.block_on(async {
@@ -907,6 +950,7 @@ impl Body {
                     self.skip -= skipped;
                     let bytes = &bytes[usize::try_from(skipped).unwrap_or(bytes.len())..];
                     self.received += bytes.len() as u64;
+                    self.client.0.received.fetch_add(bytes.len() as u64, Ordering::Relaxed);
                     if let Some(expected) = self.expected.filter(|expected| self.received > *expected) {
                         return Err(RegistryError::TooLong { host, repository, expected });
                     }
@@ -1029,7 +1073,7 @@ fn is_loopback(name: &str) -> bool {
     name == "localhost" || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -12,12 +12,15 @@ mod certificates;
 pub mod client;
 pub mod helper;
 pub mod http;
+mod identity;
 pub mod login;
+pub mod mirror;
 mod payload;
 pub mod upload;
 
 pub use client::{Body, Client, ClientOptions, Proxies, RemoteImage};
 pub use http::{HttpFile, http_get};
+pub use mirror::Mirror;
 pub use payload::SendProgress;
 pub use upload::{BlobUpload, Opened, Upload, Uploaded};
 

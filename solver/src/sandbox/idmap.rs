@@ -33,6 +33,8 @@ pub enum EnterRequest {
     Best,
     /// One id, even when there is a range.
     SingleId,
+    /// A namespace also for root, with all of its ids (but the last one, by which it is told from the initial one).
+    Own,
 }
 
 /// Where [`enter`] left the process.
@@ -295,7 +297,7 @@ fn prepare_inside(
     expect(from_child, UNSHARED)?;
     let notice = match request {
         EnterRequest::SingleId => Some("asked for".to_owned()),
-        EnterRequest::Best => map_ranges(pid).err(),
+        EnterRequest::Best | EnterRequest::Own => map_ranges(pid).err(),
     };
     let order = match &notice {
         None => vec![RANGE],
@@ -381,7 +383,13 @@ fn map_ranges(pid: Pid) -> Result<(), String> {
 fn map_everything(pid: Pid) -> Result<(), String> {
     for file in ["uid_map", "gid_map"] {
         let own = std::fs::read_to_string(format!("/proc/self/{file}")).map_err(|error| error.to_string())?;
-        let lines: Vec<(u64, u64, u64)> = extents(&own).collect();
+        let mut lines: Vec<(u64, u64, u64)> = extents(&own).collect();
+        // A namespace with all ids would look like the initial one.
+        if let [(0, 0, count)] = lines.as_mut_slice()
+            && *count == u64::from(u32::MAX)
+        {
+            *count -= 1;
+        }
         if lines.iter().map(|(_, _, count)| count).sum::<u64>() <= 1 {
             return Err("this namespace has only one id".into());
         }

@@ -25,12 +25,14 @@
 //! | overlayfs `lowerdir+` | 6.8 | up to 500 layers | mount(2), options in one page: about 220 |
 //! | seccomp user notification with added descriptors | 5.14 | owners, when there is only one id | error |
 //! | close_range with CLOEXEC | 5.11 | no descriptor reaches the step | error |
+//! | binfmt_misc in a user namespace | 6.7 | emulators for other processors' programs | those that root registered |
 //! | a procfs that is not masked | – | fresh /proc, pid namespace | the outer /proc, processes swept up after the step |
 //!
 //! Device nodes on the root file system and on mounts cannot be opened (`nodev`): that replaces the devices
 //! cgroup, so no cgroup is needed even when the builder is really root.
 
 pub mod emulation;
+pub mod foreign;
 pub mod idmap;
 pub mod init;
 mod points;

@@ -498,10 +498,11 @@ fn mask() -> sys::Result<()> {
 /// are emulated.
 fn prepare_process(spec: &RunSpec, report: KeptFd) -> Result<Option<OwnedFd>, Failure> {
     sys::close_from(REPORT + 1, false).doing(|| "close descriptors".into())?;
-    rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-        .call(|| "open(\"/dev/null\")".into())
-        .and_then(|null| sys::move_fd(null, 0, false))
-        .doing(|| "open /dev/null as standard input".into())?;
+    // Standard input is a pipe that nobody writes into, as in other builders.
+    rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+        .call(|| "pipe()".into())
+        .and_then(|(input, _)| sys::move_fd(input, 0, false))
+        .doing(|| "make an empty standard input".into())?;
     sys::reset_signals();
     _ = rustix::process::setsid();
     sys::leave_session_keyring();

@@ -343,6 +343,7 @@ mod tests {
             steps: vec!["step".into()],
             parts: Vec::new(),
             layer: Some(layer.clone()),
+            blob: None,
             content_key: String::new(),
             created: 0,
             duration_ms: 0,

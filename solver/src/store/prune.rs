@@ -276,6 +276,9 @@ impl<'a> Survey<'a> {
             if let Some(layer) = record.as_ref().and_then(|record| record.layer.as_ref()) {
                 self.layer(&layer.0, &mut needs);
             }
+            let blob = record.as_ref().and_then(|record| record.blob.as_ref());
+            let digits = blob.and_then(|blob| blob::digest_hex(&blob.descriptor.digest).ok());
+            needs.extend(digits.map(|digits| ("blobs/sha256", digits.to_owned())));
             let replaced = record.is_none_or(|record| !newest_keys.contains(&record.key));
             self.items.push(Item { kind: Kind::Records, used: modified(&path), path, needs, replaced });
         }
@@ -565,6 +568,7 @@ mod tests {
             content_key: "aa".into(),
             created: 0,
             duration_ms: 0,
+            blob: None,
             extra: BTreeMap::new(),
         };
         store.put_record(&record).unwrap();

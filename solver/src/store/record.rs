@@ -4,6 +4,7 @@
 //! A record that cannot be read is as good as none and is removed: the step runs again.
 
 use super::{Store, StoreError, check_name};
+use crate::image::Descriptor;
 use crate::tree::LayerId;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -21,8 +22,17 @@ pub struct Part {
     pub value: String,
 }
 
+/// A layer that came as a blob.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RecordBlob {
+    /// The blob.
+    pub descriptor: Descriptor,
+    /// Digest of the uncompressed layer.
+    pub diff_id: String,
+}
+
 /// The result of a step.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
     /// [`RECORD_VERSION`].
     pub version: u32,
@@ -40,6 +50,9 @@ pub struct Record {
     pub created: i64,
     /// How long it took.
     pub duration_ms: u64,
+    /// The layer's blob, when it came from another machine's cache: the layer can be had as long as the blob is here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blob: Option<RecordBlob>,
     /// What later versions add.
     #[serde(default)]
     pub extra: BTreeMap<String, String>,
@@ -110,6 +123,7 @@ mod tests {
             content_key: "aa".into(),
             created: 1_700_000_000,
             duration_ms: 12,
+            blob: None,
             extra: BTreeMap::from([("a".into(), "b".into())]),
         }
     }

@@ -150,6 +150,16 @@ impl Store {
         Ok(remembered.filter(|remembered| remembered.reference == reference))
     }
 
+    /// All that registries said about references; what cannot be read is left out.
+    pub fn remembered_references(&self) -> Result<Vec<RememberedReference>, StoreError> {
+        let path = self.root.join("references");
+        let entries = std::fs::read_dir(&path).map_err(StoreError::io("read", &path))?;
+        let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+        paths.sort();
+        let read = |path: std::path::PathBuf| serde_json::from_slice(&std::fs::read(path).ok()?).ok();
+        Ok(paths.into_iter().filter_map(read).collect())
+    }
+
     /// Remembers what a registry says about a reference.
     pub fn remember_reference(&self, remembered: &RememberedReference) -> Result<(), StoreError> {
         let bytes = serde_json::to_vec(remembered).expect("a remembered reference has string keys only");
@@ -243,6 +253,7 @@ mod tests {
         assert_eq!(store.remembered_reference(&reference).unwrap(), None);
         let remembered = RememberedReference { reference, descriptor: image(&store, "amd64"), resolved: 7 };
         store.remember_reference(&remembered).unwrap();
-        assert_eq!(store.remembered_reference(&remembered.reference).unwrap(), Some(remembered));
+        assert_eq!(store.remembered_reference(&remembered.reference).unwrap(), Some(remembered.clone()));
+        assert_eq!(store.remembered_references().unwrap(), [remembered]);
     }
 }

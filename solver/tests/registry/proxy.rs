@@ -19,6 +19,10 @@ pub(crate) enum Fault {
     Answer(&'static str, String),
     /// Only so many bytes of the answer arrive.
     CutAnswer(usize),
+    /// The last byte of the answer is another one.
+    Corrupt,
+    /// The answer comes in pieces of this size with pauses.
+    Slow(usize),
     /// A header of the answer has another value.
     Header(&'static str, String),
 }
@@ -163,6 +167,16 @@ fn serve(
     log.lock().unwrap().push(seen);
     match fault {
         Fault::LoseAnswer => Ok(()),
+        Fault::Corrupt => {
+            if let Some(last) = answer.last_mut() {
+                *last ^= 0xff;
+            }
+            client.write_all(&answer)
+        }
+        Fault::Slow(size) => answer.chunks(size).try_for_each(|piece| {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+            client.write_all(piece)
+        }),
         Fault::CutAnswer(limit) => client.write_all(&answer[..limit.min(answer.len())]),
         Fault::Header(name, value) => {
             let end = answer.windows(4).position(|window| window == b"\r\n\r\n").unwrap_or(answer.len());

@@ -7,7 +7,7 @@ use nacre_solver::push::{PushError, PushImage, PushReport, push};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Bytes that do not compress.
-fn noise(length: usize, seed: u64) -> Vec<u8> {
+pub(super) fn noise(length: usize, seed: u64) -> Vec<u8> {
     let mut state = seed | 1;
     let mut bytes = Vec::with_capacity(length + 8);
     while bytes.len() < length {
@@ -21,23 +21,27 @@ fn noise(length: usize, seed: u64) -> Vec<u8> {
 }
 
 /// An image in the store: root and sizes of its layers.
-fn stored(store: &Store, layers: &[Vec<u8>]) -> (PushImage, Assembled) {
+pub(super) fn stored(store: &Store, layers: &[Vec<u8>]) -> (PushImage, Assembled) {
     let image = image(store, "amd64", layers);
     let export_image = ExportImage { images: std::slice::from_ref(&image), index: None, names: &[] };
     put_in_store(&export_image, store).unwrap();
     (PushImage::of_store(store, &image.manifest_descriptor).unwrap(), image)
 }
 
-fn to(host: &str, name: &str) -> RemoteImage {
+pub(super) fn to(host: &str, name: &str) -> RemoteImage {
     RemoteImage::parse(&format!("{host}/{name}")).unwrap()
 }
 
-fn send(image: &PushImage, targets: &[RemoteImage], context: &SourceContext) -> Result<PushReport, PushError> {
+pub(super) fn send(
+    image: &PushImage,
+    targets: &[RemoteImage],
+    context: &SourceContext,
+) -> Result<PushReport, PushError> {
     push(image, targets, context, &|_, _, _| (), &|| false)
 }
 
 /// skopeo's view of an image.
-fn skopeo_digest(name: &str, more: &[&str]) -> String {
+pub(super) fn skopeo_digest(name: &str, more: &[&str]) -> String {
     let output = Command::new("skopeo")
         .args(["inspect", "--tls-verify=false", "--format={{.Digest}}"])
         .args(more)
@@ -49,7 +53,7 @@ fn skopeo_digest(name: &str, more: &[&str]) -> String {
 }
 
 /// Copies everything, so that skopeo checks every digest.
-fn skopeo_copies(name: &str) {
+pub(super) fn skopeo_copies(name: &str) {
     let directory = tempfile::tempdir().unwrap();
     let status = Command::new("skopeo")
         .args(["--insecure-policy", "copy", "-q", "--all", "--src-tls-verify=false"])
@@ -174,7 +178,7 @@ fn base_layers_are_mounted_without_being_fetched() {
 }
 
 /// Counts the first requests of a kind and gives those a fault.
-fn first(
+pub(super) fn first(
     times: usize,
     method: &'static str,
     part: &'static str,
@@ -424,7 +428,7 @@ fn hopeless_faults_end_clearly() {
 
 /// A rule that lets only those in who have a token, and gives tokens to those with a password.
 /// The scopes of the tokens given are kept.
-fn with_tokens(
+pub(super) fn with_tokens(
     scopes: Arc<Mutex<Vec<String>>>,
     lifetime: usize,
 ) -> impl Fn(usize, &str, &BTreeMap<String, String>) -> Fault + Send + Sync + 'static {

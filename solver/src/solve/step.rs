@@ -1,0 +1,211 @@
+//! The steps that make layers: key, look-up, work, record.
+//!
+//! A step's input may be known by its content alone, when another machine's cache says what a stage's result is without
+//! having it. Whatever can be found out that way is; before a step does work, such inputs are made.
+
+use super::lookup::{Wanted, add_parent};
+use super::{Build, Event, StepLog, Stream, VertexError};
+use crate::leak::{Leak, LeakStream};
+use crate::op::file::{FileOp, Recipe, Value};
+use crate::op::run::{self, RunError};
+use crate::snapshot::{Made, Snapshot, SnapshotError};
+use crate::tree::{Kind, Tree, index};
+use nacre_frontend::llb::{RunOp, Vertex, VertexId};
+use std::sync::{Arc, PoisonError};
+use std::time::Instant;
+
+fn is_whole(value: &Value) -> bool {
+    match value {
+        Value::Snapshot(snapshot) => snapshot.is_whole(),
+        _ => true,
+    }
+}
+
+impl Build<'_> {
+    /// Makes a vertex's layers, and those below, if they are known by their content alone.
+    pub(super) fn realize(&self, id: VertexId) -> Result<(), VertexError> {
+        let _turn = self.realizing[id.0].lock().unwrap_or_else(PoisonError::into_inner);
+        if self.known(id).as_ref().is_none_or(is_whole) {
+            return Ok(());
+        }
+        self.realize_inputs(&self.definition.vertices[id.0])?;
+        let value = self.attempt(id, true).map_err(|error| VertexError::Before(Box::new(error)))?;
+        self.set(id, value);
+        Ok(())
+    }
+
+    fn realize_inputs(&self, vertex: &Vertex) -> Result<Vec<Option<Value>>, VertexError> {
+        vertex.inputs.iter().flatten().try_for_each(|input| self.realize(*input))?;
+        Ok(self.inputs(vertex))
+    }
+
+    /// Can the files of all these inputs be looked at without fetching anything?
+    fn is_indexed(&self, inputs: &[Option<Value>]) -> bool {
+        inputs.iter().flatten().all(|value| match value {
+            Value::Snapshot(snapshot) => self.workspace.is_indexed(snapshot),
+            _ => true,
+        })
+    }
+
+    pub(super) fn file(
+        &self,
+        id: VertexId,
+        vertex: &Vertex,
+        op: &FileOp,
+        mut inputs: Vec<Option<Value>>,
+        whole: bool,
+    ) -> Result<Snapshot, VertexError> {
+        let started = Instant::now();
+        loop {
+            let parent = self.rootfs(&inputs)?;
+            let recipe = Recipe { op: op.clone(), parent: parent.clone(), inputs: inputs.clone(), now: self.now };
+            let inputs_key = recipe.parts_of_inputs().map(|mut parts| {
+                parts.add("platform", vertex.platform.to_string());
+                add_parent(&mut parts, &parent);
+                parts.key()
+            });
+            let wanted = Wanted { id, vertex, parent: &parent, whole, inputs_key };
+            let read = inputs.get(1..).unwrap_or_default();
+            if !self.is_indexed(read)
+                && let Some(snapshot) = self.look_up_by_inputs(&wanted)
+            {
+                return Ok(snapshot);
+            }
+            if !read.iter().flatten().all(is_whole) {
+                inputs = self.realize_inputs(vertex)?;
+                continue;
+            }
+            let (mut parts, selection) = recipe.parts(self.workspace)?;
+            parts.add("platform", vertex.platform.to_string());
+            add_parent(&mut parts, &parent);
+            let key = parts.key();
+            let reason = match self.look_up(&wanted, &key, &parts, Some(&recipe), selection.as_ref()) {
+                Ok(snapshot) => return Ok(snapshot),
+                Err(reason) => reason,
+            };
+            if !parent.is_whole() {
+                inputs = self.realize_inputs(vertex)?;
+                continue;
+            }
+            self.tell(Event::Started { id: id.0 });
+            self.explain(id, reason, &parts, selection.as_ref());
+            let tree = recipe.carry_out(self.workspace)?;
+            self.check_for_secrets(&tree)?;
+            let content = index::content_key(&tree);
+            let layer_id = self.workspace.store.put_layer(&tree)?;
+            let layer = self.workspace.layer(layer_id, Made::Step(Some(recipe)), Some(Arc::new(tree)));
+            self.keep(&wanted, &key, &parts, selection.as_ref(), (&layer, &content, started))?;
+            self.tell(Event::Finished { id: id.0, duration: started.elapsed() });
+            return Ok(parent.with(layer, &content, Some(self.now.0)));
+        }
+    }
+
+    /// Looks for secrets in the names, links, attributes and files of a new layer.
+    fn check_for_secrets(&self, tree: &Tree) -> Result<(), VertexError> {
+        let Some(leaks) = &self.request.host.leaks else { return Ok(()) };
+        self.workspace.prepare(tree)?;
+        for node in tree.nodes() {
+            let entry = &node.entry;
+            let path = || format!("/{}", String::from_utf8_lossy(&entry.path));
+            leaks.check(&entry.path, || "the name of a file".to_owned())?;
+            if let Kind::Symlink { target } = &entry.kind {
+                leaks.check(target, path)?;
+            }
+            entry.xattrs.values().try_for_each(|value| leaks.check(value, path))?;
+            if entry.is_file() {
+                let read = |source| SnapshotError::Read { path: path(), source };
+                let mut file = self.workspace.open(node).map_err(read)?;
+                leaks.check_reader(&mut file, path).map_err(read)??;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn run(
+        &self,
+        id: VertexId,
+        vertex: &Vertex,
+        op: &RunOp,
+        mut inputs: Vec<Option<Value>>,
+        whole: bool,
+        log: &mut StepLog,
+    ) -> Result<Snapshot, VertexError> {
+        let started = Instant::now();
+        loop {
+            let parent = self.rootfs(&inputs)?;
+            if let Some(first) = inputs.first_mut() {
+                *first = Some(Value::Snapshot(parent.clone()));
+            }
+            let inputs_key = run::parts_of_inputs(vertex, op, &inputs).map(|mut parts| {
+                add_parent(&mut parts, &parent);
+                parts.key()
+            });
+            let wanted = Wanted { id, vertex, parent: &parent, whole, inputs_key };
+            let read = inputs.get(1..).unwrap_or_default();
+            if !self.is_indexed(read)
+                && let Some(snapshot) = self.look_up_by_inputs(&wanted)
+            {
+                return Ok(snapshot);
+            }
+            if !read.iter().flatten().all(is_whole) {
+                inputs = self.realize_inputs(vertex)?;
+                continue;
+            }
+            let mut parts = run::parts(self.workspace, vertex, op, &inputs)?;
+            add_parent(&mut parts, &parent);
+            let key = parts.key();
+            // Of equal steps in two stages one runs, and the other takes its result.
+            let turn = self.turn(&key);
+            let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
+            let reason = match self.look_up(&wanted, &key, &parts, None, None) {
+                Ok(snapshot) => return Ok(snapshot),
+                Err(reason) => reason,
+            };
+            if !parent.is_whole() {
+                inputs = self.realize_inputs(vertex)?;
+                continue;
+            }
+            if self.cancel.is_cancelled() {
+                return Err(RunError::Interrupted.into());
+            }
+            run::ensure_platform(self.workspace, &vertex.platform, &self.request.host, self.cancel)?;
+            self.tell(Event::Started { id: id.0 });
+            self.explain(id, reason, &parts, None);
+            log.path = Some(self.workspace.store.part("logs").join(key.hex()));
+            let leaks = self.request.host.leaks.as_deref();
+            // Each stream by itself: pieces of the two come in any order.
+            let mut streams = leaks.map(|leaks| [LeakStream::new(leaks), LeakStream::new(leaks)]);
+            let mut leaked = None;
+            let mut output = |stream: Stream, data: &[u8]| {
+                if let (Some(streams), None) = (&mut streams, &leaked) {
+                    leaked = streams[usize::from(stream == Stream::Stderr)].push(data);
+                }
+                log.write(data);
+                self.tell(Event::Log { id: id.0, stream, data: data.to_vec() });
+            };
+            let ran = run::execute(self.workspace, op, &inputs, &self.request.host, self.cancel, &mut output);
+            if let Some((secret, form)) = leaked {
+                log.forget();
+                return Err(Leak { secret, place: "what the step printed".to_owned(), form }.into());
+            }
+            let ran = ran?;
+            self.check_for_secrets(&ran.changes)?;
+            let content = index::content_key(&ran.changes);
+            let snapshot_key = parent.content().stacked(&content);
+            // The same content as an earlier run on the same content: that layer stays, so that the image's bytes do too.
+            let earlier = self.workspace.store.layer_by_content(&snapshot_key.0);
+            let layer = match earlier.filter(|id| self.workspace.is_whole(id, false)) {
+                Some(id) => self.workspace.layer(id, Made::Step(None), None),
+                None => {
+                    let id = self.workspace.store.put_layer(&ran.changes)?;
+                    self.workspace.store.adopt_upper(&ran.upper, &id)?;
+                    self.workspace.store.set_layer_by_content(&snapshot_key.0, &id)?;
+                    self.workspace.layer(id, Made::Step(None), None)
+                }
+            };
+            self.keep(&wanted, &key, &parts, None, (&layer, &content, started))?;
+            self.tell(Event::Finished { id: id.0, duration: started.elapsed() });
+            return Ok(parent.with(layer, &content, Some(self.now.0)));
+        }
+    }
+}
