@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Read};
 
 /// Bytes that a value must have to be looked for.
-pub const SHORTEST: usize = 8;
+pub const SHORTEST: usize = 10;
 
 /// How much of a file is looked at in one go.
 const PIECE: usize = 1 << 20;
@@ -173,8 +173,8 @@ mod tests {
 
     #[test]
     fn short_values_are_left_alone() {
-        assert!(scan(&[("a", "1234567"), ("b", ""), ("c", "short\n\n\n\n")]).is_none());
-        assert!(scan(&[("a", "12345678")]).is_some());
+        assert!(scan(&[("a", "123456789"), ("b", ""), ("c", "short\n\n\n\n")]).is_none());
+        assert!(scan(&[("a", "1234567890")]).is_some());
     }
 
     #[test]
