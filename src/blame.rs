@@ -117,7 +117,7 @@ impl Steps<'_> {
             op.mounts.iter().position(|mount| wanted(&mount.kind)).and_then(|at| mounts.get(at)).map(|mount| mount.span)
         };
         match error {
-            RunError::User(UserError::NoUser { .. } | UserError::NoGroup { .. }) => {
+            RunError::User(UserError::NoUser { .. } | UserError::NoGroup { .. } | UserError::Range { .. }) => {
                 Blame { word: at.and_then(|at| self.user_before(at, &op.user)), help: None }
             }
             RunError::NoSecret(id) | RunError::SecretNotText(id) => {

@@ -9,6 +9,7 @@ use crate::progress::{Screen, ScreenOptions};
 use crate::report::{CommandError, Exit, Failure, Place, StepFailure, StepOutcome, Style, disk_help, with_causes};
 use crate::request::{BuildRequest, CacheUse, Call, Environment, NamedSource, OwnershipChoice, ProgressMode};
 use crate::ssh_agents::SshAgents;
+use crate::timings::Recorder;
 use nacre_frontend::check::{IgnoreRules, Warning};
 use nacre_frontend::diagnostic::Diagnostic;
 use nacre_frontend::instruction::{Dockerfile, InstructionKind};
@@ -68,7 +69,14 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
         color: env.color,
         explain: request.explain,
     });
-    let sink = screen.sink();
+    let recorder = Arc::new(Recorder::new());
+    let sink = {
+        let (shown, recorder) = (screen.sink(), recorder.clone());
+        move |event: Event| {
+            recorder.note(&event);
+            shown(event);
+        }
+    };
     let told = sink.clone();
     let progress: Progress = Arc::new(move |digest: &str, done_bytes, total: u64| {
         let short: String = digest.trim_start_matches("sha256:").chars().take(12).collect();
@@ -81,6 +89,18 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
     if let (Some(source), ProgressMode::Plain | ProgressMode::Tty) = (&found.source, request.progress) {
         let style = Style { color: env.color };
         crate::print_error(&crate::call_command::in_build(source, &found.warnings, style));
+    }
+    if request.timings {
+        crate::print_error(&recorder.table());
+    }
+    if let Some(path) = &request.trace {
+        let written = std::fs::write(path, recorder.trace());
+        let failed =
+            |error| failure(Exit::Store, &format!("cannot write {}: {}", path.display(), with_causes(&error)), None);
+        // A build that failed has something more important to say.
+        if result.is_ok() {
+            written.map_err(failed)?;
+        }
     }
     let built = result?;
     export_command::report(request, &built)

@@ -58,7 +58,7 @@ fn write_cache(
     let compression = snapshot::Compression { codec, level, clamp_mtime: None, force: target.force_compression };
     // What a registry has may be in the one where the cache goes.
     let later = matches!(target.place, CachePlace::Registry(_));
-    let blobs = layer_blobs(workspace, &layers, compression, later).map_err(snapshot_error)?;
+    let blobs = layer_blobs(workspace, &layers, compression, later, live.events).map_err(snapshot_error)?;
     let by_layer = layers.iter().map(|layer| layer.id().clone()).zip(blobs.iter().cloned()).collect::<HashMap<_, _>>();
     let document = document(&steps, &by_layer);
     let cache = assemble(&document, blobs).map_err(|error| CommandError::new(Exit::General, &error, None))?;

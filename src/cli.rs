@@ -208,6 +208,12 @@ pub(crate) struct BuildArgs {
     /// How to show what happens: auto, tty, plain, rawjson, quiet
     #[arg(long, value_name = "MODE", help_heading = "Display")]
     pub(crate) progress: Option<String>,
+    /// In the end, print what each step spent its time on
+    #[arg(long, help_heading = "Display", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", value_parser = boolean, value_name = "BOOL", hide_default_value = true)]
+    pub(crate) timings: bool,
+    /// Write what took time to a file that ui.perfetto.dev and chrome://tracing show
+    #[arg(long, value_name = "FILE", help_heading = "Display")]
+    pub(crate) trace: Option<PathBuf>,
     /// Show nothing but the image's digest
     #[arg(short, long, help_heading = "Display", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", value_parser = boolean, value_name = "BOOL", hide_default_value = true)]
     pub(crate) quiet: bool,

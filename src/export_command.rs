@@ -14,7 +14,7 @@ use nacre_solver::op::source::{ResolvedImage, SourceContext};
 use nacre_solver::push::{PushBlob, PushError, PushImage, PushReport, push};
 use nacre_solver::registry::{RegistryError, RemoteImage};
 use nacre_solver::snapshot::{self, Layer, LayerBlob, Snapshot, SnapshotError, Workspace};
-use nacre_solver::solve::{Event, Solved};
+use nacre_solver::solve::{Event, Phase, Solved, Span};
 use nacre_solver::tree::Node;
 use nacre_solver::tree::blob::Codec;
 use nacre_solver::tree::layer::TarOptions;
@@ -238,7 +238,7 @@ fn write_image(
     let mut images = Vec::new();
     for one in built.iter() {
         let made = one.snapshot().layers();
-        let layers = layer_blobs(workspace, &made, compression, output.kind == OutputKind::Registry);
+        let layers = layer_blobs(workspace, &made, compression, output.kind == OutputKind::Registry, live.events);
         let layers = layers.map_err(snapshot_error)?;
         let layers: Vec<(Descriptor, String)> =
             layers.into_iter().map(|layer| (layer.descriptor, layer.diff_id)).collect();
@@ -352,6 +352,7 @@ pub(crate) fn layer_blobs(
     layers: &[Layer],
     compression: snapshot::Compression,
     later: bool,
+    events: &(dyn Fn(Event) + Sync),
 ) -> Result<Vec<LayerBlob>, SnapshotError> {
     let next = AtomicUsize::new(0);
     let results = Mutex::new(BTreeMap::new());
@@ -363,7 +364,11 @@ pub(crate) fn layer_blobs(
                     let Some(layer) = layers.get(at) else { return };
                     // A layer that a registry gave may be in the one where it is to go.
                     let known = if later { workspace.original_blob(layer, compression) } else { None };
+                    let started = Instant::now();
                     let result = known.map_or_else(|| workspace.blob(layer, compression), Ok);
+                    let bytes = result.as_ref().map_or(0, |blob| blob.descriptor.size);
+                    let (layer, duration) = (Some(layer.id().clone()), started.elapsed());
+                    events(Event::Span(Span { id: None, layer, phase: Phase::Compress, started, duration, bytes }));
                     results.lock().unwrap_or_else(PoisonError::into_inner).insert(at, result);
                 }
             });

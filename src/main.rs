@@ -22,6 +22,7 @@ mod prune_command;
 mod report;
 mod request;
 mod ssh_agents;
+mod timings;
 
 use clap::Parser;
 use cli::{Cli, Command};
@@ -32,6 +33,11 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Trees of files are many small pieces of memory, made and dropped by several threads: glibc's allocator takes a third of the
+/// time of a build that finds everything cached.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().collect();

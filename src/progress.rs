@@ -154,6 +154,7 @@ impl<W: Write + Send> Painter for JsonLines<W> {
 /// {"time":0.40,"event":"exported","what":"OCI archive out.tar","seconds":0.08}
 /// {"time":0.40,"event":"traffic","received_bytes":123}
 /// {"time":0.40,"event":"warning","message":"…"}
+/// {"time":0.31,"event":"span","id":1,"phase":"run","seconds":0.25,"bytes":0}
 /// {"time":0.01,"event":"check","rule":"StageNameCasing","message":"…","url":"…","file":"Dockerfile","line":1,"column":6}
 /// ```
 fn json(at: Duration, event: &Event) -> Value {
@@ -194,6 +195,10 @@ fn json(at: Duration, event: &Event) -> Value {
         }),
         Event::Traffic { received_bytes } => json!({"event": "traffic", "received_bytes": received_bytes}),
         Event::Warning { message } => json!({"event": "warning", "message": message}),
+        Event::Span(span) => json!({
+            "event": "span", "id": span.id, "phase": span.phase.name(), "seconds": span.duration.as_secs_f64(),
+            "bytes": span.bytes
+        }),
     };
     // First in the line: what reads along wants to see it there.
     if let Value::Object(members) = &mut value {
@@ -414,8 +419,8 @@ impl<W: Write + Send> Painter for Plain<W> {
             }
             Event::Exporting { what } => self.line(&format!("exporting {what}")),
             Event::Exported { what, duration } => self.line(&format!("exporting {what} DONE {}", seconds(*duration))),
-            // Shown with their places when the steps are done.
-            Event::Check { .. } | Event::Traffic { .. } => {}
+            // Shown with their places, or added up, when the steps are done.
+            Event::Check { .. } | Event::Traffic { .. } | Event::Span(_) => {}
             Event::Warning { message } => self.line(&format!("warning: {}", sanitised(message.as_bytes(), false))),
         }
     }
@@ -464,7 +469,11 @@ impl LiveModel {
     fn event(&mut self, at: Duration, event: &Event) -> Vec<String> {
         self.totals.event(event);
         match event {
-            Event::Planned { .. } | Event::Cached { .. } | Event::Check { .. } | Event::Traffic { .. } => Vec::new(),
+            Event::Planned { .. }
+            | Event::Cached { .. }
+            | Event::Check { .. }
+            | Event::Traffic { .. }
+            | Event::Span(_) => Vec::new(),
             Event::Started { id } => {
                 self.running.insert(*id, (at, String::new()));
                 Vec::new()
@@ -639,7 +648,7 @@ impl Painter for Live {
 
 /// A line without what a terminal would obey, as text. With `colours`, sequences that only set colours and the like
 /// (SGR) stay, and are ended at the end of the line.
-fn sanitised(line: &[u8], colours: bool) -> String {
+pub(crate) fn sanitised(line: &[u8], colours: bool) -> String {
     let text = String::from_utf8_lossy(line);
     let mut clean = String::with_capacity(text.len());
     let mut colour_open = false;

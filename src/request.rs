@@ -83,6 +83,10 @@ pub(crate) struct BuildRequest {
     pub(crate) pull: bool,
     /// `--explain`.
     pub(crate) explain: bool,
+    /// `--timings`.
+    pub(crate) timings: bool,
+    /// `--trace`.
+    pub(crate) trace: Option<PathBuf>,
     /// `--secret`, ids unique.
     pub(crate) secrets: Vec<Secret>,
     /// `--ssh`, ids unique.
@@ -946,6 +950,8 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
         cache_to,
         pull: args.pull,
         explain: args.explain,
+        timings: args.timings,
+        trace: args.trace,
         secrets,
         ssh,
         network,

@@ -560,6 +560,12 @@ impl State {
     fn cwd(&self) -> String {
         text::absolute("/", &self.image.config.working_dir)
     }
+
+    /// Absolute, where a command starts: `..` in it is the kernel's to resolve, behind links.
+    fn cwd_as_written(&self) -> String {
+        let written = &self.image.config.working_dir;
+        if written.starts_with('/') { written.clone() } else { self.cwd() }
+    }
 }
 
 /// One stage while it is lowered.

@@ -577,7 +577,7 @@ impl Builder<'_, '_> {
                 return None;
             }
         };
-        if expanded.matched.is_empty() && expanded.unmatched.is_empty() {
+        if !text.value.contains('$') {
             let named = stage.is_some_and(|stage| stage.contains(&parsed.os) || stage.contains(&parsed.architecture));
             if !named {
                 let message = format!("--platform is the constant `{}`", expanded.value);

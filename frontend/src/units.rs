@@ -191,8 +191,10 @@ const SIGNAL_RTMAX: i32 = 64;
 /// Reads a signal: a name with or without `SIG`, in any case, or a number (any: the runtime decides).
 pub fn parse_signal(text: &str) -> Result<i32, UnitError> {
     let invalid = || UnitError::Signal(text.to_owned());
-    if let Ok(number) = text.parse() {
-        return Ok(number);
+    match text.parse() {
+        Ok(0) => return Err(invalid()),
+        Ok(number) => return Ok(number),
+        Err(_) => {}
     }
     let upper = text.to_uppercase();
     let name = upper.strip_prefix("SIG").unwrap_or(&upper);

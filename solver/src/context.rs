@@ -20,6 +20,8 @@ use crate::tree::{ContentDigest, Kind, Node, Origin, Tree};
 use rayon::prelude::*;
 use rustix::fs::{CWD, Mode, OFlags, Statx, openat};
 use rustix::io::Errno;
+use std::cell::RefCell;
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -102,7 +104,7 @@ pub struct Context {
 
 #[derive(Debug)]
 struct Walked {
-    tree: Tree,
+    tree: Arc<Tree>,
     /// For each node of the tree.
     stamps: Vec<Stamp>,
 }
@@ -216,7 +218,7 @@ impl Context {
 
     /// All that is not ignored, root included: owned by root, without digests, read in place. Walks the directory when
     /// called for the first time.
-    pub fn tree(&self) -> Result<&Tree, ContextError> {
+    pub fn tree(&self) -> Result<&Arc<Tree>, ContextError> {
         Ok(&self.walk()?.tree)
     }
 
@@ -242,21 +244,46 @@ impl Context {
             };
             nodes.push(Node { entry, origin });
         }
-        Ok(self.walked.get_or_init(|| Walked { tree: Tree::from_nodes(nodes), stamps }))
+        Ok(self.walked.get_or_init(|| Walked { tree: Arc::new(Tree::from_nodes(nodes)), stamps }))
     }
 
     /// Path below the root, if it is one.
     fn relative<'a>(&self, path: &'a Path) -> Option<&'a [u8]> {
-        path.strip_prefix(&self.root).ok().map(|path| path.as_os_str().as_bytes())
+        // Both are clean, so that bytes can be compared, which is much faster than components.
+        let rest = path.as_os_str().as_bytes().strip_prefix(self.root.as_os_str().as_bytes())?;
+        match rest.strip_prefix(b"/") {
+            Some(rest) => Some(rest),
+            None => (rest.is_empty() || self.root.as_os_str() == "/").then_some(rest),
+        }
     }
 
-    /// The stamp that the walk saw.
-    fn stamp(&self, relative: &[u8]) -> Option<Stamp> {
+    /// The stamp that the walk saw. `near` is where the one before was found.
+    fn stamp(&self, relative: &[u8], near: &mut usize) -> Option<Stamp> {
         let walked = self.walked.get()?;
         let nodes = walked.tree.nodes();
-        let at = nodes.binary_search_by(|node| crate::tree::compare_paths(&node.entry.path, relative)).ok()?;
-        walked.stamps.get(at).copied()
+        let compare = |at: usize| crate::tree::compare_paths(&nodes[at].entry.path, relative);
+        *near = find_near(nodes.len(), *near, compare)?;
+        walked.stamps.get(*near).copied()
     }
+}
+
+/// Position of what `compare` finds equal in a sorted table, looked for a little behind `near` first: whoever looks up
+/// one after the other in about the table's order finds each at once.
+fn find_near(length: usize, near: usize, compare: impl Fn(usize) -> Ordering) -> Option<usize> {
+    const CLOSE: usize = 4;
+    if let Some(at) = (near..length.min(near + CLOSE)).find(|&at| compare(at).is_eq()) {
+        return Some(at);
+    }
+    let (mut low, mut high) = (0, length);
+    while low < high {
+        let middle = low + (high - low) / 2;
+        match compare(middle) {
+            Ordering::Equal => return Some(middle),
+            Ordering::Less => low = middle + 1,
+            Ordering::Greater => high = middle,
+        }
+    }
+    None
 }
 
 /// `None` when there is no such file.
@@ -272,20 +299,25 @@ fn read_ignore_file(path: &Path) -> Result<Option<Matcher>, ContextError> {
 
 /// BLAKE3 and length of all that is left to read.
 pub(crate) fn digest_of(reader: &mut impl Read) -> io::Result<(ContentDigest, u64)> {
-    let mut hasher = blake3::Hasher::new();
-    let mut buffer = vec![0; 1 << 17];
-    let mut length = 0;
-    loop {
-        match reader.read(&mut buffer) {
-            Ok(0) => return Ok((*hasher.finalize().as_bytes(), length)),
-            Ok(read) => {
-                hasher.update(&buffer[..read]);
-                length += read as u64;
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
+    thread_local! {
+        /// Kept: most files are much smaller than it takes to clear it.
+        static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; 1 << 17]);
     }
+    BUFFER.with_borrow_mut(|buffer| {
+        let mut hasher = blake3::Hasher::new();
+        let mut length = 0;
+        loop {
+            match reader.read(buffer) {
+                Ok(0) => return Ok((*hasher.finalize().as_bytes(), length)),
+                Ok(read) => {
+                    hasher.update(&buffer[..read]);
+                    length += read as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    })
 }
 
 /// Flags to read a file that somebody may have replaced by a FIFO or a symlink.
@@ -321,29 +353,39 @@ fn read_content(path: &Path, contexts: &[&Context]) -> io::Result<Record> {
 /// come from: such files are opened without following any symlink and are remembered, and their times and capabilities
 /// are taken at the same moment. Reads in parallel.
 pub fn digest_files(nodes: &mut [Node], contexts: &[&Context], cache: &mut DigestCache) -> Result<(), ContextError> {
-    let known = &*cache;
-    let results: Vec<_> = nodes.par_iter_mut().map(|node| digest_node(node, contexts, known)).collect();
-    for result in results {
-        if let Some((path, record)) = result? {
-            cache.changes.insert(path.as_os_str().as_bytes().to_vec(), record);
+    let near = || (0, 0);
+    // A pool of threads is woken for many files only.
+    if nodes.len() < 64 {
+        let mut near = near();
+        for node in nodes {
+            if let Some((path, record)) = digest_node(node, contexts, &*cache, &mut near)? {
+                cache.changes.insert(path.as_os_str().as_bytes().to_vec(), record);
+            }
         }
+        return Ok(());
     }
+    let known = &*cache;
+    let digested = nodes.par_iter_mut().map_init(near, |near, node| digest_node(node, contexts, known, near));
+    let learned = digested.filter_map(Result::transpose).collect::<Result<Vec<_>, _>>()?;
+    let learned = learned.into_iter().map(|(path, record)| (path.as_os_str().as_bytes().to_vec(), record));
+    cache.changes.extend(learned);
     Ok(())
 }
 
-/// Digests one file; what there is to remember.
+/// Digests one file; what there is to remember. `near` is where the file before was found: in the walk, in the cache.
 fn digest_node(
     node: &mut Node,
     contexts: &[&Context],
     cache: &DigestCache,
+    near: &mut (usize, usize),
 ) -> Result<Option<(Arc<PathBuf>, Record)>, ContextError> {
     let (Origin::File(path), Kind::File { digest: None, .. }) = (&node.origin, &node.entry.kind) else {
         return Ok(None);
     };
     let path = Arc::clone(path);
     let in_context = contexts.iter().any(|context| context.relative(&path).is_some());
-    let stamp = contexts.iter().find_map(|context| context.stamp(context.relative(&path)?));
-    if let Some(record) = stamp.and_then(|stamp| cache.look_up(&path, stamp)) {
+    let stamp = contexts.iter().find_map(|context| context.stamp(context.relative(&path)?, &mut near.0));
+    if let Some(record) = stamp.and_then(|stamp| cache.look_up(&path, stamp, &mut near.1)) {
         fill_in(node, &record, in_context);
         let today = today();
         // The day is told now and then only: a build that finds everything should have nothing to write.
@@ -466,14 +508,14 @@ impl DigestCache {
         Ok(())
     }
 
-    fn look_up(&self, path: &Path, stamp: Stamp) -> Option<Record> {
+    fn look_up(&self, path: &Path, stamp: Stamp, near: &mut usize) -> Option<Record> {
         let path = path.as_os_str().as_bytes();
         if let Some(record) = self.changes.get(path) {
             return (record.stamp == stamp).then(|| record.clone());
         }
-        let at =
-            self.starts.binary_search_by(|&start| path_at(&self.bytes, start).unwrap_or_default().cmp(path)).ok()?;
-        let (_, record, _) = parse_record(&self.bytes, self.starts[at])?;
+        let compare = |at: usize| path_at(&self.bytes, self.starts[at]).unwrap_or_default().cmp(path);
+        *near = find_near(self.starts.len(), *near, compare)?;
+        let (_, record, _) = parse_record(&self.bytes, self.starts[*near])?;
         (record.stamp == stamp).then_some(record)
     }
 }
@@ -682,7 +724,7 @@ mod tests {
         cache.changes.insert(b"/x".to_vec(), record.clone());
         cache.save().unwrap();
         let bytes = std::fs::read(&file).unwrap();
-        assert_eq!(DigestCache::load(&file).unwrap().look_up(Path::new("/x"), stamp), Some(record));
+        assert_eq!(DigestCache::load(&file).unwrap().look_up(Path::new("/x"), stamp, &mut 0), Some(record));
         for length in 0..bytes.len() {
             std::fs::write(&file, &bytes[..length]).unwrap();
             assert!(DigestCache::load(&file).unwrap().starts.is_empty(), "{length}");

@@ -20,19 +20,20 @@ use crate::op::source::{self, Form, ImageLayer, ResolvedImage, SourceContext, So
 use crate::op::unpacked::UnpackError;
 use crate::plan::cache_key::Key;
 use crate::sandbox::Cancel;
+use crate::store::chunks::KnownChunks;
 use crate::store::layers::pulled_layer_id;
 use crate::store::{Store, StoreError};
-use crate::tree::blob::{BlobInfo, BlobOptions, Codec, write_blob};
+use crate::tree::blob::{BlobInfo, BlobOptions, ChunkCache, Codec, write_blob};
 use crate::tree::layer::{LayerError, TarOptions};
 use crate::tree::{LayerId, Node, Origin, Tree};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 /// A layer cannot be had in the form asked for.
 #[derive(Debug, thiserror::Error)]
@@ -129,7 +130,8 @@ struct SnapshotInner {
     whole: bool,
     /// When the layer was made, in seconds since the epoch; `None` for those of base images.
     created: Option<i64>,
-    flat: OnceLock<Arc<Tree>>,
+    /// All layers as one tree, as long as somebody has it.
+    flat: Mutex<Weak<Tree>>,
 }
 
 impl Drop for SnapshotInner {
@@ -151,7 +153,7 @@ impl Snapshot {
             content: Key::SCRATCH,
             whole: true,
             created: None,
-            flat: OnceLock::new(),
+            flat: Mutex::default(),
         }))
     }
 
@@ -163,7 +165,7 @@ impl Snapshot {
             parent: Some(self.clone()),
             layer: Some(layer),
             created,
-            flat: OnceLock::new(),
+            flat: Mutex::default(),
         }))
     }
 
@@ -190,6 +192,25 @@ impl Snapshot {
         let mut created: Vec<Option<i64>> = layers.map(|inner| inner.created).collect();
         created.reverse();
         created
+    }
+
+    /// Its topmost layer.
+    pub(crate) fn top(&self) -> Option<&Layer> {
+        self.chain().find_map(|inner| inner.layer.as_ref())
+    }
+
+    /// The snapshot that has the lowest `count` of these layers.
+    pub(crate) fn lower(&self, count: usize) -> Option<Snapshot> {
+        let mut left = self.layers().len();
+        let mut at = Some(self);
+        while let Some(snapshot) = at {
+            if left == count {
+                return Some(snapshot.clone());
+            }
+            left -= usize::from(snapshot.0.layer.is_some());
+            at = snapshot.0.parent.as_ref();
+        }
+        None
     }
 
     /// From the top down.
@@ -254,6 +275,10 @@ pub struct Workspace {
     pub(crate) copies: AtomicBool,
     cancel: Option<Cancel>,
     layers: Mutex<HashMap<LayerId, Layer>>,
+    /// What [`Workspace::flatten`] gave, the last used at the end.
+    flats: Mutex<VecDeque<Arc<Tree>>>,
+    /// Read when the first blob is written.
+    chunks: OnceLock<KnownChunks>,
 }
 
 impl Workspace {
@@ -269,6 +294,8 @@ impl Workspace {
             copies: AtomicBool::new(false),
             cancel: None,
             layers: Mutex::default(),
+            flats: Mutex::default(),
+            chunks: OnceLock::new(),
         }
     }
 
@@ -352,7 +379,7 @@ impl Workspace {
         let mut at = Some(snapshot);
         let mut flat: Option<Arc<Tree>> = None;
         while let Some(snapshot) = at {
-            flat = snapshot.0.flat.get().cloned();
+            flat = snapshot.0.flat.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
             if flat.is_some() {
                 break;
             }
@@ -363,7 +390,22 @@ impl Workspace {
         for layer in pending.into_iter().rev() {
             flat = Arc::new(flat.apply(&*self.tree(layer)?));
         }
-        Ok(snapshot.0.flat.get_or_init(|| flat).clone())
+        *snapshot.0.flat.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&flat);
+        self.keep_flat(&flat);
+        Ok(flat)
+    }
+
+    /// Keeps the flattened trees that were used last: every step of a long build has one of its own, about as large as
+    /// the base.
+    fn keep_flat(&self, flat: &Arc<Tree>) {
+        const AT_LEAST: usize = 4;
+        const NODES: usize = 200_000;
+        let mut kept = self.flats.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.retain(|other| !Arc::ptr_eq(other, flat));
+        kept.push_back(flat.clone());
+        while kept.len() > AT_LEAST && kept.iter().map(|tree| tree.nodes().len()).sum::<usize>() > NODES {
+            kept.pop_front();
+        }
     }
 
     /// Opens a file's bytes.
@@ -404,6 +446,11 @@ impl Workspace {
         let mut bytes = Vec::new();
         self.open(node)?.read_to_end(&mut bytes)?;
         Ok(bytes)
+    }
+
+    /// Is there a directory of the layer already?
+    pub(crate) fn has_tree_dir(&self, layer: &Layer) -> bool {
+        layer.0.directory.get().is_some() || self.store.tree_dir(&layer.0.id).is_some()
     }
 
     /// The layer as a directory; makes it when there is none.
@@ -530,11 +577,16 @@ impl Workspace {
             }
             _ => self.open(node),
         };
-        let mut writer = self.store.blob_writer()?;
+        let mut writer = self.store.trusting_blob_writer()?;
+        let chunks = (codec != Codec::None).then(|| self.chunks.get_or_init(|| self.store.known_chunks()).blob());
+        let cache = chunks.as_ref().map(|chunks| chunks as &dyn ChunkCache);
         let options = BlobOptions { tar: TarOptions { clamp_mtime }, codec, level, threads: self.threads };
-        let info = write_blob(&tree, &open, &options, None, &mut writer)
+        let info = write_blob(&tree, &open, &options, cache, &mut writer)
             .map_err(|source| SnapshotError::Layer { layer: name.clone(), source })?;
         writer.commit(Some(&info.digest))?;
+        if let Some(chunks) = chunks {
+            self.store.put_chunks(&info.digest, chunks);
+        }
         self.store.set_blob_memo(&layer.0.id, codec, level, clamp_mtime, &info)?;
         Ok(layer_blob(info))
     }

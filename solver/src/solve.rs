@@ -22,7 +22,7 @@ pub use crate::sandbox::Stream;
 use crate::sandbox::{Cancel, SandboxError};
 use crate::snapshot::{Layer, Made, Snapshot, SnapshotError, Workspace};
 use crate::store::StoreError;
-use crate::tree::{Tree, index};
+use crate::tree::{LayerId, Tree, index};
 use nacre_frontend::llb::{Definition, ImageSource, Op, Platform, Source, Vertex, VertexId};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io::Write;
@@ -148,6 +148,50 @@ pub enum Event {
         /// In words.
         message: String,
     },
+    /// What time was spent on; told when it is over.
+    Span(Span),
+}
+
+/// What a vertex spends time on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Working out its key, with reading what is new of a context, and looking for a record.
+    LookUp,
+    /// The step's own time with its sandbox; of a copy, working out what it changes.
+    Run,
+    /// Reading what changed, and storing it.
+    Hash,
+    /// Making a blob of the layer.
+    Compress,
+}
+
+impl Phase {
+    /// A word or two.
+    pub fn name(self) -> &'static str {
+        match self {
+            Phase::LookUp => "look up",
+            Phase::Run => "run",
+            Phase::Hash => "hash",
+            Phase::Compress => "compress",
+        }
+    }
+}
+
+/// Time spent on one thing.
+#[derive(Debug, Clone)]
+pub struct Span {
+    /// For which vertex.
+    pub id: Option<usize>,
+    /// The layer that was made or found.
+    pub layer: Option<LayerId>,
+    /// On what.
+    pub phase: Phase,
+    /// From when.
+    pub started: Instant,
+    /// How long.
+    pub duration: Duration,
+    /// Bytes of the files, or of the blob, that it was about; 0 if it is about none.
+    pub bytes: u64,
 }
 
 /// A vertex as a display names it.
@@ -530,8 +574,9 @@ impl Build<'_> {
             }
         };
         let content = index::content_key(&tree);
-        let id = self.workspace.store.put_layer(&tree)?;
-        let layer = self.workspace.layer(id, Made::Step(None), Some(Arc::new(tree)));
+        let tree = Arc::new(tree);
+        let id = self.workspace.store.put_layer(tree.clone())?;
+        let layer = self.workspace.layer(id, Made::Step(None), Some(tree));
         Ok(Snapshot::scratch().with(layer, &content, Some(self.now.0)))
     }
 }

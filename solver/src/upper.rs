@@ -128,6 +128,9 @@ fn overlay_mark<'a>(xattrs: &'a BTreeMap<Vec<u8>, Vec<u8>>, name: &str) -> Optio
         .map(Vec::as_slice)
 }
 
+/// So few files are read one after the other.
+const FEW: usize = 64;
+
 /// Digests of all files, in parallel, once for each inode; `None` for what is no file.
 pub(crate) fn digest_all(
     upper: &Path,
@@ -143,22 +146,23 @@ pub(crate) fn digest_all(
         .enumerate()
         .map(|(position, &group)| if group == 0 { position } else { *seen.entry(group).or_insert(position) })
         .collect();
-    let results: Vec<Result<Option<ContentDigest>, UpperError>> = found
-        .par_iter()
-        .enumerate()
-        .map(|(position, item)| {
-            if !item.entry.is_file() || carrier[position] != position {
-                return Ok(None);
-            }
-            let path = &item.entry.path;
-            let digest = || -> io::Result<ContentDigest> {
-                let mut file = File::from(open_below(root.as_fd(), path, OFlags::RDONLY | OFlags::NONBLOCK)?);
-                Ok(digest_of(&mut file)?.0)
-            };
-            digest().map(Some).map_err(|source| failed(&upper.join(std::ffi::OsStr::from_bytes(path)), source))
-        })
-        .collect();
-    let digests = results.into_iter().collect::<Result<Vec<_>, _>>()?;
+    let one = |(position, item): (usize, &Scanned)| -> Result<Option<ContentDigest>, UpperError> {
+        if !item.entry.is_file() || carrier[position] != position {
+            return Ok(None);
+        }
+        let path = &item.entry.path;
+        let digest = || -> io::Result<ContentDigest> {
+            let mut file = File::from(open_below(root.as_fd(), path, OFlags::RDONLY | OFlags::NONBLOCK)?);
+            Ok(digest_of(&mut file)?.0)
+        };
+        digest().map(Some).map_err(|source| failed(&upper.join(std::ffi::OsStr::from_bytes(path)), source))
+    };
+    // Most steps change little, and waking a pool of threads takes longer than to read a few files.
+    let digests = if found.len() < FEW {
+        found.iter().enumerate().map(one).collect::<Result<Vec<_>, _>>()?
+    } else {
+        found.par_iter().enumerate().map(one).collect::<Result<Vec<_>, _>>()?
+    };
     Ok(carrier.into_iter().map(|position| digests[position]).collect())
 }
 

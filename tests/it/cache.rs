@@ -213,3 +213,16 @@ fn a_failed_step_leaves_finished_ones_in_the_cache() {
     let ended = build.runs();
     assert!(ended.ran().iter().all(|step| !step.contains("echo kept")), "{}", ended.stderr);
 }
+
+#[test]
+fn more_layers_than_are_stacked() {
+    let mut dockerfile = String::from("FROM busybox\n");
+    for number in 0..210 {
+        dockerfile.push_str(&format!("RUN echo {number} > /file{number}\n"));
+    }
+    dockerfile.push_str("RUN cat /file0 /file205 > /both && rm /file3 /file207 && mkdir /file3\n");
+    let image = Build::new().dockerfile(&dockerfile).image();
+    assert_eq!(image.record.fs["/both"]["data"], "0\n205\n");
+    assert!(!image.record.fs.contains_key("/file207") && image.record.fs.contains_key("/file209"));
+    assert_eq!(image.record.fs["/file3"]["t"], "d");
+}

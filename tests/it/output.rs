@@ -135,3 +135,85 @@ fn progress_as_json_lines() {
     assert_eq!(events[0]["event"], "planned", "{}", ended.stderr);
     assert!(events.iter().any(|event| event["event"] == "finished"));
 }
+
+/// A context of 4 MB whose files compress a little.
+fn several_chunks() -> Build {
+    let mut build = Build::new().dockerfile("FROM scratch\nCOPY data /data\n").env("SOURCE_DATE_EPOCH", "1700000000");
+    let mut state = 1_u64;
+    for number in 0..40 {
+        let mut content = String::new();
+        while content.len() < 100_000 {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            content.push_str(&format!("{:x} ", state));
+        }
+        build = build.file(&format!("data/file{number:02}"), &content);
+    }
+    build
+}
+
+/// The archive of a build by `program`, in front of which `before` may stand.
+#[track_caller]
+fn archive_of(build: &Build, before: &[&str], codec: &str) -> Vec<u8> {
+    let out = build.path("out.tar");
+    let inner = build.command();
+    let mut command = match before {
+        [] => std::process::Command::new(inner.get_program()),
+        [program, args @ ..] => {
+            let mut command = std::process::Command::new(program);
+            command.args(args).arg(inner.get_program());
+            command
+        }
+    };
+    command.args(inner.get_args()).env("SOURCE_DATE_EPOCH", "1700000000");
+    command.arg(format!("--output=type=oci,dest={},rewrite-timestamp=true,compression={codec}", out.display()));
+    let ended = run(command, None);
+    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+    fs::read(out).expect("an archive")
+}
+
+#[test]
+fn neither_threads_nor_known_chunks_change_a_byte() {
+    for codec in ["gzip", "zstd"] {
+        let known = several_chunks();
+        archive_of(&known, &[], codec);
+        known.write("data/file20", "edited");
+        let with_chunks = archive_of(&known, &[], codec);
+        assert_eq!(fs::read_dir(known.store().join("chunks")).expect("a directory").count(), 2, "{codec}");
+        let fresh = several_chunks();
+        fresh.write("data/file20", "edited");
+        assert!(archive_of(&fresh, &[], codec) == with_chunks, "{codec}: known chunks");
+        let alone = several_chunks();
+        alone.write("data/file20", "edited");
+        assert!(archive_of(&alone, &["taskset", "-c", "0"], codec) == with_chunks, "{codec}: one thread");
+        // Damage in the blob that chunks come from is noticed.
+        let blobs = known.store().join("blobs/sha256");
+        for entry in fs::read_dir(&blobs).expect("a directory").flatten() {
+            let mut bytes = fs::read(entry.path()).expect("a blob");
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 1;
+            if bytes.len() > 100_000 {
+                fs::write(entry.path(), bytes).expect("a file of the store");
+            }
+        }
+        known.write("data/file39", "edited, too");
+        fresh.write("data/file39", "edited, too");
+        assert!(archive_of(&known, &[], codec) == archive_of(&fresh, &[], codec), "{codec}: damaged chunks");
+    }
+}
+
+#[test]
+fn where_the_time_went() {
+    let build = simple();
+    let trace = build.path("trace.json");
+    let build = build.flag("--timings").flag(format!("--trace={}", trace.display()));
+    let ended = build.runs();
+    let line = ended.stderr.lines().find(|line| line.ends_with("] RUN echo b > /b")).expect("a step");
+    assert!(ended.stderr.contains("timings: ") && !line.is_empty(), "{}", ended.stderr);
+    let trace: Value = serde_json::from_slice(&fs::read(trace).expect("a file")).expect("JSON");
+    let events = trace["traceEvents"].as_array().expect("events");
+    for name in ["look up", "run", "hash", "compress"] {
+        assert!(events.iter().any(|event| event["name"] == name && event["dur"].is_u64()), "no `{name}`: {trace}");
+    }
+}

@@ -37,10 +37,11 @@ impl StageLowering<'_, '_> {
             let mount = match spec.kind {
                 MountType::Secret => {
                     mounts.secret_env.extend(spec.env.clone().filter(|name| !name.is_empty()));
-                    secret(&spec).map_err(|error| in_mount(text, error))?
+                    secret(&spec, &self.state.cwd()).map_err(|error| in_mount(text, error))?
                 }
                 MountType::Ssh => {
-                    let mount = ssh(&spec, agents).map_err(|error| problem(option_span(text, "source"), error))?;
+                    let mount = ssh(&spec, agents, &self.state.cwd())
+                        .map_err(|error| problem(option_span(text, "source"), error))?;
                     agents += 1;
                     mounts.ssh_socket.get_or_insert_with(|| mount.target.clone());
                     mount
@@ -158,7 +159,7 @@ fn base_name(path: &str) -> &str {
     path.trim_end_matches('/').rsplit('/').next().unwrap_or_default()
 }
 
-fn secret(spec: &MountSpec) -> Result<Mount, MountError> {
+fn secret(spec: &MountSpec, cwd: &str) -> Result<Mount, MountError> {
     let written = spec.target.as_deref().filter(|target| !target.is_empty());
     let named = [&spec.source, &spec.id].into_iter().flatten().find(|name| !name.is_empty());
     let id = match (named, written) {
@@ -167,7 +168,7 @@ fn secret(spec: &MountSpec) -> Result<Mount, MountError> {
         (None, None) => return Err(MountError::SecretWithoutName),
     };
     let target = match written {
-        Some(target) => text::absolute("/", target),
+        Some(target) => text::absolute(cwd, target),
         None => format!("/run/secrets/{}", base_name(&id)),
     };
     let kind = MountKind::Secret {
@@ -182,12 +183,12 @@ fn secret(spec: &MountSpec) -> Result<Mount, MountError> {
     Ok(Mount { target, kind, read_only: true })
 }
 
-fn ssh(spec: &MountSpec, index: usize) -> Result<Mount, LowerProblem> {
+fn ssh(spec: &MountSpec, index: usize, cwd: &str) -> Result<Mount, LowerProblem> {
     if let Some(source) = spec.source.as_ref().filter(|source| !source.is_empty()) {
         return Err(LowerProblem::SshSource(source.clone()));
     }
     let target = match spec.target.as_deref() {
-        Some(target) if !target.is_empty() => text::absolute("/", target),
+        Some(target) if !target.is_empty() => text::absolute(cwd, target),
         _ => format!("/run/buildkit/ssh_agent.{index}"),
     };
     let kind = MountKind::Ssh {

@@ -48,7 +48,7 @@ impl StageLowering<'_, '_> {
             args: args.clone(),
             env_outside_key: proxies.cloned().collect(),
             env,
-            cwd: self.state.cwd(),
+            cwd: self.state.cwd_as_written(),
             user: self.state.image.config.user.clone(),
             mounts,
             network,

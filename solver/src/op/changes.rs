@@ -38,7 +38,10 @@ pub(super) fn shown(path: &[u8]) -> String {
 
 pub(super) struct Changes<'a> {
     base: &'a Tree,
-    changed: HashMap<Vec<u8>, Node>,
+    /// In the order in which they were put, mostly that of a tree, so that little is left to sort.
+    nodes: Vec<Option<Node>>,
+    /// Positions in `nodes` by path.
+    changed: HashMap<Vec<u8>, usize>,
     /// Directories of the base that were removed, whatever stands there now.
     removed: HashSet<Vec<u8>>,
     now: (i64, u32),
@@ -47,11 +50,11 @@ pub(super) struct Changes<'a> {
 
 impl<'a> Changes<'a> {
     pub(super) fn new(base: &'a Tree, now: (i64, u32)) -> Self {
-        Self { base, changed: HashMap::new(), removed: HashSet::new(), now, last_group: 0 }
+        Self { base, nodes: Vec::new(), changed: HashMap::new(), removed: HashSet::new(), now, last_group: 0 }
     }
 
     pub(super) fn look(&self, path: &[u8]) -> Look<'_> {
-        if let Some(node) = self.changed.get(path) {
+        if let Some(node) = self.changed.get(path).and_then(|&at| self.nodes[at].as_ref()) {
             return Look::Node(node);
         }
         if !self.removed.is_empty() {
@@ -139,18 +142,32 @@ impl<'a> Changes<'a> {
     /// Puts a node in place of what stood at its path, which must not be a directory with content unless the node is
     /// one too. The root has no entry in a layer.
     pub(super) fn put(&mut self, node: Node) {
-        if !node.entry.path.is_empty() {
-            self.changed.insert(node.entry.path.clone(), node);
+        if node.entry.path.is_empty() {
+            return;
+        }
+        match self.changed.get(&node.entry.path) {
+            Some(&at) => self.nodes[at] = Some(node),
+            None => {
+                self.changed.insert(node.entry.path.clone(), self.nodes.len());
+                self.nodes.push(Some(node));
+            }
         }
     }
 
     /// Removes what stands at a path.
     pub(super) fn remove(&mut self, path: &[u8]) {
         if self.look(path).is_dir() {
-            self.changed.retain(|changed, _| !crate::tree::is_within(changed, path));
+            let nodes = &mut self.nodes;
+            self.changed.retain(|changed, at| {
+                let stays = !crate::tree::is_within(changed, path);
+                if !stays {
+                    nodes[*at] = None;
+                }
+                stays
+            });
             self.removed.insert(path.to_vec());
-        } else {
-            self.changed.remove(path);
+        } else if let Some(at) = self.changed.remove(path) {
+            self.nodes[at] = None;
         }
     }
 
@@ -162,18 +179,19 @@ impl<'a> Changes<'a> {
 
     /// The changeset: without directories that stayed what they were, and with hard-link groups of two names at least.
     pub(super) fn finish(self) -> Tree {
-        let Self { base, changed, removed, .. } = self;
+        let Self { base, nodes: changed, removed, .. } = self;
         let has_content = |path: &[u8]| base.subtree(path).iter().any(|node| node.entry.path != path);
-        let mut nodes: Vec<Node> = Vec::with_capacity(changed.len());
-        for mut node in changed.into_values() {
+        let stays = |mut node: Node| {
             if let Kind::Dir { opaque } = &mut node.entry.kind {
                 *opaque = removed.contains(&node.entry.path) && has_content(&node.entry.path);
                 if !*opaque && base.get(&node.entry.path).is_some_and(|before| is_same(before, &node)) {
-                    continue;
+                    return None;
                 }
             }
-            nodes.push(node);
-        }
+            Some(node)
+        };
+        // Collected in place: there can be very many.
+        let nodes: Vec<Node> = changed.into_iter().filter_map(|node| node.and_then(stays)).collect();
         let mut tree = Tree::from_nodes(nodes);
         number_groups(&mut tree);
         tree

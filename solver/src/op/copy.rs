@@ -424,7 +424,7 @@ impl Copier<'_> {
         let Some(node) = from.tree.get(&resolved).filter(|node| !node.entry.is_dir()) else {
             let target = self.prepare()?;
             if !self.changes.look(&target).exists() {
-                self.changes.make_dirs(&target, 0o755, self.owner)?;
+                self.changes.make_dirs(&target, self.mode_of_new_dirs(), self.owner)?;
             }
             return self.copy_content(from, &resolved, &target, include);
         };
@@ -460,12 +460,17 @@ impl Copier<'_> {
         self.put_file(node.clone(), target, &mut Groups::new())
     }
 
-    /// Makes the directory that must exist for the destination, and returns what the destination is.
-    fn prepare(&mut self) -> Result<Vec<u8>, CopyError> {
-        let mode = match self.chmod {
+    /// Mode of directories that nothing in the sources stands for.
+    fn mode_of_new_dirs(&self) -> u32 {
+        match self.chmod {
             Some(ModeChange::Octal(mode)) => mode & 0o777,
             _ => 0o755,
-        };
+        }
+    }
+
+    /// Makes the directory that must exist for the destination, and returns what the destination is.
+    fn prepare(&mut self) -> Result<Vec<u8>, CopyError> {
+        let mode = self.mode_of_new_dirs();
         let dir = if self.dest_is_dir { &self.dest[..] } else { parent(&self.dest) };
         let dir = self.changes.resolve(b"", dir)?;
         self.changes.make_dirs(&dir, mode, self.owner)?;
@@ -515,16 +520,17 @@ impl Copier<'_> {
             // Directories without an entry of their own, and at the end the node itself.
             let above = levels.last().map_or(0, |level| level.path.len());
             let from_here = if above == 0 { 0 } else { above + 1 };
-            for end in (from_here..=path.len()).filter(|&at| at == path.len() || path[at] == b'/') {
+            let whole = path;
+            for end in (from_here..=whole.len()).filter(|&at| at == whole.len() || whole[at] == b'/') {
                 let Some(level) = levels.last() else { continue };
-                let path = &path[..end];
+                let path = &whole[..end];
                 let judge = |matcher: Option<&Matcher>, verdict: &Verdict| {
                     matcher.map(|matcher| matcher.verdict(verdict, path)).unwrap_or_default()
                 };
                 let included = judge(include, &level.included);
                 let excluded = judge(exclude, &level.excluded);
                 let selected = (include.is_none() || included.excluded()) && !excluded.excluded();
-                let is_node = join(top, path) == node.entry.path;
+                let is_node = end == whole.len();
                 let node = if is_node {
                     from.take(node)
                 } else {
@@ -559,11 +565,7 @@ impl Copier<'_> {
             if look.exists() {
                 return Err(CopyError::DirectoryOntoOther { path: shown(&path) });
             }
-            let mode = match self.chmod {
-                Some(ModeChange::Octal(mode)) => mode & 0o777,
-                _ => 0o755,
-            };
-            self.changes.put_dir(&path, mode, self.owner.unwrap_or(level.owner));
+            self.changes.put_dir(&path, self.mode_of_new_dirs(), self.owner.unwrap_or(level.owner));
         }
         Ok(())
     }
@@ -887,7 +889,7 @@ mod tests {
         check("COPY --chown=5 a /p/", SOURCE, "p/,1:1", "p/a=A,5:5");
         check("COPY a /", "a=A,4755,3:4", "", "a=A,4755,3:4");
         check("COPY --chmod=700 a /p/q/", SOURCE, "", "p/,700 p/q/,700 p/q/a=A,700");
-        check("COPY --chmod=700 d /p", "d/ d/s/ d/s/l->x", "", "p/ p/s/,700 p/s/l->x");
+        check("COPY --chmod=700 d /p", "d/ d/s/ d/s/l->x", "", "p/,700 p/s/,700 p/s/l->x");
         check("COPY --chmod=go-rwx d /p/", "d/ d/s/ d/f=1", "", "p/ p/f=1,600 p/s/,700");
         check("COPY --chmod=644 a /p/", SOURCE, "p/,700", "p/a=A");
     }

@@ -58,7 +58,7 @@ impl LocalContext {
             return Ok(tree.clone());
         }
         let tree = match &self.directory {
-            Some((context, _)) => Arc::new(context.tree()?.clone()),
+            Some((context, _)) => context.tree()?.clone(),
             None => Arc::default(),
         };
         Ok(self.tree.get_or_init(|| tree).clone())
@@ -263,7 +263,7 @@ pub(crate) fn digest_uncached(nodes: &mut [Node]) -> Result<(), ContextError> {
 /// Fills in the digests of downloads and of what archives held. Their times are not those of the files that hold their
 /// bytes, so contexts, which take both from the file, must not see them.
 fn digest_others(nodes: &mut [Node], locals: &[&Arc<LocalContext>]) -> Result<(), ContextError> {
-    nodes.par_iter_mut().try_for_each(|node| {
+    let one = |node: &mut Node| -> Result<(), ContextError> {
         let (Origin::File(path), Kind::File { digest: digest @ None, .. }) = (&node.origin, &mut node.entry.kind)
         else {
             return Ok(());
@@ -276,7 +276,9 @@ fn digest_others(nodes: &mut [Node], locals: &[&Arc<LocalContext>]) -> Result<()
         let found = read.map_err(|source| ContextError::ReadFile { path: path.to_path_buf(), source })?;
         *digest = Some(*found.as_bytes());
         Ok(())
-    })
+    };
+    // A pool of threads is woken for many files only.
+    if nodes.len() < 64 { nodes.iter_mut().try_for_each(one) } else { nodes.par_iter_mut().try_for_each(one) }
 }
 
 /// The parts of a COPY's key that do not depend on files.

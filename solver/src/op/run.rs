@@ -24,7 +24,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What the caller of a build gives to its steps.
 #[derive(Debug, Clone, Default)]
@@ -276,6 +276,8 @@ pub struct Ran {
     pub changes: Tree,
     /// The upper directory, to become the layer's tree.
     pub upper: PathBuf,
+    /// When the step's processes were gone.
+    pub ended: Instant,
 }
 
 /// Makes sure that the platform's programs can run here.
@@ -418,6 +420,7 @@ fn execute_once(
         emulation,
     };
     let result = sandbox::run_for(&spec, cancel, host.step_timeout, log);
+    let ended = Instant::now();
     // Cache mounts keep their owners whether the step succeeded or not.
     let recorded = match (&spec.emulation, &result) {
         (Some(emulation), Ok(_)) => owners::take(emulation, &caches).map_err(owners_failed)?,
@@ -449,13 +452,23 @@ fn execute_once(
         }
     };
     let changes = crate::op::copy::with_parents(&changes, &flat);
-    Ok(Ran { changes, upper })
+    Ok(Ran { changes, upper, ended })
 }
 
-/// Trees of a snapshot's layers, top first, made in parallel where they are missing.
+/// The most layers that are stacked one by one: overlayfs takes 500, and a look-up that finds nothing asks each of them.
+const STACKED: usize = 200;
+
+/// Trees of a snapshot's layers, top first, made in parallel where they are missing. Of very many the lower ones become
+/// one, at every [`STACKED`]th so that this is seldom.
 fn lowers(workspace: &Workspace, snapshot: &Snapshot) -> Result<Vec<PathBuf>, SnapshotError> {
-    let layers = snapshot.layers();
-    let missing: Vec<&Layer> = layers.iter().filter(|layer| workspace.store.tree_dir(layer.id()).is_none()).collect();
+    let mut layers = snapshot.layers();
+    let merged = layers.len().saturating_sub(1) / STACKED * STACKED;
+    let mut bottom = None;
+    if let Some(below) = (merged > 0).then(|| snapshot.lower(merged)).flatten() {
+        bottom = Some(as_layer(workspace, workspace.flatten(&below)?)?);
+        layers.drain(..merged);
+    }
+    let missing: Vec<&Layer> = layers.iter().filter(|layer| !workspace.has_tree_dir(layer)).collect();
     if missing.len() > 1 {
         let workers = workspace.threads.clamp(1, missing.len());
         let next = std::sync::atomic::AtomicUsize::new(0);
@@ -470,7 +483,14 @@ fn lowers(workspace: &Workspace, snapshot: &Snapshot) -> Result<Vec<PathBuf>, Sn
             }
         });
     }
-    layers.iter().rev().map(|layer| workspace.tree_dir(layer)).collect()
+    layers.iter().rev().map(|layer| workspace.tree_dir(layer)).chain(bottom.map(Ok)).collect()
+}
+
+/// Files as the tree of a layer of the store: copied once for as long as they stay the same.
+fn as_layer(workspace: &Workspace, tree: Arc<Tree>) -> Result<PathBuf, SnapshotError> {
+    let id = workspace.store.put_layer(tree.clone())?;
+    let layer = workspace.layer(id, Made::Step(None), Some(tree));
+    workspace.tree_dir(&layer)
 }
 
 fn hosts_file(extra: &[(String, String)]) -> String {
@@ -510,6 +530,14 @@ fn copy_snapshot(workspace: &Workspace, tree: &Tree, dir: &Path) -> Result<Vec<(
     copied::copy(tree, &read, dir, workspace.sources.write).map_err(RunError::Copied)
 }
 
+/// What a cache is known by: as with BuildKit, another owner or mode of its directory makes it another cache.
+fn cache_name(id: &str, mode: u32, owner: (u32, u32)) -> String {
+    match (mode & 0o777, owner) {
+        (0o755, (0, 0)) => id.to_owned(),
+        (mode, (uid, gid)) => format!("{id}\0{uid}:{gid}:{mode:o}"),
+    }
+}
+
 /// Locks the caches that a step mounts; the locks are to be held until it has ended. A step waits for one cache while
 /// it holds others, so all steps take them in one order, and one that a step mounts twice is taken once.
 fn lock_caches(
@@ -525,8 +553,8 @@ fn lock_caches(
     };
     let mut wanted: BTreeMap<String, Sharing> = BTreeMap::new();
     for mount in mounts {
-        if let MountKind::Cache { id, sharing, .. } = &mount.kind {
-            let entry = wanted.entry(id.clone()).or_insert(*sharing);
+        if let MountKind::Cache { id, sharing, mode, uid, gid, .. } = &mount.kind {
+            let entry = wanted.entry(cache_name(id, *mode, (*uid, *gid))).or_insert(*sharing);
             if strictness(*sharing) > strictness(*entry) {
                 *entry = *sharing;
             }
@@ -610,7 +638,9 @@ impl MountSetup<'_> {
             }
             MountKind::Bind { input, source } => Some(self.bind(at, mount, *input, source)?),
             MountKind::Cache { id, from, mode, uid, gid, .. } => {
-                let directory = self.cache(id, from.as_ref(), *mode, (*uid, *gid), &mount.target)?;
+                // As with BuildKit, special bits do not count.
+                let mode = mode & 0o777;
+                let directory = self.cache(id, from.as_ref(), mode, (*uid, *gid), &mount.target)?;
                 Some(SetupMount::Bind { source: directory, target, read_only: mount.read_only })
             }
         })
@@ -675,9 +705,7 @@ impl MountSetup<'_> {
 
     /// A context's files as a layer of the store: copied once for as long as they stay the same.
     fn stored(&self, tree: Arc<Tree>) -> Result<PathBuf, RunError> {
-        let id = self.workspace.store.put_layer(&tree)?;
-        let layer = self.workspace.layer(id, Made::Step(None), Some(tree));
-        Ok(self.workspace.tree_dir(&layer)?)
+        Ok(as_layer(self.workspace, tree)?)
     }
 
     /// The directory of a cache mount, filled when it is new.
@@ -690,7 +718,7 @@ impl MountSetup<'_> {
         target: &str,
     ) -> Result<PathBuf, RunError> {
         let missing = || RunError::Io { path: PathBuf::from(target), source: io::ErrorKind::NotFound.into() };
-        let data = self.caches.get(id).ok_or_else(missing)?.join("data");
+        let data = self.caches.get(&cache_name(id, mode, owner)).ok_or_else(missing)?.join("data");
         if !data.is_dir() {
             self.fill_cache(&data, from, mode, owner, target)?;
         }

@@ -6,7 +6,7 @@
 //! | USER | user | group | more groups |
 //! |---|---|---|---|
 //! | `5:6` | 5 | 6 | none, no file is looked at |
-//! | `5` | 5 | of the passwd entry with this number, else 0 | those that list the entry's name |
+//! | `5` | 5, also when it is a name | of the passwd entry with this number, else 0 | those that list the entry's name |
 //! | `app` | of the passwd entry | of the passwd entry | those that list the name |
 //! | `app:staff`, `app:50` | of the passwd entry | of the group entry, or the number | none |
 //! | nothing | 0 | as `0`; no entry is no error | as `0` |
@@ -28,6 +28,12 @@ pub enum UserError {
     NoGroup {
         /// As written.
         name: String,
+    },
+    /// A number that is no id.
+    #[error("uids and gids must be in range 0-2147483647, and {number} is not")]
+    Range {
+        /// As written.
+        number: String,
     },
     /// A file cannot be read.
     #[error("cannot read /{path}")]
@@ -82,30 +88,37 @@ fn find(passwd: &str, group: &str, spec: &str) -> Result<User, UserError> {
     let user = if user.is_empty() { "0" } else { user };
     let number = |text: Option<&str>| text.and_then(|text| text.parse::<u32>().ok());
     let fields = |line: &'_ str| line.trim().split(':').map(str::to_owned).collect::<Vec<_>>();
-    let wanted_uid = number(Some(user));
-    let entry = passwd.lines().map(fields).find(|fields| {
-        let uid = number(fields.get(2).map(String::as_str));
-        !fields[0].is_empty() && (fields[0] == user || wanted_uid.is_some() && uid == wanted_uid)
-    });
+    // A number is an id, whatever names there are.
+    let is = |fields: &[String], wanted: &str| match wanted.parse::<i64>() {
+        Ok(wanted) => number(fields.get(2).map(String::as_str)).map(i64::from) == Some(wanted),
+        Err(_) => fields[0] == wanted,
+    };
+    let id = |wanted: &str| match wanted.parse::<i64>() {
+        Ok(id) => match u32::try_from(id).ok().filter(|id| *id <= i32::MAX as u32) {
+            Some(id) => Ok(Some(id)),
+            None => Err(UserError::Range { number: wanted.to_owned() }),
+        },
+        Err(_) => Ok(None),
+    };
+    let entry = passwd.lines().map(fields).find(|fields| !fields[0].is_empty() && is(fields, user));
     let (name, mut found) = match entry {
         Some(fields) => {
             let field = |at: usize| number(fields.get(at).map(String::as_str)).unwrap_or(0);
             (fields[0].clone(), User { uid: field(2), gid: field(3), groups: Vec::new() })
         }
         None => {
-            let uid = wanted_uid.ok_or_else(|| UserError::NoUser { name: user.to_owned() })?;
+            let uid = id(user)?.ok_or_else(|| UserError::NoUser { name: user.to_owned() })?;
             (String::new(), User { uid, ..User::default() })
         }
     };
     let groups = || group.lines().map(fields).filter(|fields| !fields[0].is_empty());
     match wanted_group {
         Some(wanted) => {
-            let gid = number(Some(wanted));
-            let entry = groups().find(|fields| {
-                fields[0] == wanted || gid.is_some() && number(fields.get(2).map(String::as_str)) == gid
-            });
-            let entry = entry.and_then(|fields| number(fields.get(2).map(String::as_str)));
-            found.gid = entry.or(gid).ok_or_else(|| UserError::NoGroup { name: wanted.to_owned() })?;
+            let entry = groups().find(|fields| is(fields, wanted));
+            found.gid = match entry.and_then(|fields| number(fields.get(2).map(String::as_str))) {
+                Some(gid) => gid,
+                None => id(wanted)?.ok_or_else(|| UserError::NoGroup { name: wanted.to_owned() })?,
+            };
         }
         None if !name.is_empty() => {
             let lists = |fields: &Vec<String>| {
@@ -146,6 +159,16 @@ mod tests {
         assert!(matches!(find(PASSWD, GROUP, "ghost"), Err(UserError::NoUser { name }) if name == "ghost"));
         assert!(matches!(find(PASSWD, GROUP, "app:ghosts"), Err(UserError::NoGroup { name }) if name == "ghosts"));
         assert_eq!(find("", "", "").unwrap(), User::default());
+    }
+
+    #[test]
+    fn numbers_are_ids() {
+        let passwd = "123:x:9:9::/:/bin/sh\n";
+        let user = |spec: &str| find(passwd, "7:x:50:\n", spec).unwrap();
+        assert_eq!(user("123:7"), User { uid: 123, gid: 7, groups: Vec::new() });
+        for spec in ["2147483648", "-1", "4294967296", "123:-1"] {
+            assert!(matches!(find(passwd, "", spec), Err(UserError::Range { .. })), "{spec}");
+        }
     }
 
     #[test]

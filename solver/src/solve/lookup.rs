@@ -212,7 +212,11 @@ impl Build<'_> {
             .iter()
             .find_map(|step| store.last_record_of_step(step).ok().flatten().filter(|record| alike(&record.parts)));
         if let Some(record) = here {
-            let layer = record.layer.as_ref().and_then(|layer| store.layer(layer).ok());
+            // Read for the comparison alone, and only when there is one to make.
+            let files = |parts: &[Part]| parts.iter().find(|part| part.name == "files").map(|part| part.value.clone());
+            let selects = parts.0.iter().find(|(name, _)| name == "files").map(|(_, value)| value.clone());
+            let layer = record.layer.as_ref().filter(|_| selects.is_some() && selects != files(&record.parts));
+            let layer = layer.and_then(|layer| store.read_layer(layer).ok()).map(Arc::new);
             return Some((record.parts, layer));
         }
         let names = steps(self.definition, id, "");

@@ -4,12 +4,12 @@
 //! having it. Whatever can be found out that way is; before a step does work, such inputs are made.
 
 use super::lookup::{Wanted, add_parent};
-use super::{Build, Event, StepLog, Stream, VertexError};
+use super::{Build, Event, Phase, Span, StepLog, Stream, VertexError};
 use crate::leak::{Leak, LeakStream};
 use crate::op::file::{FileOp, Recipe, Value};
 use crate::op::run::{self, RunError};
-use crate::snapshot::{Made, Snapshot, SnapshotError};
-use crate::tree::{Kind, Tree, index};
+use crate::snapshot::{Layer, Made, Snapshot, SnapshotError};
+use crate::tree::{Kind, Node, Tree, index};
 use nacre_frontend::llb::{RunOp, Vertex, VertexId};
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
@@ -21,7 +21,19 @@ fn is_whole(value: &Value) -> bool {
     }
 }
 
+/// Bytes of a tree's files.
+fn file_bytes(tree: &Tree) -> u64 {
+    let size = |node: &Node| if let Kind::File { size, .. } = node.entry.kind { size } else { 0 };
+    tree.nodes().iter().map(size).sum()
+}
+
 impl Build<'_> {
+    /// Tells of time that ends now.
+    fn span(&self, id: VertexId, phase: Phase, layer: Option<&Layer>, started: Instant, bytes: u64) {
+        let (id, layer, duration) = (Some(id.0), layer.map(|layer| layer.id().clone()), started.elapsed());
+        self.tell(Event::Span(Span { id, layer, phase, started, duration, bytes }));
+    }
+
     /// Makes a vertex's layers, and those below, if they are known by their content alone.
     pub(super) fn realize(&self, id: VertexId) -> Result<(), VertexError> {
         let _turn = self.realizing[id.0].lock().unwrap_or_else(PoisonError::into_inner);
@@ -69,6 +81,7 @@ impl Build<'_> {
             if !self.is_indexed(read)
                 && let Some(snapshot) = self.look_up_by_inputs(&wanted)
             {
+                self.span(id, Phase::LookUp, snapshot.top(), started, 0);
                 return Ok(snapshot);
             }
             if !read.iter().flatten().all(is_whole) {
@@ -80,7 +93,10 @@ impl Build<'_> {
             add_parent(&mut parts, &parent);
             let key = parts.key();
             let reason = match self.look_up(&wanted, &key, &parts, Some(&recipe), selection.as_ref()) {
-                Ok(snapshot) => return Ok(snapshot),
+                Ok(snapshot) => {
+                    self.span(id, Phase::LookUp, snapshot.top(), started, 0);
+                    return Ok(snapshot);
+                }
                 Err(reason) => reason,
             };
             if !parent.is_whole() {
@@ -89,12 +105,19 @@ impl Build<'_> {
             }
             self.tell(Event::Started { id: id.0 });
             self.explain(id, reason, &parts, selection.as_ref());
-            let tree = recipe.carry_out(self.workspace)?;
+            // As large as the layer itself, and only of use to caches that are to be written.
+            let selection = selection.filter(|_| self.request.collect);
+            self.span(id, Phase::LookUp, None, started, 0);
+            let working = Instant::now();
+            let tree = Arc::new(recipe.carry_out(self.workspace)?);
             self.check_for_secrets(&tree)?;
+            self.span(id, Phase::Run, None, working, 0);
+            let (storing, bytes) = (Instant::now(), file_bytes(&tree));
             let content = index::content_key(&tree);
-            let layer_id = self.workspace.store.put_layer(&tree)?;
-            let layer = self.workspace.layer(layer_id, Made::Step(Some(recipe)), Some(Arc::new(tree)));
+            let layer_id = self.workspace.store.put_layer(tree.clone())?;
+            let layer = self.workspace.layer(layer_id, Made::Step(Some(recipe)), Some(tree));
             self.keep(&wanted, &key, &parts, selection.as_ref(), (&layer, &content, started))?;
+            self.span(id, Phase::Hash, Some(&layer), storing, bytes);
             self.tell(Event::Finished { id: id.0, duration: started.elapsed() });
             return Ok(parent.with(layer, &content, Some(self.now.0)));
         }
@@ -145,6 +168,7 @@ impl Build<'_> {
             if !self.is_indexed(read)
                 && let Some(snapshot) = self.look_up_by_inputs(&wanted)
             {
+                self.span(id, Phase::LookUp, snapshot.top(), started, 0);
                 return Ok(snapshot);
             }
             if !read.iter().flatten().all(is_whole) {
@@ -158,7 +182,10 @@ impl Build<'_> {
             let turn = self.turn(&key);
             let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
             let reason = match self.look_up(&wanted, &key, &parts, None, None) {
-                Ok(snapshot) => return Ok(snapshot),
+                Ok(snapshot) => {
+                    self.span(id, Phase::LookUp, snapshot.top(), started, 0);
+                    return Ok(snapshot);
+                }
                 Err(reason) => reason,
             };
             if !parent.is_whole() {
@@ -176,6 +203,8 @@ impl Build<'_> {
             // Each stream by itself: pieces of the two come in any order.
             let mut streams = leaks.map(|leaks| [LeakStream::new(leaks), LeakStream::new(leaks)]);
             let mut leaked = None;
+            self.span(id, Phase::LookUp, None, started, 0);
+            let running = Instant::now();
             let mut output = |stream: Stream, data: &[u8]| {
                 if let (Some(streams), None) = (&mut streams, &leaked) {
                     leaked = streams[usize::from(stream == Stream::Stderr)].push(data);
@@ -190,6 +219,9 @@ impl Build<'_> {
             }
             let ran = ran?;
             self.check_for_secrets(&ran.changes)?;
+            let (phase, duration) = (Phase::Run, ran.ended - running);
+            self.tell(Event::Span(Span { id: Some(id.0), layer: None, phase, started: running, duration, bytes: 0 }));
+            let (hashing, bytes) = (ran.ended, file_bytes(&ran.changes));
             let content = index::content_key(&ran.changes);
             let snapshot_key = parent.content().stacked(&content);
             // The same content as an earlier run on the same content: that layer stays, so that the image's bytes do too.
@@ -197,13 +229,14 @@ impl Build<'_> {
             let layer = match earlier.filter(|id| self.workspace.is_whole(id, false)) {
                 Some(id) => self.workspace.layer(id, Made::Step(None), None),
                 None => {
-                    let id = self.workspace.store.put_layer(&ran.changes)?;
+                    let id = self.workspace.store.put_layer(Arc::new(ran.changes))?;
                     self.workspace.store.adopt_upper(&ran.upper, &id)?;
                     self.workspace.store.set_layer_by_content(&snapshot_key.0, &id)?;
                     self.workspace.layer(id, Made::Step(None), None)
                 }
             };
             self.keep(&wanted, &key, &parts, None, (&layer, &content, started))?;
+            self.span(id, Phase::Hash, Some(&layer), hashing, bytes);
             self.tell(Event::Finished { id: id.0, duration: started.elapsed() });
             return Ok(parent.with(layer, &content, Some(self.now.0)));
         }

@@ -38,7 +38,8 @@ pub struct BlobWriter {
     blobs: PathBuf,
     temporary: PathBuf,
     file: Option<File>,
-    hasher: Sha256,
+    /// `None` when whoever writes computes the digest.
+    hasher: Option<Sha256>,
     size_bytes: u64,
 }
 
@@ -46,7 +47,9 @@ impl Write for BlobWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let file = self.file.as_mut().ok_or(io::ErrorKind::BrokenPipe)?;
         let count = file.write(bytes)?;
-        self.hasher.update(&bytes[..count]);
+        if let Some(hasher) = &mut self.hasher {
+            hasher.update(&bytes[..count]);
+        }
         self.size_bytes += count as u64;
         Ok(count)
     }
@@ -65,7 +68,11 @@ impl BlobWriter {
     /// Puts the blob in place under its digest and returns digest and size. With `expected`, another digest is an error
     /// and nothing is kept.
     pub fn commit(mut self, expected: Option<&str>) -> Result<(String, u64), StoreError> {
-        let digits = hex(&std::mem::take(&mut self.hasher).finalize());
+        let digits = match (self.hasher.take(), expected) {
+            (Some(hasher), _) => hex(&hasher.finalize()),
+            (None, Some(digest)) => digest_hex(digest)?.to_owned(),
+            (None, None) => return Err(StoreError::BadDigest { digest: String::new() }),
+        };
         let found = format!("sha256:{digits}");
         let target = self.blobs.join(&digits);
         if let Some(expected) = expected.filter(|expected| *expected != found) {
@@ -100,7 +107,14 @@ impl Store {
         let temporary = self.tmp_path()?;
         let file = File::create_new(&temporary).map_err(StoreError::io("create", &temporary))?;
         let blobs = self.root.join("blobs/sha256");
-        Ok(BlobWriter { blobs, temporary, file: Some(file), hasher: Sha256::new(), size_bytes: 0 })
+        Ok(BlobWriter { blobs, temporary, file: Some(file), hasher: Some(Sha256::new()), size_bytes: 0 })
+    }
+
+    /// Begins a blob whose digest is computed by whoever writes it, and must be given to [`BlobWriter::commit`].
+    pub fn trusting_blob_writer(&self) -> Result<BlobWriter, StoreError> {
+        let mut writer = self.blob_writer()?;
+        writer.hasher = None;
+        Ok(writer)
     }
 
     /// Stores all that `reader` gives and returns digest and size. With `expected`, another digest is an error and
@@ -172,7 +186,7 @@ impl Store {
         let mut clone = File::open(&writer.temporary).map_err(StoreError::io("open", &writer.temporary))?;
         let mut hashing = HashWriter { hasher: Sha256::new(), size_bytes: 0 };
         copy(&mut clone, &mut hashing).map_err(StoreError::io("read", &writer.temporary))?;
-        writer.hasher = hashing.hasher;
+        writer.hasher = Some(hashing.hasher);
         writer.size_bytes = hashing.size_bytes;
         writer.commit(Some(digest)).map(drop).map_err(named)
     }

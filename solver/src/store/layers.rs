@@ -21,7 +21,7 @@ use std::fs::{self, File};
 use std::io::{self, Cursor, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// What is remembered of a blob that was made here.
 #[derive(Serialize, Deserialize)]
@@ -55,11 +55,11 @@ impl Store {
 
     /// Stores a layer's index and returns the layer's id. The tree's origins stay usable through [`Store::layer`] as
     /// long as this process lives.
-    pub fn put_layer(&self, tree: &Tree) -> Result<LayerId, StoreError> {
-        let bytes = index::encode(tree);
+    pub fn put_layer(&self, tree: Arc<Tree>) -> Result<LayerId, StoreError> {
+        let bytes = index::encode(&tree);
         let id = LayerId(blake3::hash(&bytes).to_hex().to_string());
         self.put_index(&id, &bytes)?;
-        self.remember_tree(&id, Arc::new(tree.clone()));
+        self.remember_tree(&id, tree);
         Ok(id)
     }
 
@@ -86,7 +86,12 @@ impl Store {
 
     /// Is there a usable index of this layer?
     pub fn has_layer(&self, id: &LayerId) -> bool {
-        self.layer(id).is_ok()
+        if self.layers.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).contains_key(id) {
+            return true;
+        }
+        // Only the checksum is looked at: most layers of a build that finds everything are never asked what they hold.
+        let Ok(path) = self.layer_dir(id).map(|directory| directory.join("index")) else { return false };
+        fs::read(path).is_ok_and(|bytes| index::is_whole(&bytes))
     }
 
     /// A layer's tree as a value. Read once in a process.
@@ -94,15 +99,19 @@ impl Store {
         if let Some(tree) = self.layers.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get(id) {
             return Ok(tree.clone());
         }
+        let tree = Arc::new(in_layer(self.read_layer(id)?, id));
+        self.remember_tree(id, tree.clone());
+        Ok(tree)
+    }
+
+    /// A layer's entries, without where their bytes are. Read each time: for a look at a layer that the build does not
+    /// need.
+    pub fn read_layer(&self, id: &LayerId) -> Result<Tree, StoreError> {
         let path = self.layer_dir(id)?.join("index");
         let Some(bytes) = self.read_optional(&path)? else {
             return Err(StoreError::NoLayer { path: self.root.clone(), id: id.clone() });
         };
-        let tree = index::decode(&bytes)
-            .map_err(|error| StoreError::Damaged { path: path.clone(), reason: error.to_string() })?;
-        let tree = Arc::new(in_layer(tree, id));
-        self.remember_tree(id, tree.clone());
-        Ok(tree)
+        index::decode(&bytes).map_err(|error| StoreError::Damaged { path: path.clone(), reason: error.to_string() })
     }
 
     fn remember_tree(&self, id: &LayerId, tree: Arc<Tree>) {
@@ -151,7 +160,7 @@ impl Store {
         // The mark comes first: between the two renames a tree without mark would count as checked. It may stand there
         // without a tree.
         if self.tree_dir(id).is_none() {
-            self.replace_file(&directory.join(format!("{}.boot", self.tree_name)), &boot_id())?;
+            self.replace_file(&directory.join(format!("{}.boot", self.tree_name)), boot_id())?;
         }
         match fs::rename(staging, &tree) {
             Ok(()) => {}
@@ -279,8 +288,9 @@ fn memo_name(codec: Codec, level: Option<u32>, clamp: Option<i64>) -> String {
 }
 
 /// Identifies the time since the machine was started; constant where the kernel does not tell.
-fn boot_id() -> Vec<u8> {
-    fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default()
+fn boot_id() -> &'static [u8] {
+    static BOOT: OnceLock<Vec<u8>> = OnceLock::new();
+    BOOT.get_or_init(|| fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default())
 }
 
 /// Opens a regular file of a tree; no component may be a symlink.
@@ -369,9 +379,9 @@ mod tests {
     #[test]
     fn a_layer_has_its_forms_when_they_are_made() {
         let (directory, store) = temporary();
-        let id = store.put_layer(&tree(b"one")).unwrap();
-        assert_eq!(store.put_layer(&tree(b"one")).unwrap(), id);
-        assert_ne!(store.put_layer(&tree(b"two")).unwrap(), id);
+        let id = store.put_layer(Arc::new(tree(b"one"))).unwrap();
+        assert_eq!(store.put_layer(Arc::new(tree(b"one"))).unwrap(), id);
+        assert_ne!(store.put_layer(Arc::new(tree(b"two"))).unwrap(), id);
         assert_eq!(store.tree_dir(&id), None);
         assert_eq!(read(&store, &id).unwrap(), b"one", "from where the bytes are now");
 
@@ -391,7 +401,7 @@ mod tests {
     #[test]
     fn trees_are_checked_after_a_boot() {
         let (_directory, store) = temporary();
-        let id = store.put_layer(&tree(b"one")).unwrap();
+        let id = store.put_layer(Arc::new(tree(b"one"))).unwrap();
         let path = store.commit_tree(&staged(&store, b"one"), &id).unwrap();
         let mark = path.with_file_name("tree.boot");
         fs::write(&mark, "an earlier boot").unwrap();
@@ -407,7 +417,7 @@ mod tests {
     #[test]
     fn damaged_indexes_are_noticed() {
         let (directory, store) = temporary();
-        let id = store.put_layer(&tree(b"one")).unwrap();
+        let id = store.put_layer(Arc::new(tree(b"one"))).unwrap();
         let path = store.root().join("layers").join(&id.0).join("index");
         let good = fs::read(&path).unwrap();
         let check = |bytes: &[u8]| {
@@ -420,14 +430,14 @@ mod tests {
         let mut flipped = good.clone();
         flipped[good.len() / 2] ^= 1;
         check(&flipped);
-        store.put_layer(&tree(b"one")).unwrap();
+        store.put_layer(Arc::new(tree(b"one"))).unwrap();
         assert_eq!(fs::read(&path).unwrap(), good, "put again, it is whole");
     }
 
     #[test]
     fn blobs_and_contents_are_remembered() {
         let (_directory, store) = temporary();
-        let id = store.put_layer(&tree(b"one")).unwrap();
+        let id = store.put_layer(Arc::new(tree(b"one"))).unwrap();
         let diff_id = super::super::blob::sha256(b"tar");
         let info = BlobInfo {
             diff_id: diff_id.clone(),

@@ -7,6 +7,7 @@
 //!   oci-layout           )
 //!   index.json           ) an OCI image layout: `skopeo copy oci:STORE:NAME …` works as it is
 //!   blobs/sha256/HEX     )
+//!   chunks/HEX           chunks of blob sha256:HEX (store/chunks.rs)
 //!   layers/ID/           index, tree/ (tree.single/ without owners), tree.boot, blob-*.json (store/layers.rs)
 //!   diff-ids/HEX         diff ID of a layer -> its id
 //!   content/HEX          content key -> id of the layer that first had this content
@@ -26,6 +27,7 @@
 //! Nothing here knows image formats beyond the layout's own files; that is for `op::source`, `image` and `export`.
 
 pub mod blob;
+pub mod chunks;
 pub mod fsck;
 pub mod layers;
 pub mod prune;
@@ -54,6 +56,7 @@ pub fn name_for(what: &[u8]) -> String {
 const DIRECTORIES: &[&str] = &[
     "blobs",
     "blobs/sha256",
+    "chunks",
     "layers",
     "diff-ids",
     "content",

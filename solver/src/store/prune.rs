@@ -531,6 +531,11 @@ impl ExclusiveStore {
                 }
             }
         }
+        for path in entries(&self.root.join("chunks")) {
+            if path.file_name().is_none_or(|name| !self.root.join("blobs/sha256").join(name).exists()) {
+                let _ = fs::remove_file(&path);
+            }
+        }
         for path in entries(&self.root.join("tmp")) {
             if path.file_name().is_some_and(|name| name != ".lock") {
                 let _ = remove_tree(&path);
@@ -548,9 +553,8 @@ mod tests {
     use crate::tree::{Entry, LayerId, Node, Origin, Tree};
 
     fn layer(store: &Store, name: &str) -> LayerId {
-        let id = store
-            .put_layer(&Tree::from_nodes(vec![Node { entry: Entry::dir(name, 0o755), origin: Origin::None }]))
-            .unwrap();
+        let tree = Tree::from_nodes(vec![Node { entry: Entry::dir(name, 0o755), origin: Origin::None }]);
+        let id = store.put_layer(std::sync::Arc::new(tree)).unwrap();
         let staging = store.begin_tree().unwrap();
         fs::create_dir(staging.join(name)).unwrap();
         fs::write(staging.join(name).join("file"), vec![1; 100_000]).unwrap();
@@ -634,6 +638,9 @@ mod tests {
         }
         store.tag("localhost/app:1", &image.manifest_descriptor).unwrap();
         let (garbage, _) = store.write_blob(None, &mut &b"garbage"[..]).unwrap();
+        for digest in [&garbage, &layer_digest] {
+            store.put_chunks(digest, store.known_chunks().blob());
+        }
         drop(store);
         let exclusive = exclusive(directory.path());
         let exists = |part: &str, name: &str| exclusive.root.join(part).join(name).exists();
@@ -648,6 +655,8 @@ mod tests {
         assert!(exists("records", "k2") && exists("layers", &new.0), "the newest of its step");
         assert!(!exists("records", "k1") && !exists("layers", &old.0) && !exists("layers", &orphan.0));
         assert!(!blob(&garbage) && blob(&layer_digest));
+        let chunks = |digest: &str| exists("chunks", blob::digest_hex(digest).unwrap());
+        assert!(!chunks(&garbage) && chunks(&layer_digest));
         assert_eq!(pruned.removed[&Kind::Layers].count, 2);
         assert!(pruned.freed_bytes >= 200_000 && pruned.left.is_empty(), "{pruned:?}");
 

@@ -27,6 +27,8 @@ const MEAN_REST: u64 = 768 << 10;
 /// A chunk this large ends with the current entry, whatever the hash says. What a single entry can add before it is cut
 /// inside is 1.25 MiB, so chunks stay below 4 MiB.
 const FORCED_CHUNK: usize = 5 << 19;
+/// Enough for nearly every chunk: what no hash cuts is cut here, and an entry that comes last can be as long again.
+const CHUNK_CAPACITY: usize = FORCED_CHUNK + (3 << 19);
 /// Goes into the keys of the chunk cache. To be raised when a compressor's version changes the bytes.
 const CHUNK_FORMAT: &[u8] = b"nacre chunk 1\0";
 
@@ -63,7 +65,8 @@ impl Codec {
     /// The level to use: the one asked for when the codec has it, else its default.
     pub fn level(self, level: Option<u32>) -> Result<u32, LayerError> {
         let (default, range) = match self {
-            Codec::Gzip => (6, 0..=12),
+            // As small as zlib makes it at its level 6, in less time: libdeflate's levels are others.
+            Codec::Gzip => (5, 0..=12),
             Codec::Zstd => (3, 1..=22),
             Codec::None => return Ok(0),
         };
@@ -79,7 +82,7 @@ pub struct BlobOptions {
     pub tar: TarOptions,
     /// Compression.
     pub codec: Codec,
-    /// Compression level; `None` is the codec's default (gzip 6, zstd 3).
+    /// Compression level; `None` is the codec's default (gzip 5, zstd 3).
     pub level: Option<u32>,
     /// Threads that compress; at least one.
     pub threads: usize,
@@ -104,7 +107,7 @@ pub struct BlobInfo {
 pub trait ChunkCache: Sync {
     /// A chunk that was put in before, exactly as it was.
     fn get(&self, key: &[u8; 32]) -> Option<Vec<u8>>;
-    /// Keeps a chunk; may also drop it.
+    /// Is told of all chunks of a blob in their order, whether they were known or not.
     fn put(&self, key: &[u8; 32], compressed: &[u8]);
 }
 
@@ -122,21 +125,25 @@ pub fn write_blob(
     let (plain, plain_end) = sync_channel::<Arc<Vec<u8>>>(in_flight);
     let (jobs, jobs_end) = sync_channel::<Job>(in_flight);
     let jobs_end = Mutex::new(jobs_end);
+    let buffers = Buffers::default();
     std::thread::scope(|scope| {
+        let buffers = &buffers;
         let diff_id = scope.spawn(move || {
             let mut sha = Sha256::new();
             for chunk in plain_end {
                 sha.update(chunk.as_slice());
+                buffers.give_back(chunk);
             }
             sha.finalize()
         });
         if options.codec != Codec::None {
             for _ in 0..threads {
-                scope.spawn(|| work(&jobs_end, options.codec, level, cache));
+                scope.spawn(|| work(&jobs_end, options.codec, level, cache, buffers));
             }
         }
         let mut sink = ChunkSink {
-            chunk: Vec::new(),
+            chunk: buffers.take(),
+            buffers,
             path: Vec::new(),
             entry_bytes: 0,
             uncompressed_bytes: 0,
@@ -147,6 +154,7 @@ pub fn write_blob(
             sha: Sha256::new(),
             size_bytes: 0,
             out,
+            cache,
             failed: None,
         };
         // Dropping the sink on any way out ends the threads.
@@ -188,12 +196,39 @@ pub(super) fn is_zstd(head: &[u8]) -> bool {
 /// A chunk to compress and where the result goes.
 struct Job {
     chunk: Arc<Vec<u8>>,
-    done: SyncSender<io::Result<Vec<u8>>>,
+    done: SyncSender<io::Result<Compressed>>,
+}
+
+/// A compressed chunk and its key, which only a cache needs.
+struct Compressed {
+    key: Option<[u8; 32]>,
+    bytes: Vec<u8>,
+}
+
+/// Memory of chunks that are done, for those to come: fresh memory costs as much as reading a file into it.
+#[derive(Default)]
+struct Buffers(Mutex<Vec<Vec<u8>>>);
+
+impl Buffers {
+    fn take(&self) -> Vec<u8> {
+        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        // With all it will take: growing would leave pieces of memory behind.
+        known.unwrap_or_else(|| Vec::with_capacity(CHUNK_CAPACITY))
+    }
+
+    /// Keeps the memory when nobody else has the chunk any more.
+    fn give_back(&self, chunk: Arc<Vec<u8>>) {
+        if let Some(mut chunk) = Arc::into_inner(chunk) {
+            chunk.clear();
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).push(chunk);
+        }
+    }
 }
 
 /// Takes jobs until there are no more.
-fn work(jobs: &Mutex<Receiver<Job>>, codec: Codec, level: u32, cache: Option<&dyn ChunkCache>) {
+fn work(jobs: &Mutex<Receiver<Job>>, codec: Codec, level: u32, cache: Option<&dyn ChunkCache>, buffers: &Buffers) {
     let mut compressor = None;
+    let mut scratch = Vec::new();
     loop {
         let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(Job { chunk, done }) = job else {
@@ -203,11 +238,10 @@ fn work(jobs: &Mutex<Receiver<Job>>, codec: Codec, level: u32, cache: Option<&dy
         let known = cache.zip(key.as_ref()).and_then(|(cache, key)| cache.get(key));
         let result = match known {
             Some(compressed) => Ok(compressed),
-            None => compress(&mut compressor, &chunk, codec, level),
+            None => compress(&mut compressor, &mut scratch, &chunk, codec, level),
         };
-        if let (Some(cache), Some(key), Ok(compressed)) = (cache, &key, &result) {
-            cache.put(key, compressed);
-        }
+        buffers.give_back(chunk);
+        let result = result.map(|bytes| Compressed { key, bytes });
         // Nobody waits any more when the build failed elsewhere.
         drop(done.send(result));
     }
@@ -229,7 +263,14 @@ enum Compressor {
     Zstd(zstd::bulk::Compressor<'static>),
 }
 
-fn compress(slot: &mut Option<Compressor>, chunk: &[u8], codec: Codec, level: u32) -> io::Result<Vec<u8>> {
+/// Compresses a chunk. `scratch` keeps the memory that the longest possible result would take.
+fn compress(
+    slot: &mut Option<Compressor>,
+    scratch: &mut Vec<u8>,
+    chunk: &[u8],
+    codec: Codec,
+    level: u32,
+) -> io::Result<Vec<u8>> {
     let compressor = match slot {
         Some(compressor) => compressor,
         None => slot.insert(match codec {
@@ -241,20 +282,24 @@ fn compress(slot: &mut Option<Compressor>, chunk: &[u8], codec: Codec, level: u3
             }
         }),
     };
-    match compressor {
-        Compressor::Gzip(compressor) => {
-            let mut out = vec![0; compressor.gzip_compress_bound(chunk.len())];
-            let length = compressor.gzip_compress(chunk, &mut out).map_err(io::Error::other)?;
-            out.truncate(length);
-            Ok(out)
-        }
-        Compressor::Zstd(compressor) => compressor.compress(chunk),
+    let bound = match compressor {
+        Compressor::Gzip(compressor) => compressor.gzip_compress_bound(chunk.len()),
+        Compressor::Zstd(_) => zstd::zstd_safe::compress_bound(chunk.len()),
+    };
+    if scratch.len() < bound {
+        scratch.resize(bound, 0);
     }
+    let length = match compressor {
+        Compressor::Gzip(compressor) => compressor.gzip_compress(chunk, scratch).map_err(io::Error::other)?,
+        Compressor::Zstd(compressor) => compressor.compress_to_buffer(chunk, scratch.as_mut_slice())?,
+    };
+    Ok(scratch[..length].to_vec())
 }
 
 /// Cuts the tar stream and keeps the pipeline filled.
 struct ChunkSink<'a> {
     chunk: Vec<u8>,
+    buffers: &'a Buffers,
     /// The entry being written, and what of it has been written.
     path: Vec<u8>,
     entry_bytes: u64,
@@ -263,11 +308,12 @@ struct ChunkSink<'a> {
     /// `None` when nothing is compressed.
     jobs: Option<SyncSender<Job>>,
     /// Results to come, in the order of the stream.
-    pending: VecDeque<Receiver<io::Result<Vec<u8>>>>,
+    pending: VecDeque<Receiver<io::Result<Compressed>>>,
     in_flight: usize,
     sha: Sha256,
     size_bytes: u64,
     out: &'a mut dyn Write,
+    cache: Option<&'a dyn ChunkCache>,
     /// The reason behind an error that the tar writer was told of.
     failed: Option<LayerError>,
 }
@@ -312,11 +358,13 @@ impl ChunkSink<'_> {
     }
 
     fn submit(&mut self) -> Result<(), LayerError> {
-        let chunk = Arc::new(std::mem::take(&mut self.chunk));
+        let chunk = Arc::new(std::mem::replace(&mut self.chunk, self.buffers.take()));
         self.uncompressed_bytes += chunk.len() as u64;
         self.plain.send(Arc::clone(&chunk)).map_err(|_| worker_lost())?;
         let Some(jobs) = &self.jobs else {
-            return self.put(&chunk);
+            self.put(&chunk)?;
+            self.buffers.give_back(chunk);
+            return Ok(());
         };
         let (done, result) = sync_channel(1);
         jobs.send(Job { chunk, done }).map_err(|_| worker_lost())?;
@@ -329,7 +377,11 @@ impl ChunkSink<'_> {
             return Ok(());
         };
         let compressed = oldest.recv().map_err(|_| worker_lost())?;
-        self.put(&compressed.map_err(|source| LayerError::Compress { source })?)
+        let Compressed { key, bytes } = compressed.map_err(|source| LayerError::Compress { source })?;
+        if let (Some(cache), Some(key)) = (self.cache, key) {
+            cache.put(&key, &bytes);
+        }
+        self.put(&bytes)
     }
 
     fn put(&mut self, bytes: &[u8]) -> Result<(), LayerError> {
@@ -427,7 +479,7 @@ mod tests {
     #[test]
     fn bytes_stay() {
         for (codec, expected) in [
-            (Codec::Gzip, "9242f91a8c172434a353c6c04dfa0be22918230380ddf14198ce39730b22a415"),
+            (Codec::Gzip, "686a1946939a6969b49684bbe601eb325cf71d7929c41ad718a1aee5b9cbd919"),
             (Codec::Zstd, "b9c80629ba694ca217dfc5b14c3f137328946c5826a9cea631a548b5a6f74d5d"),
             (Codec::None, "a2f6a17bafc90dca629db4dea5bf261a41c5c20a870a9ed4112cc8665f5dae1a"),
         ] {
@@ -537,7 +589,7 @@ mod tests {
     #[test]
     fn levels() {
         for (codec, level, expected) in [
-            (Codec::Gzip, None, Some(6)),
+            (Codec::Gzip, None, Some(5)),
             (Codec::Gzip, Some(12), Some(12)),
             (Codec::Gzip, Some(13), None),
             (Codec::Zstd, None, Some(3)),

@@ -130,8 +130,13 @@ pub fn encode(tree: &Tree) -> Vec<u8> {
     out
 }
 
-/// Reads an index; all origins are [`Origin::None`].
-pub fn decode(bytes: &[u8]) -> Result<Tree, IndexError> {
+/// Is this an index of this version that is as it was written? The entries are not read.
+pub fn is_whole(bytes: &[u8]) -> bool {
+    checked_length(bytes).is_ok()
+}
+
+/// Where the trailer begins, which is right.
+fn checked_length(bytes: &[u8]) -> Result<usize, IndexError> {
     let body = bytes.strip_prefix(MAGIC).ok_or(IndexError::Magic)?;
     match body.first() {
         Some(&VERSION) => {}
@@ -139,9 +144,12 @@ pub fn decode(bytes: &[u8]) -> Result<Tree, IndexError> {
         None => return Err(IndexError::Damaged),
     }
     let end = bytes.len().checked_sub(TRAILER).filter(|&end| end > MAGIC.len()).ok_or(IndexError::Damaged)?;
-    if blake3::hash(&bytes[..end]).as_bytes() != &bytes[end..] {
-        return Err(IndexError::Damaged);
-    }
+    if blake3::hash(&bytes[..end]).as_bytes() == &bytes[end..] { Ok(end) } else { Err(IndexError::Damaged) }
+}
+
+/// Reads an index; all origins are [`Origin::None`].
+pub fn decode(bytes: &[u8]) -> Result<Tree, IndexError> {
+    let end = checked_length(bytes)?;
     let mut reader = Reader { bytes: &bytes[..end], at: MAGIC.len() + 1 };
     let count = reader.number()?;
     // The smallest entry has nine bytes; a larger count is a lie that must not become an allocation.
@@ -515,9 +523,10 @@ pub(super) mod tests {
         for at in 0..good.len() {
             let mut bad = good.clone();
             bad[at] ^= 1;
-            assert!(decode(&bad).is_err(), "flipped byte {at}");
-            assert!(decode(&good[..at]).is_err(), "cut to {at}");
+            assert!(decode(&bad).is_err() && !is_whole(&bad), "flipped byte {at}");
+            assert!(decode(&good[..at]).is_err() && !is_whole(&good[..at]), "cut to {at}");
         }
+        assert!(is_whole(&good));
         let mut newer = good.clone();
         newer[8] = 2;
         assert_eq!(decode(&newer), Err(IndexError::Version { found: 2 }));
