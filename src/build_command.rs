@@ -21,6 +21,7 @@ use nacre_frontend::source::{SourceFile, Span};
 use nacre_frontend::{parser, platform};
 use nacre_solver::cache::import::Imports;
 use nacre_solver::context::{Context, ContextError, DigestCache, IgnoreFile};
+use nacre_solver::leak::LeakScan;
 use nacre_solver::materialize::{Ownership, WriteOptions};
 use nacre_solver::op::file::LocalContext;
 use nacre_solver::op::run::{Host, RunError};
@@ -396,6 +397,7 @@ fn build(
             collect,
             project: input.project.clone(),
         };
+        check_for_secrets(&definition, &solve_request.host)?;
         let solved = solve::solve(&definition, &workspace, &solve_request, cancel, events);
         for local in contexts.values() {
             // Digests that are not kept are made again: no reason to fail.
@@ -414,6 +416,28 @@ fn build(
         events(Event::Traffic { received_bytes });
     }
     Ok(all)
+}
+
+/// Looks for secrets in what the image says about itself.
+fn check_for_secrets(definition: &Definition, host: &Host) -> Result<(), CommandError> {
+    let Some(leaks) = &host.leaks else { return Ok(()) };
+    let mut pending = vec![serde_json::to_value(&definition.image).unwrap_or_default()];
+    while let Some(value) = pending.pop() {
+        match value {
+            serde_json::Value::String(text) => {
+                let place = || "the image's configuration or history".to_owned();
+                leaks.check(text.as_bytes(), place).map_err(|leak| {
+                    let help = "an ARG or ENV with a secret can be read by everybody who has the image: use RUN \
+                                --mount=type=secret; --allow-secret-leak turns this check off";
+                    CommandError::new(Exit::Step, &leak, Some(help.to_owned()))
+                })?;
+            }
+            serde_json::Value::Array(values) => pending.extend(values),
+            serde_json::Value::Object(members) => pending.extend(members.into_iter().map(|(_, value)| value)),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// What the build checks need to know of a context. With exceptions nothing is said: what is below an excluded
@@ -542,10 +566,14 @@ fn host(request: &BuildRequest, agents: &SshAgents) -> Result<Host, CommandError
     let mut host = Host {
         resolv_conf: std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
         default_network_none: request.network == Network::None,
+        step_timeout: request.step_timeout,
         ..Host::default()
     };
     for secret in &request.secrets {
         host.secrets.insert(secret.id.clone(), secret.read()?);
+    }
+    if !request.allow_secret_leak {
+        host.leaks = LeakScan::new(&host.secrets).map(Arc::new);
     }
     host.ssh = agents.sockets().clone();
     Ok(host)
@@ -574,7 +602,7 @@ fn solve_error(error: SolveError, steps: &blame::Steps<'_>) -> CommandError {
                 VertexError::Run(RunError::Sandbox(_) | RunError::Emulator(_)) => Exit::Host,
                 VertexError::Run(RunError::Snapshot(error)) => export_command::snapshot_exit(error),
                 VertexError::Run(RunError::Store(_) | RunError::Io { .. }) | VertexError::Store(_) => Exit::Store,
-                VertexError::Run(_) => Exit::Step,
+                VertexError::Run(_) | VertexError::Leak(_) => Exit::Step,
                 VertexError::Source(_) | VertexError::Git(_) | VertexError::Unpack(_) => Exit::Source,
                 VertexError::Snapshot(error) => export_command::snapshot_exit(error),
                 VertexError::Context(_) | VertexError::NoContext(_) => Exit::Dockerfile,

@@ -174,12 +174,18 @@ pub(crate) struct BuildArgs {
     /// Secret for RUN --mount=type=secret: id=ID[,src=FILE|,env=VARIABLE]
     #[arg(long = "secret", value_name = "SECRET", help_heading = "Steps")]
     pub(crate) secrets: Vec<String>,
+    /// Go on when a secret's value stands in a new layer, the image's configuration or a step's output
+    #[arg(long, help_heading = "Steps", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", value_parser = boolean, value_name = "BOOL", hide_default_value = true)]
+    pub(crate) allow_secret_leak: bool,
     /// Agent or keys for RUN --mount=type=ssh: default, or ID=SOCKET or ID=KEY[,KEY]
     #[arg(long = "ssh", value_name = "AGENT", help_heading = "Steps")]
     pub(crate) ssh: Vec<String>,
     /// Network of RUN steps: default, none, host
     #[arg(long, value_name = "MODE", help_heading = "Steps")]
     pub(crate) network: Option<String>,
+    /// How long a step may take, as 90s or 1h30m
+    #[arg(long, value_name = "DURATION", help_heading = "Steps")]
+    pub(crate) step_timeout: Option<String>,
     /// How files get owners: auto, subid (real ones; needs root or subordinate ids), emulate (needs neither)
     #[arg(long, value_name = "HOW", help_heading = "Steps")]
     pub(crate) ownership: Option<String>,

@@ -27,9 +27,12 @@ fn words(right: Right) -> (&'static str, &'static str) {
     }
 }
 
-/// What helps against a refusal, for each place; the reason itself may say more.
-fn cure(right: Right, place: Surroundings) -> &'static str {
-    match (right, place) {
+/// What helps against a refusal, for each place; `None` when the reason says it itself.
+fn cure(right: Right, place: Surroundings, reason: &str) -> Option<&'static str> {
+    if ["sysctl ", "usermod ", "chroot"].iter().any(|word| reason.contains(word)) {
+        return None;
+    }
+    Some(match (right, place) {
         (Right::UserNamespace | Right::Seccomp | Right::Notification, Surroundings::Docker) => {
             "docker run --security-opt seccomp=unconfined --security-opt apparmor=unconfined --security-opt \
              systempaths=unconfined …"
@@ -79,7 +82,7 @@ fn cure(right: Right, place: Surroundings) -> &'static str {
             "as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER, and install newuidmap (package \
              uidmap or shadow-utils); only for speed"
         }
-    }
+    })
 }
 
 /// Tries everything and prints it.
@@ -110,7 +113,9 @@ fn table(probe: &Probe, place: Surroundings) -> String {
             Verdict::NotTried => text.push_str(&format!("unknown  {name}: it needs what is refused above\n")),
             Verdict::Refused(reason) => {
                 text.push_str(&format!("refused  {name}: {reason}\n         without it: {without}\n"));
-                text.push_str(&format!("         what helps: {}\n", cure(*right, place)));
+                if let Some(cure) = cure(*right, place, reason) {
+                    text.push_str(&format!("         what helps: {cure}\n"));
+                }
             }
         }
     }
@@ -125,7 +130,7 @@ fn json_text(probe: &Probe, place: Surroundings, dir: &Path) -> String {
             Verdict::Refused(reason) => ("refused", Some(reason)),
             Verdict::NotTried => ("unknown", None),
         };
-        let cure = reason.map(|_| cure(*right, place));
+        let cure = reason.and_then(|reason| cure(*right, place, reason));
         json!({"right": right, "name": name, "state": state, "reason": reason, "without": without, "cure": cure})
     };
     let rights: Vec<_> = probe.tries.iter().map(entry).collect();
@@ -164,6 +169,7 @@ mod tests {
             assert_eq!(text.matches("what helps: ").count(), rights.len(), "{place:?}: {text}");
             assert_eq!(text.matches("without it: ").count(), rights.len(), "{place:?}: {text}");
         }
+        assert_eq!(cure(Right::UserNamespace, Surroundings::Docker, "allow some with: sysctl -w x=1"), None);
         let works = Probe { tries: vec![(Right::Overlay, Verdict::Works), (Right::Seccomp, Verdict::NotTried)] };
         let expected = "works    overlay on the store\nunknown  system call filter: it needs what is refused above\n";
         assert_eq!(table(&works, Surroundings::Machine), expected);

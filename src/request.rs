@@ -19,6 +19,7 @@ use std::io::IsTerminal;
 use std::net::IpAddr;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// A secret may not be larger; BuildKit has the same limit.
 const SECRET_LIMIT_BYTES: u64 = 500 * 1024;
@@ -92,6 +93,10 @@ pub(crate) struct BuildRequest {
     pub(crate) ssh: Vec<SshAgent>,
     /// `--network`.
     pub(crate) network: Network,
+    /// `--allow-secret-leak`.
+    pub(crate) allow_secret_leak: bool,
+    /// `--step-timeout`.
+    pub(crate) step_timeout: Option<Duration>,
     /// `--ownership`.
     pub(crate) ownership: OwnershipChoice,
     /// `--add-host`: name and address.
@@ -733,6 +738,9 @@ pub(crate) enum RequestError {
     /// Not a user of the network.
     #[error("unknown network mode `{0}`")]
     UnknownNetwork(String),
+    /// Not a time for a step.
+    #[error("--step-timeout `{0}` is no duration above 0")]
+    BadTimeout(String),
     /// Not a way to have owners.
     #[error("unknown ownership `{0}`")]
     UnknownOwnership(String),
@@ -803,6 +811,7 @@ impl RequestError {
             Self::SecretTooLarge { .. } => "large files come in through a build context: --build-context".to_owned(),
             Self::NoSshAgent(_) => "start ssh-agent, or name a key: --ssh default=$HOME/.ssh/id_ed25519".to_owned(),
             Self::UnknownNetwork(_) => "there are default, none and host".to_owned(),
+            Self::BadTimeout(_) => "write it as 90s, 10m or 1h30m".to_owned(),
             Self::UnknownOwnership(_) => "there are auto, subid and emulate".to_owned(),
             Self::UnknownRight(_) => "there are network.host and security.insecure".to_owned(),
             Self::UnknownCall(_) => "there are build, check, outline and targets".to_owned(),
@@ -888,6 +897,7 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
         Some("host") => Network::Host,
         Some(other) => return Err(RequestError::UnknownNetwork(other.to_owned())),
     };
+    let step_timeout = args.step_timeout.as_deref().map(step_timeout).transpose()?;
     let ownership = match args.ownership.as_deref() {
         None | Some("" | "auto") => OwnershipChoice::Auto,
         Some("subid") => OwnershipChoice::SubordinateIds,
@@ -945,6 +955,8 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
         secrets,
         ssh,
         network,
+        allow_secret_leak: args.allow_secret_leak,
+        step_timeout,
         ownership,
         extra_hosts: args.add_hosts.iter().map(|text| extra_host(text)).collect::<Result<_, _>>()?,
         allow,
@@ -1558,6 +1570,13 @@ fn docker_proxies(text: &str) -> Vec<(String, String)> {
         .collect()
 }
 
+/// A duration above 0.
+fn step_timeout(text: &str) -> Result<Duration, RequestError> {
+    let nanoseconds = units::parse_duration(text).ok().and_then(|nanoseconds| u64::try_from(nanoseconds).ok());
+    let duration = nanoseconds.filter(|nanoseconds| *nanoseconds > 0).map(Duration::from_nanos);
+    duration.ok_or_else(|| RequestError::BadTimeout(text.to_owned()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -1870,6 +1889,9 @@ mod tests {
         assert_eq!(request.shm_size_bytes, Some(64 << 20));
         assert_eq!(request.network, Network::None);
         assert_eq!(request.ownership, OwnershipChoice::Auto);
+        assert_eq!((request.step_timeout, request.allow_secret_leak), (None, false));
+        let timed = ok(&["--step-timeout=1m30s", "--allow-secret-leak", "."]);
+        assert_eq!((timed.step_timeout, timed.allow_secret_leak), (Some(Duration::from_secs(90)), true));
         assert_eq!(ok(&["--ownership=emulate", "."]).ownership, OwnershipChoice::Emulate);
         assert_eq!(ok(&["--ownership=subid", "."]).ownership, OwnershipChoice::SubordinateIds);
         assert_eq!(request.allow, Rights { network_host: true, security_insecure: true });
@@ -1885,6 +1907,8 @@ mod tests {
             ("--shm-size", ""),
             ("--network", "mynet"),
             ("--ownership", "mine"),
+            ("--step-timeout", "0s"),
+            ("--step-timeout", "soon"),
             ("--allow", "everything"),
             ("--call", "me"),
             ("--call", "check,format=xml"),

@@ -254,6 +254,10 @@ mod tests {
         check("linux/arm/v6", "linux/arm/v7", None);
         check("linux/arm64", "linux/arm64/v8", Some(0));
         check("linux/arm64", "linux/arm/v7", Some(2));
+        check("linux/amd64/v3", "linux/amd64/v2", Some(1));
+        check("linux/amd64", "linux/x86_64", Some(0));
+        check("linux/arm/v7", "linux/arm", Some(0));
         check("linux/amd64", "windows/amd64", None);
+        check("linux/amd64", "unknown/unknown", None);
     }
 }

@@ -33,6 +33,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 /// A layer cannot be had in the form asked for.
@@ -273,6 +274,8 @@ pub struct Workspace {
     pub threads: usize,
     /// Caches of other machines.
     pub imports: Arc<Imports>,
+    /// Layers cannot be stacked in the store, so that steps work on copies.
+    pub(crate) copies: AtomicBool,
     cancel: Option<Cancel>,
     layers: Mutex<HashMap<LayerId, Layer>>,
     /// What [`Workspace::flatten`] gave, the last used at the end.
@@ -292,6 +295,7 @@ impl Workspace {
             ownership,
             threads,
             imports: Arc::default(),
+            copies: AtomicBool::new(false),
             cancel: None,
             layers: Mutex::default(),
             flats: Mutex::default(),

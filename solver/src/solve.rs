@@ -9,6 +9,7 @@ mod step;
 
 use crate::cache::export::StepResult;
 use crate::context::ContextError;
+use crate::leak::Leak;
 use crate::op::file::{Download, FileOp, LocalContext, Value, digest_uncached};
 use crate::op::git::{self, GitError};
 use crate::op::run::{Host, RunError};
@@ -264,6 +265,9 @@ pub enum VertexError {
     /// A download that serves as a context.
     #[error(transparent)]
     Unpack(#[from] UnpackError),
+    /// A secret is where it must not be.
+    #[error(transparent)]
+    Leak(#[from] Leak),
     /// A step before this one, which had to run for it after all.
     #[error(transparent)]
     Before(Box<SolveError>),
@@ -280,6 +284,11 @@ impl VertexError {
             Self::Source(error) | Self::Snapshot(SnapshotError::Source(error)) => error.help(),
             Self::Snapshot(SnapshotError::Copy(error)) => error.help(),
             Self::Git(error) => error.help().map(str::to_owned),
+            Self::Leak(_) => Some(
+                "keep it out: use it in the step that mounts it, and remove what the step wrote of it; \
+                 --allow-secret-leak turns this check off"
+                    .to_owned(),
+            ),
             Self::Snapshot(SnapshotError::Changed { .. }) => Some("build again when nothing writes to it".to_owned()),
             Self::NoContext(name) => Some(format!("give it with `--build-context {name}=DIRECTORY`")),
             _ => None,
@@ -597,6 +606,17 @@ impl StepLog {
                 self.open_line.push(byte);
             }
         }
+    }
+
+    /// Removes what was written: it holds what nobody may see.
+    fn forget(&mut self) {
+        self.file = None;
+        if let Some(path) = self.path.take() {
+            // Nothing was printed, or the file could not be made.
+            let _ = std::fs::remove_file(path);
+        }
+        self.lines.clear();
+        self.open_line.clear();
     }
 
     fn tail(&mut self) -> Vec<String> {

@@ -132,7 +132,11 @@ fn overlay_mark<'a>(xattrs: &'a BTreeMap<Vec<u8>, Vec<u8>>, name: &str) -> Optio
 const FEW: usize = 64;
 
 /// Digests of all files, in parallel, once for each inode; `None` for what is no file.
-fn digest_all(upper: &Path, found: &[Scanned], groups: &[u32]) -> Result<Vec<Option<ContentDigest>>, UpperError> {
+pub(crate) fn digest_all(
+    upper: &Path,
+    found: &[Scanned],
+    groups: &[u32],
+) -> Result<Vec<Option<ContentDigest>>, UpperError> {
     let failed = |path: &Path, source| UpperError::ReadFile { path: path.to_owned(), source };
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = openat(CWD, upper, flags, Mode::empty()).map_err(|error| failed(upper, error.into()))?;

@@ -87,6 +87,36 @@ fn the_doctor_tells_what_works() {
     let value: serde_json::Value = serde_json::from_slice(&json.stdout).expect("JSON");
     let rights = value["rights"].as_array().expect("a list");
     assert_eq!(rights.len(), 7);
-    assert!(rights.iter().all(|right| right["state"] != "refused" || right["cure"].is_string()));
+    assert!(rights.iter().all(|right| right["state"] != "refused" || right["reason"].is_string()));
     assert!(!dir.path().join("no").exists(), "it leaves nothing");
+}
+
+#[test]
+fn without_namespaces_everything_but_run_works() {
+    let build = crate::story::Build::new().file("a", "x");
+    // Root of a namespace that allows no other one and may not mount either.
+    let without = |inner: std::process::Command| {
+        let script =
+            "echo 0 > /proc/sys/user/max_user_namespaces && exec setpriv --bounding-set=-all --inh-caps=-all \"$@\"";
+        let mut command = std::process::Command::new("unshare");
+        command.args(["-Ur", "sh", "-c", script, "sh"]).arg(inner.get_program()).args(inner.get_args());
+        crate::story::run(command, None)
+    };
+    build.write("Dockerfile", "FROM busybox\nWORKDIR /w\nCOPY a /a\nCOPY --from=busybox /etc/passwd /p\n");
+    let out = build.path("out.tar");
+    let mut command = build.command();
+    command.arg(format!("--output=type=oci,dest={}", out.display()));
+    let ended = without(command);
+    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+    assert!(out.exists());
+    build.write("Dockerfile", "FROM busybox\nRUN true\n");
+    let ended = without(build.command());
+    assert_eq!(ended.code, Some(6), "{}", ended.stderr);
+    assert!(ended.stderr.contains("sysctl -w user.max_user_namespaces"), "{}", ended.stderr);
+    let mut doctor = std::process::Command::new(env!("CARGO_BIN_EXE_nacre"));
+    doctor.arg("doctor").arg("--store").arg(build.store());
+    let ended = without(doctor);
+    assert_eq!(ended.code, Some(6), "{}", ended.stderr);
+    assert!(ended.stdout().starts_with("refused  user namespace: "), "{}", ended.stdout());
+    assert!(ended.stdout().contains("unknown  overlay on the store"), "{}", ended.stdout());
 }

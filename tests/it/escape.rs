@@ -232,24 +232,44 @@ int main(void) {
 }
 "#;
 
-#[test]
-fn the_supervisor_is_not_confused() {
+/// Runs [`SUPERVISOR`] as a step, by the command that `wrap` makes of the build's.
+#[track_caller]
+fn confuse(wrap: impl Fn(Command) -> Command) {
+    use std::os::unix::fs::MetadataExt;
     let build = Build::new();
     let mark = build.path("context/Dockerfile");
     let build = build.flag("--ownership=emulate").dockerfile(&format!(
-        "FROM busybox\nENV MARK={}\nCOPY confuse /confuse\nRUN /confuse; echo result $?\nRUN stat -c %u:%g /mine\n",
+        "FROM busybox\nENV MARK={0}\nCOPY confuse /confuse\nRUN /confuse; echo result $?\n\
+         RUN stat -c %u:%g /mine; for p in /proc/[0-9]*; do [ -e $p/root{0} ] && echo ESC$NOTHING''APED; \
+         chown 5 $p/cwd{0} $p/fd/*{0} 2>/dev/null && echo ESC$NOTHING''APED; done; true\n",
         mark.display()
     ));
-    let program = compiled("confuse", SUPERVISOR);
-    fs::copy(program, build.path("context/confuse")).expect("a file of our own");
+    fs::copy(compiled("confuse", SUPERVISOR), build.path("context/confuse")).expect("a file of our own");
     let before = fs::metadata(&mark).expect("it is there");
-    let ended = build.runs();
+    let ended = crate::story::run(wrap(build.command()), None);
+    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     assert!(!ended.stderr.contains("ESCAPED"), "{}", ended.stderr);
     assert!(ended.stderr.contains("result 0") && ended.stderr.contains("7:8"), "{}", ended.stderr);
-    use std::os::unix::fs::MetadataExt;
     let after = fs::metadata(&mark).expect("it is there");
     let of = |metadata: &fs::Metadata| (metadata.uid(), metadata.gid(), metadata.mode(), metadata.ctime_nsec());
     assert_eq!(of(&before), of(&after));
+}
+
+#[test]
+fn the_supervisor_is_not_confused() {
+    confuse(|command| command);
+}
+
+#[test]
+fn nor_where_it_shares_its_proc_with_the_step() {
+    confuse(|inner| {
+        // What covers a part of /proc cannot be taken away in the inner namespace, so no other one can be mounted.
+        let script = "mount -t tmpfs cover /proc/driver && exec unshare -Urm \"$@\"";
+        let mut command = Command::new("unshare");
+        command.args(["-Urmpf", "--mount-proc", "sh", "-c", script, "sh"]).arg(inner.get_program());
+        command.args(inner.get_args()).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+        command
+    });
 }
 
 /// The program of [`CALLS`], made once.
@@ -569,4 +589,48 @@ fn secrets_stay_out_of_layers_logs_and_the_store() {
     assert!(!ended.stderr.contains(value), "{}", ended.stderr);
     let found = Command::new("grep").args(["-rlaF", value]).arg(build.store()).output().expect("grep is there");
     assert_eq!(String::from_utf8_lossy(&found.stdout), "");
+}
+
+#[test]
+fn secrets_in_the_wrong_place_end_the_build() {
+    let value = "s3cr3t-value-4711";
+    let build = |dockerfile: &str| {
+        Build::new()
+            .dockerfile(dockerfile)
+            .file("config/.env", &format!("TOKEN={value}\n"))
+            .flag("--secret=id=s,env=SECRET")
+            .env("SECRET", value)
+    };
+    let mount = "FROM busybox\nRUN --mount=type=secret,id=s";
+    for (dockerfile, place) in [
+        (format!("{mount} cp /run/secrets/s /etc/token"), "/etc/token"),
+        (format!("{mount} base64 /run/secrets/s > /etc/token"), "/etc/token, in base64"),
+        (format!("{mount} ln -s $(cat /run/secrets/s) /link"), "/link"),
+        (format!("{mount} touch /$(cat /run/secrets/s)"), "the name of a file"),
+        (format!("{mount} cat /run/secrets/s"), "what the step printed"),
+        ("FROM busybox\nCOPY config /config\n".to_owned(), "/config/.env"),
+        (format!("FROM busybox\nENV TOKEN={value}\n"), "the image's configuration or history"),
+        (format!("FROM busybox\nARG TOKEN={value}\nRUN true\n"), "the image's configuration or history"),
+    ] {
+        let build = build(&dockerfile);
+        let ended = build.fails_with(4, &["secret `s` stands in", place, "--allow-secret-leak"]);
+        let logs = fs::read_dir(build.store().join("logs")).into_iter().flatten().flatten();
+        for log in logs {
+            let text = fs::read_to_string(log.path()).expect("text");
+            assert!(!text.contains(value), "{dockerfile}: {text}");
+        }
+        drop(ended);
+        build.flag("--allow-secret-leak").runs();
+    }
+    build(&format!("{mount} [ $(cat /run/secrets/s) = {value} ]\n").replace(value, "s3cr3t-\"\"value-4711")).runs();
+}
+
+#[test]
+fn steps_end_in_time() {
+    let build =
+        Build::new().dockerfile("FROM busybox\nRUN echo begun; sleep 4821 & sleep 4821\n").flag("--step-timeout=1s");
+    let start = std::time::Instant::now();
+    build.fails_with(4, &["stopped after 1s", "--step-timeout"]);
+    assert!(start.elapsed() < std::time::Duration::from_secs(20), "{:?}", start.elapsed());
+    Build::new().dockerfile("FROM busybox\nRUN true\n").flag("--step-timeout=1h").runs();
 }

@@ -135,3 +135,36 @@ fn combined(ids: &[String]) -> String {
     use sha2::{Digest, Sha256};
     Sha256::digest(ids.join("\n")).iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
+
+#[test]
+fn without_an_overlay_copies_give_the_same_layers() {
+    let dockerfile = "FROM busybox\nRUN mkdir -p /d/e && echo 1 > /d/a && echo 2 > /d/e/b && chown -R 5:6 /d && ln /d/a /d/l\n\
+        RUN rm /d/a && echo more >> /d/e/b && chmod 600 /d/e/b && touch /d/new && rm -r /bin/yes && ln -s x /d/s\n\
+        RUN --mount=from=busybox,target=/b stat -c '%u:%g' /d /d/e/b && cp -a /b/etc /d/etc && rm -r /d/e && mkfifo /d/p\n\
+        RUN find /d | sort && cat /d/l && test ! -e /bin/yes\n";
+    let layers = |overlay: bool| {
+        let build = Build::new().dockerfile(dockerfile).env("SOURCE_DATE_EPOCH", "1700000000");
+        let out = build.path("image.tar");
+        let build = build.flag(format!("--output=type=oci,rewrite-timestamp=true,dest={}", out.display()));
+        let inner = build.command();
+        let mut command = std::process::Command::new("unshare");
+        // A store on an overlay: the kernel refuses another one above it.
+        let mount = "mount -t overlay -o userxattr,lowerdir=$1/low,upperdir=$1/up,workdir=$1/work over $1/store";
+        let script = format!(
+            "mkdir -p $1/low $1/up $1/work $1/store && {} && shift && exec \"$@\"",
+            if overlay { "true" } else { mount }
+        );
+        command
+            .args(["-Urm", "sh", "-c", &script, "sh"])
+            .arg(build.path("."))
+            .arg(inner.get_program())
+            .args(inner.get_args());
+        command.env_clear().envs(inner.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+        let ended = crate::story::run(command, None);
+        assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+        assert_eq!(ended.stderr.contains("steps work on copies"), !overlay, "{}", ended.stderr);
+        diff_ids(&out, 1)
+    };
+    assert_eq!(layers(false), layers(true));
+}

@@ -7,6 +7,8 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 /// Symlinks to follow for one path, as container tools do.
 const MAX_LINKS: usize = 255;
+/// Mode bit of directories that give their group to what is made in them.
+const SET_GROUP_ID: u32 = 0o2000;
 
 /// What stands at a path.
 #[derive(Debug, Clone, Copy)]
@@ -116,9 +118,9 @@ impl<'a> Changes<'a> {
         Ok(done)
     }
 
-    /// Makes a directory and those above it that are missing. `path` is free of symlinks.
+    /// Makes a directory and those above it that are missing. `path` is free of symlinks. As in a file system (see
+    /// mkdir(2)), what is made in a set-group-id directory is one, too, and has its group when nobody says another.
     pub(super) fn make_dirs(&mut self, path: &[u8], mode: u32, owner: Option<Owner>) -> Result<(), CopyError> {
-        let owner = owner.unwrap_or_default();
         for end in (1..=path.len()).filter(|&at| at == path.len() || path[at] == b'/') {
             let path = &path[..end];
             let look = self.look(path);
@@ -128,6 +130,12 @@ impl<'a> Changes<'a> {
             if look.exists() {
                 return Err(CopyError::NotADirectory { path: shown(path) });
             }
+            let inherited = match self.look(parent(path)) {
+                Look::Node(Node { entry, .. }) if entry.mode & SET_GROUP_ID != 0 => Some(entry.gid),
+                _ => None,
+            };
+            let mode = if inherited.is_some() { mode | SET_GROUP_ID } else { mode };
+            let owner = owner.unwrap_or_else(|| Owner { gid: inherited.unwrap_or_default(), ..Owner::default() });
             self.put_dir(path, mode, owner);
         }
         Ok(())

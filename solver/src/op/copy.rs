@@ -892,6 +892,12 @@ mod tests {
         check("COPY --chmod=700 d /p", "d/ d/s/ d/s/l->x", "", "p/,700 p/s/,700 p/s/l->x");
         check("COPY --chmod=go-rwx d /p/", "d/ d/s/ d/f=1", "", "p/ p/f=1,600 p/s/,700");
         check("COPY --chmod=644 a /p/", SOURCE, "p/,700", "p/a=A");
+        check("COPY --chmod=go-rwx d /q", "d/ d/f=1", "", "q/ q/f=1,600");
+        // Directories that are made follow a set-group-id bit; files and what is copied do not.
+        let shared = "g/,2775,0:50";
+        check("COPY a /g/p/q/a", SOURCE, shared, "g/p/,2755,0:50 g/p/q/,2755,0:50 g/p/q/a=A");
+        check("COPY d /g/n", "d/ d/s/ d/s/f=1", shared, "g/n/,2755,0:50 g/n/s/ g/n/s/f=1");
+        check("COPY --chown=5:6 --chmod=750 a /g/p/", SOURCE, shared, "g/p/,2750,5:6 g/p/a=A,750,5:6");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 mod agent;
 pub(crate) mod changes;
+mod copied;
 pub mod copy;
 pub mod file;
 pub mod git;

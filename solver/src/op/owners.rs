@@ -50,12 +50,19 @@ pub(super) fn write_lower(tree: &Tree, path: PathBuf) -> io::Result<Option<PathB
 }
 
 /// Files for the supervisor of a step, in `scratch`.
-pub(super) fn prepare(scope: Scope, flat: &Tree, caches: &Caches, scratch: &Path) -> io::Result<Emulation> {
+/// Without a tree below, `copied` are the owners of what was copied.
+pub(super) fn prepare(
+    scope: Scope,
+    flat: Option<&Tree>,
+    copied: Vec<(Identity, Owner)>,
+    caches: &Caches,
+    scratch: &Path,
+) -> io::Result<Emulation> {
     let result = scratch.join("owners");
     if scope == Scope::Devices {
         return Ok(Emulation { scope, lower: None, known: None, result });
     }
-    let mut known = Vec::new();
+    let mut known = copied;
     for base in caches.values() {
         known.extend(read_cache(base)?);
     }
@@ -65,7 +72,10 @@ pub(super) fn prepare(scope: Scope, flat: &Tree, caches: &Caches, scratch: &Path
     }
     Ok(Emulation {
         scope,
-        lower: write_lower(flat, scratch.join("lower-owners"))?,
+        lower: match flat {
+            Some(flat) => write_lower(flat, scratch.join("lower-owners"))?,
+            None => None,
+        },
         known: (!known.is_empty()).then_some(path),
         result,
     })
@@ -91,7 +101,12 @@ pub(super) fn take(emulation: &Emulation, caches: &Caches) -> io::Result<Records
 
 /// Records who owns the files that a cache was filled with.
 pub(super) fn record_cache(base: &Path, data: &Path, tree: &Tree) -> io::Result<()> {
-    let root = crate::sys::open_place(data).map_err(|error| error.source)?;
+    write_cache(base, identities(data, tree)?)
+}
+
+/// Who owns what `tree` was written as, without what belongs to 0:0.
+pub(super) fn identities(directory: &Path, tree: &Tree) -> io::Result<Vec<(Identity, Owner)>> {
+    let root = crate::sys::open_place(directory).map_err(|error| error.source)?;
     let mut records = Vec::new();
     for entry in tree.nodes().iter().map(|node| &node.entry) {
         let owner = owner_of(entry);
@@ -102,7 +117,7 @@ pub(super) fn record_cache(base: &Path, data: &Path, tree: &Tree) -> io::Result<
         let text = crate::sys::c_string(path).map_err(|error| error.source)?;
         records.push((Identity::of(&stat(&root, &text)?), owner));
     }
-    write_cache(base, records)
+    Ok(records)
 }
 
 fn stat(dir: impl rustix::fd::AsFd, path: &std::ffi::CStr) -> io::Result<RawStatx> {

@@ -1,12 +1,14 @@
 //! RUN as a vertex: its key, its mounts, its sandbox, and the layer that it leaves.
 
+use crate::leak::LeakScan;
 use crate::materialize::{self, MaterializeError, Ownership};
 use crate::op::agent::AgentSocket;
+use crate::op::copied;
 use crate::op::file::Value;
 use crate::op::owners::{self, Caches};
 use crate::op::user::{self, UserError};
 use crate::plan::cache_key::{Key, Parts};
-use crate::sandbox::emulation::{Records, Scope};
+use crate::sandbox::emulation::{Identity, Owner, Records, Scope};
 use crate::sandbox::foreign::{self, EmulatorError, Emulators};
 use crate::sandbox::{self, Cancel, Net, Outcome, Rootfs, RunSpec, SandboxError, SetupMount, Status, Stream};
 use crate::snapshot::{Layer, Made, Snapshot, SnapshotError, Workspace};
@@ -18,9 +20,11 @@ use nacre_frontend::llb::{Mount, MountKind, Network, Platform, RunOp, Security, 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 /// What the caller of a build gives to its steps.
 #[derive(Debug, Clone, Default)]
@@ -31,6 +35,10 @@ pub struct Host {
     pub ssh: BTreeMap<String, PathBuf>,
     /// Content of /etc/resolv.conf for steps.
     pub resolv_conf: String,
+    /// Looks for secrets where they must not be.
+    pub leaks: Option<Arc<LeakScan>>,
+    /// How long a step may take.
+    pub step_timeout: Option<Duration>,
     /// Emulators for steps of other platforms.
     pub emulators: Emulators,
     /// Network of steps that ask for none in particular.
@@ -93,6 +101,12 @@ pub enum RunError {
         /// Its number.
         signal: i32,
     },
+    /// It took longer than allowed.
+    #[error("stopped after {}", humane(.after))]
+    TimedOut {
+        /// What was allowed.
+        after: Duration,
+    },
     /// Told to stop.
     #[error("interrupted")]
     Interrupted,
@@ -104,6 +118,9 @@ pub enum RunError {
         /// Why.
         source: io::Error,
     },
+    /// A root file system could not be copied, or what the step changed could not be kept.
+    #[error("cannot copy the root file system of the step")]
+    Copied(#[source] MaterializeError),
     /// A cache mount could not be filled.
     #[error("cannot prepare a cache mount")]
     CacheMount(#[source] MaterializeError),
@@ -119,6 +136,7 @@ impl RunError {
             Self::User(UserError::NoGroup { name }) => {
                 format!("make group `{name}` in an earlier step, or give a number: `USER name:1000`")
             }
+            Self::TimedOut { .. } => "--step-timeout says how long a step may take".to_owned(),
             Self::Emulator(error) => return error.help(),
             Self::NoSecret(id) => {
                 format!("give it with `--secret id={id},src=FILE` or `--secret id={id},env=VARIABLE`")
@@ -130,6 +148,11 @@ impl RunError {
             _ => return None,
         })
     }
+}
+
+/// A duration in words: `90s`, `1.5s`.
+fn humane(duration: &Duration) -> String {
+    format!("{}s", duration.as_secs_f64())
 }
 
 /// The parts of the key, without those of the root file system.
@@ -273,7 +296,7 @@ pub fn ensure_platform(
     Ok(result?)
 }
 
-/// Runs the step.
+/// Runs the step. Where layers cannot be stacked, this and all later steps work on copies.
 pub fn execute(
     workspace: &Workspace,
     op: &RunOp,
@@ -281,6 +304,32 @@ pub fn execute(
     host: &Host,
     cancel: &Cancel,
     log: &mut dyn FnMut(Stream, &[u8]),
+) -> Result<Ran, RunError> {
+    if !workspace.copies.load(Ordering::Relaxed) {
+        match execute_once(workspace, op, inputs, host, cancel, log, false) {
+            Err(RunError::Sandbox(SandboxError::Overlay { source, .. })) => {
+                workspace.copies.store(true, Ordering::Relaxed);
+                let cause = &source.source;
+                let notice = format!(
+                    "nacre: layers cannot be stacked in the store ({source}: {cause}), so steps work on copies, which \
+                     takes time; choose a directory on a local disk, a volume or a tmpfs with --store\n"
+                );
+                log(Stream::Stderr, notice.as_bytes());
+            }
+            result => return result,
+        }
+    }
+    execute_once(workspace, op, inputs, host, cancel, log, true)
+}
+
+fn execute_once(
+    workspace: &Workspace,
+    op: &RunOp,
+    inputs: &[Option<Value>],
+    host: &Host,
+    cancel: &Cancel,
+    log: &mut dyn FnMut(Stream, &[u8]),
+    copies: bool,
 ) -> Result<Ran, RunError> {
     let parent = match inputs.first() {
         Some(Some(Value::Snapshot(snapshot))) => snapshot.clone(),
@@ -295,7 +344,15 @@ pub fn execute(
     let flat = workspace.flatten(&parent)?;
     let (upper, work) = (directory("upper")?, directory("work")?);
     set_mode(&upper, 0o755)?;
-    let rootfs = Rootfs::Overlay { lowers: lowers(workspace, &parent)?, upper: upper.clone(), work };
+    let mut copied = Vec::new();
+    let rootfs = if copies {
+        let dir = directory("root")?;
+        set_mode(&dir, 0o755)?;
+        copied = copy_snapshot(workspace, &flat, &dir)?;
+        Rootfs::Plain { dir }
+    } else {
+        Rootfs::Overlay { lowers: lowers(workspace, &parent)?, upper: upper.clone(), work }
+    };
 
     let read = |node: &Node| workspace.read_small(node);
     let user = user::look_up(&flat, &op.user, &read)?;
@@ -313,8 +370,17 @@ pub fn execute(
         // The kernel lets nobody but the first namespace's root make device nodes.
         Ownership::Native => (!sandbox::idmap::is_initial_namespace()).then_some(Scope::Devices),
     };
-    let mut setup =
-        MountSetup { workspace, inputs, host, scratch: &scratch, env: &mut env, caches: &caches, agents: Vec::new() };
+    let mut setup = MountSetup {
+        workspace,
+        inputs,
+        host,
+        scratch: &scratch,
+        env: &mut env,
+        caches: &caches,
+        agents: Vec::new(),
+        copies,
+        copied,
+    };
     let mut in_order: Vec<(usize, &Mount)> = op.mounts.iter().enumerate().collect();
     // What is mounted inside of another mount comes after it, whatever the order in the Dockerfile.
     in_order.sort_by_key(|(_, mount)| mount.target.split('/').filter(|part| !part.is_empty()).count());
@@ -323,10 +389,12 @@ pub fn execute(
     }
     // They listen until the step has ended.
     let agents = std::mem::take(&mut setup.agents);
+    let copied = std::mem::take(&mut setup.copied);
     let owners_failed = |source| RunError::Io { path: scratch.clone(), source };
     // After the mounts: new caches have been filled by now.
-    let emulation =
-        scope.map(|scope| owners::prepare(scope, &flat, &caches, &scratch)).transpose().map_err(owners_failed)?;
+    let below = (!copies).then_some(&*flat);
+    let prepare = |scope| owners::prepare(scope, below, copied, &caches, &scratch);
+    let emulation = scope.map(prepare).transpose().map_err(owners_failed)?;
     let spec = RunSpec {
         rootfs,
         mounts,
@@ -351,7 +419,7 @@ pub fn execute(
         scratch_dir: directory("files")?,
         emulation,
     };
-    let result = sandbox::run(&spec, cancel, log);
+    let result = sandbox::run_for(&spec, cancel, host.step_timeout, log);
     let ended = Instant::now();
     // Cache mounts keep their owners whether the step succeeded or not.
     let recorded = match (&spec.emulation, &result) {
@@ -359,7 +427,10 @@ pub fn execute(
         _ => Records::new(),
     };
     drop((locks, agents));
-    let outcome: Outcome = result?;
+    let outcome: Outcome = match (result, host.step_timeout) {
+        (Err(SandboxError::TimedOut), Some(after)) => return Err(RunError::TimedOut { after }),
+        (result, _) => result?,
+    };
     if cancel.is_cancelled() {
         return Err(RunError::Interrupted);
     }
@@ -372,7 +443,14 @@ pub fn execute(
         }
         Status::Signal(signal) => return Err(RunError::Signal { signal }),
     }
-    let changes = upper::scan_upper(&upper, &flat, workspace.ownership, &recorded)?;
+    let changes = match &spec.rootfs {
+        Rootfs::Overlay { .. } => upper::scan_upper(&upper, &flat, workspace.ownership, &recorded)?,
+        Rootfs::Plain { dir } => {
+            let changes = copied::changes(dir, &flat, workspace.ownership, &recorded)?;
+            copied::write_upper(&changes, &upper, workspace.sources.write).map_err(RunError::Copied)?;
+            changes
+        }
+    };
     let changes = crate::op::copy::with_parents(&changes, &flat);
     Ok(Ran { changes, upper, ended })
 }
@@ -439,6 +517,17 @@ struct MountSetup<'a> {
     caches: &'a Caches,
     /// Sockets for the step, kept by the caller until it has ended.
     agents: Vec<AgentSocket>,
+    /// Layers cannot be stacked.
+    copies: bool,
+    /// Owners of what was copied instead.
+    copied: Vec<(Identity, Owner)>,
+}
+
+/// Copies a snapshot; returns the owners that the disk does not hold.
+fn copy_snapshot(workspace: &Workspace, tree: &Tree, dir: &Path) -> Result<Vec<(Identity, Owner)>, RunError> {
+    workspace.prepare(tree)?;
+    let read = |node: &Node| workspace.open(node).map(|reader| reader as Box<dyn io::Read>);
+    copied::copy(tree, &read, dir, workspace.sources.write).map_err(RunError::Copied)
 }
 
 /// What a cache is known by: as with BuildKit, another owner or mode of its directory makes it another cache.
@@ -581,6 +670,7 @@ impl MountSetup<'_> {
             Some(Value::Snapshot(snapshot)) => {
                 let flat = self.workspace.flatten(snapshot)?;
                 match flat.resolve(source.as_bytes(), true) {
+                    Resolved::Found(path) if self.copies => (Vec::new(), path, flat),
                     Resolved::Found(path) => (lowers(self.workspace, snapshot)?, path, flat),
                     _ => return Err(missing()),
                 }
@@ -588,9 +678,17 @@ impl MountSetup<'_> {
             Some(_) => {
                 let Some((tree, path)) = mounted_tree(self.workspace, value, source)? else { return Err(missing()) };
                 let tree = Arc::new(tree);
-                (vec![self.stored(tree.clone())?], path, tree)
+                let lowers = if self.copies { Vec::new() } else { vec![self.stored(tree.clone())?] };
+                (lowers, path, tree)
             }
         };
+        if self.copies {
+            let dir = directory("copy")?;
+            let part = Tree::from_nodes(tree.subtree(&subpath).to_vec());
+            self.copied.extend(copy_snapshot(self.workspace, &part, &dir)?);
+            let source = dir.join(std::ffi::OsStr::from_bytes(&subpath));
+            return Ok(SetupMount::Bind { source, target: mount.target.clone(), read_only: mount.read_only });
+        }
         let subpath = format!("/{}", String::from_utf8_lossy(&subpath));
         let (upper, work) = (directory("upper")?, directory("work")?);
         set_mode(&upper, 0o755)?;

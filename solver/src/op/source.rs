@@ -1185,28 +1185,6 @@ mod tests {
     }
 
     #[test]
-    fn platforms_are_ranked() {
-        let check = |wanted: &str, found: &str, expected: Option<usize>| {
-            assert_eq!(platform::rank(&platform(wanted), &platform(found)), expected, "{wanted} on {found}");
-        };
-        check("linux/amd64", "linux/amd64", Some(0));
-        check("linux/amd64", "linux/x86_64", Some(0));
-        check("linux/amd64", "linux/amd64/v3", None);
-        check("linux/amd64/v3", "linux/amd64/v2", Some(1));
-        check("linux/amd64/v3", "linux/amd64", Some(2));
-        check("linux/amd64", "linux/386", Some(2));
-        check("linux/arm64", "linux/arm64/v8", Some(0));
-        check("linux/arm64/v8", "linux/arm64", Some(0));
-        check("linux/arm64", "linux/arm/v7", Some(3));
-        check("linux/arm/v7", "linux/arm", Some(0));
-        check("linux/arm/v7", "linux/arm/v6", Some(1));
-        check("linux/arm/v6", "linux/arm/v7", None);
-        check("linux/riscv64", "linux/riscv64", Some(0));
-        check("linux/amd64", "windows/amd64", None);
-        check("linux/amd64", "unknown/unknown", None);
-    }
-
-    #[test]
     fn a_layout_is_read_by_tag_digest_and_platform() {
         let mut layout = Layout::new();
         let one = layout.image("linux/amd64", &[layout.layer(&tar(&[("a", Some("1"))]))]);

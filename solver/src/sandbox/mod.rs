@@ -56,6 +56,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 /// First argument of a nacre process that is to be the supervisor of a step: `nacre __sandbox`.
 pub const SANDBOX_ARGUMENT: &str = "__sandbox";
@@ -321,6 +322,9 @@ pub enum SandboxError {
     /// [`Cancel::cancel`] was called; the step is gone.
     #[error("the step was cancelled")]
     Cancelled,
+    /// The step took longer than allowed, and is gone.
+    #[error("the step took too long")]
+    TimedOut,
 }
 
 /// A mistake in a [`RunSpec`].
@@ -458,6 +462,18 @@ impl Cancel {
 ///
 /// The calling thread must not end before this returns, as the step is tied to its life.
 pub fn run(spec: &RunSpec, cancel: &Cancel, output: &mut dyn FnMut(Stream, &[u8])) -> Result<Outcome, SandboxError> {
+    run_for(spec, cancel, None, output)
+}
+
+/// As [`run`], but ends the step when it takes longer than `limit`.
+pub fn run_for(
+    spec: &RunSpec,
+    cancel: &Cancel,
+    limit: Option<Duration>,
+    output: &mut dyn FnMut(Stream, &[u8]),
+) -> Result<Outcome, SandboxError> {
+    // A time so far away that it cannot be counted is none.
+    let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
     if cancel.is_cancelled() {
         return Err(SandboxError::Cancelled);
     }
@@ -487,17 +503,18 @@ pub fn run(spec: &RunSpec, cancel: &Cancel, output: &mut dyn FnMut(Stream, &[u8]
         supervisor.stdout.take().map(|stream| (Stream::Stdout, OwnedFd::from(stream))),
         supervisor.stderr.take().map(|stream| (Stream::Stderr, OwnedFd::from(stream))),
     ];
-    let forwarded = forward(streams.into_iter().flatten().collect(), pid, cancel, output);
+    let forwarded = forward(streams.into_iter().flatten().collect(), pid, cancel, deadline, output);
     if forwarded.is_err() {
         // Nobody reads the output any more: do not leave the step behind.
         _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
     }
     let status = supervisor.wait().call(|| format!("wait({pid:?})")).map_err(prepare("wait for the step"))?;
-    forwarded.map_err(prepare("read the output of the step"))?;
+    let in_time = forwarded.map_err(prepare("read the output of the step"))?;
 
     let report = read_answer(answer, order.len() as u64);
     match report.and_then(|bytes| serde_json::from_slice::<Result<Outcome, Failure>>(&bytes).ok()) {
         _ if cancel.is_cancelled() => Err(SandboxError::Cancelled),
+        _ if !in_time => Err(SandboxError::TimedOut),
         Some(Ok(outcome)) => Ok(outcome),
         Some(Err(failure)) => Err(failure.into_error()),
         None => Err(SandboxError::Lost { status: status.to_string() }),
@@ -513,27 +530,32 @@ fn read_answer(file: std::fs::File, offset: u64) -> Option<Vec<u8>> {
     (!bytes.is_empty()).then_some(bytes)
 }
 
-/// Passes output on until both streams are closed, which is when the supervisor has ended.
+/// Passes output on until both streams are closed, which is when the supervisor has ended. Returns whether that was
+/// before the deadline.
 fn forward(
     mut streams: Vec<(Stream, OwnedFd)>,
     supervisor: rustix::process::Pid,
     cancel: &Cancel,
+    deadline: Option<Instant>,
     output: &mut dyn FnMut(Stream, &[u8]),
-) -> sys::Result<()> {
+) -> sys::Result<bool> {
     let mut buffer = vec![0; 64 << 10];
-    let mut told = false;
+    let (mut told, mut in_time) = (false, true);
     while !streams.is_empty() {
         let mut polled: Vec<_> = streams.iter().map(|(_, fd)| PollFd::new(fd, PollFlags::IN)).collect();
         if !told {
             polled.push(PollFd::new(&cancel.inner.event, PollFlags::IN));
         }
-        match rustix::event::poll(&mut polled, None) {
+        let left = deadline.filter(|_| !told).map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let wait = left.and_then(|left| rustix::event::Timespec::try_from(left).ok());
+        match rustix::event::poll(&mut polled, wait.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(CallError::new("poll(output)", error)),
         }
+        let late = left.is_some() && deadline.is_some_and(|deadline| deadline <= Instant::now());
         let ready: Vec<bool> = polled.iter().map(|fd| !fd.revents().is_empty()).collect();
-        if !told && cancel.is_cancelled() {
-            told = true;
+        if !told && (late || cancel.is_cancelled()) {
+            (told, in_time) = (true, !late);
             // It cannot have been waited for yet, so the number is still its own.
             _ = rustix::process::kill_process(supervisor, rustix::process::Signal::TERM);
         }
@@ -553,7 +575,7 @@ fn forward(
             streams.remove(index);
         }
     }
-    Ok(())
+    Ok(in_time)
 }
 
 /// Returns an anonymous file in memory with `content`, positioned at its start.

@@ -5,9 +5,10 @@
 
 use super::lookup::{Wanted, add_parent};
 use super::{Build, Event, Phase, Span, StepLog, Stream, VertexError};
+use crate::leak::{Leak, LeakStream};
 use crate::op::file::{FileOp, Recipe, Value};
 use crate::op::run::{self, RunError};
-use crate::snapshot::{Layer, Made, Snapshot};
+use crate::snapshot::{Layer, Made, Snapshot, SnapshotError};
 use crate::tree::{Kind, Node, Tree, index};
 use nacre_frontend::llb::{RunOp, Vertex, VertexId};
 use std::sync::{Arc, PoisonError};
@@ -109,6 +110,7 @@ impl Build<'_> {
             self.span(id, Phase::LookUp, None, started, 0);
             let working = Instant::now();
             let tree = Arc::new(recipe.carry_out(self.workspace)?);
+            self.check_for_secrets(&tree)?;
             self.span(id, Phase::Run, None, working, 0);
             let (storing, bytes) = (Instant::now(), file_bytes(&tree));
             let content = index::content_key(&tree);
@@ -119,6 +121,27 @@ impl Build<'_> {
             self.tell(Event::Finished { id: id.0, duration: started.elapsed() });
             return Ok(parent.with(layer, &content, Some(self.now.0)));
         }
+    }
+
+    /// Looks for secrets in the names, links, attributes and files of a new layer.
+    fn check_for_secrets(&self, tree: &Tree) -> Result<(), VertexError> {
+        let Some(leaks) = &self.request.host.leaks else { return Ok(()) };
+        self.workspace.prepare(tree)?;
+        for node in tree.nodes() {
+            let entry = &node.entry;
+            let path = || format!("/{}", String::from_utf8_lossy(&entry.path));
+            leaks.check(&entry.path, || "the name of a file".to_owned())?;
+            if let Kind::Symlink { target } = &entry.kind {
+                leaks.check(target, path)?;
+            }
+            entry.xattrs.values().try_for_each(|value| leaks.check(value, path))?;
+            if entry.is_file() {
+                let read = |source| SnapshotError::Read { path: path(), source };
+                let mut file = self.workspace.open(node).map_err(read)?;
+                leaks.check_reader(&mut file, path).map_err(read)??;
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn run(
@@ -176,13 +199,26 @@ impl Build<'_> {
             self.tell(Event::Started { id: id.0 });
             self.explain(id, reason, &parts, None);
             log.path = Some(self.workspace.store.part("logs").join(key.hex()));
+            let leaks = self.request.host.leaks.as_deref();
+            // Each stream by itself: pieces of the two come in any order.
+            let mut streams = leaks.map(|leaks| [LeakStream::new(leaks), LeakStream::new(leaks)]);
+            let mut leaked = None;
             self.span(id, Phase::LookUp, None, started, 0);
             let running = Instant::now();
             let mut output = |stream: Stream, data: &[u8]| {
+                if let (Some(streams), None) = (&mut streams, &leaked) {
+                    leaked = streams[usize::from(stream == Stream::Stderr)].push(data);
+                }
                 log.write(data);
                 self.tell(Event::Log { id: id.0, stream, data: data.to_vec() });
             };
-            let ran = run::execute(self.workspace, op, &inputs, &self.request.host, self.cancel, &mut output)?;
+            let ran = run::execute(self.workspace, op, &inputs, &self.request.host, self.cancel, &mut output);
+            if let Some((secret, form)) = leaked {
+                log.forget();
+                return Err(Leak { secret, place: "what the step printed".to_owned(), form }.into());
+            }
+            let ran = ran?;
+            self.check_for_secrets(&ran.changes)?;
             let (phase, duration) = (Phase::Run, ran.ended - running);
             self.tell(Event::Span(Span { id: Some(id.0), layer: None, phase, started: running, duration, bytes: 0 }));
             let (hashing, bytes) = (ran.ended, file_bytes(&ran.changes));

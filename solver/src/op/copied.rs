@@ -1,0 +1,97 @@
+//! Root file systems without overlayfs: a copy that the step writes in place, compared with what it was copied from.
+//!
+//! Blocks are shared where the file system can. What the step did to files gives the same layer as with overlayfs; a
+//! directory that it removed and made anew is told by what is missing in it, not by an opaque mark.
+
+use super::changes::{is_same, number_groups};
+use super::owners;
+use crate::materialize::{self, MaterializeError, Ownership, ReadContent, WriteOptions};
+use crate::sandbox::emulation::{Device, Identity, Owner, Records, UPPER};
+use crate::scan::{self, Everything, ScanOptions, Xattrs, is_kept_xattr};
+use crate::tree::{Entry, Kind, Node, Origin, Tree, parent};
+use crate::upper::{UpperError, digest_all};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::Arc;
+
+/// Writes a snapshot into the new directory `root`; returns the owners that the disk does not hold.
+pub(super) fn copy(
+    tree: &Tree,
+    read: &ReadContent<'_>,
+    root: &Path,
+    options: WriteOptions,
+) -> Result<Vec<(Identity, Owner)>, MaterializeError> {
+    materialize::write_tree(tree, read, root, options)?;
+    match options.ownership {
+        Ownership::Native => Ok(Vec::new()),
+        Ownership::SingleId => owners::identities(root, tree).map_err(|source| MaterializeError::Call {
+            call: "stat",
+            path: root.to_owned(),
+            source,
+        }),
+    }
+}
+
+/// The layer that the step has made of `before`, whose copy is `root`.
+pub(super) fn changes(
+    root: &Path,
+    before: &Tree,
+    ownership: Ownership,
+    recorded: &Records,
+) -> Result<Tree, UpperError> {
+    let found = scan::scan(root, &ScanOptions { xattrs: Xattrs::All, filter: &Everything })?;
+    let groups = scan::link_groups(&found);
+    let digests = digest_all(root, &found, &groups)?;
+    let mut nodes = Vec::new();
+    let mut after = std::collections::HashMap::new();
+    for ((item, group), digest) in found.into_iter().zip(groups).zip(digests) {
+        let mut entry = item.entry;
+        after.insert(entry.path.clone(), entry.is_dir());
+        if entry.path.is_empty() {
+            continue;
+        }
+        let old = before.get(&entry.path);
+        let mut origin = Origin::None;
+        if let Kind::File { link_group, digest: own, .. } = &mut entry.kind {
+            (*link_group, *own) = (group, digest);
+            origin = Origin::File(Arc::new(root.join(std::ffi::OsStr::from_bytes(&entry.path))));
+        }
+        let known = recorded.get(&Identity { device: UPPER, inode: item.ino, born: item.born });
+        if ownership == Ownership::SingleId {
+            (entry.uid, entry.gid) = known.map_or((0, 0), |owner| (owner.uid, owner.gid));
+        }
+        // An empty file stands for a device that cannot be made; one that was there before has no record where ids
+        // are real.
+        let stands_for = known.and_then(|owner| owner.device).or_else(|| {
+            let empty = matches!(entry.kind, Kind::File { size: 0, .. });
+            old.filter(|_| empty).and_then(|old| owners::owner_of(&old.entry).device)
+        });
+        if let (Some(Device { block, major, minor }), true) = (stands_for, entry.is_file()) {
+            entry.kind = if block { Kind::Block { major, minor } } else { Kind::Char { major, minor } };
+            origin = Origin::None;
+        }
+        entry.xattrs.retain(|name, _| is_kept_xattr(name));
+        let node = Node { entry, origin };
+        if !old.is_some_and(|old| is_same(old, &node)) {
+            nodes.push(node);
+        }
+    }
+    for node in before.nodes() {
+        let path = &node.entry.path;
+        // What was in something that is gone needs no whiteout of its own.
+        if !path.is_empty() && !after.contains_key(path) && after.get(parent(path)) == Some(&true) {
+            let entry = Entry { kind: Kind::Whiteout, ..Entry::dir(path.as_slice(), 0) };
+            nodes.push(Node { entry, origin: Origin::None });
+        }
+    }
+    let mut tree = Tree::from_nodes(nodes);
+    number_groups(&mut tree);
+    Ok(tree)
+}
+
+/// Writes the changes as a directory that a layer's tree can be.
+pub(super) fn write_upper(tree: &Tree, upper: &Path, options: WriteOptions) -> Result<(), MaterializeError> {
+    let read = |_: &Node| Err::<Box<dyn io::Read>, _>(io::Error::other("every file of the copy is on disk"));
+    materialize::write_tree(tree, &read, upper, options)
+}
