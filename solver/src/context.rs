@@ -287,12 +287,17 @@ fn find_near(length: usize, near: usize, compare: impl Fn(usize) -> Ordering) ->
 }
 
 /// `None` when there is no such file.
+/// A directory of that name is one of the context like any other.
+fn is_no_file(error: io::ErrorKind) -> bool {
+    matches!(error, io::ErrorKind::NotFound | io::ErrorKind::NotADirectory | io::ErrorKind::IsADirectory)
+}
+
 fn read_ignore_file(path: &Path) -> Result<Option<Matcher>, ContextError> {
     match std::fs::read(path) {
         Ok(bytes) => Matcher::new(ignore::parse(&bytes))
             .map(Some)
             .map_err(|source| ContextError::BadIgnoreFile { path: path.to_owned(), source }),
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
+        Err(error) if is_no_file(error.kind()) => Ok(None),
         Err(source) => Err(ContextError::ReadIgnoreFile { path: path.to_owned(), source }),
     }
 }

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Read};
 
 /// Bytes that a value must have to be looked for.
-pub const SHORTEST: usize = 10;
+pub const SHORTEST: usize = 12;
 
 /// How much of a file is looked at in one go.
 const PIECE: usize = 1 << 20;

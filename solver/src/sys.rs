@@ -243,9 +243,11 @@ pub fn expect_children() {
 
 /// Gives every signal its default action back and unblocks all, as a fresh program expects it.
 pub fn reset_signals() {
+    // The kernel's sigaction: handler, flags, restorer and mask, all empty. The C library keeps two signals to itself.
+    let default = [0_u64; 4];
     for signal in 1..=64 {
         // SAFETY: SIG_DFL is no function of ours; numbers that cannot be changed are refused without effect.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), std::ptr::null::<u64>(), 8_usize) };
     }
     block_signals(&[]);
 }

@@ -241,8 +241,9 @@ pub fn mkdir(op: &MkdirOp, dest: &Tree, now: (i64, u32), read: &ReadFile<'_>) ->
     let mut changes = Changes::new(dest, now);
     let path = changes.resolve(b"", &clean(op.path.as_bytes()))?;
     if !changes.look(&path).is_dir() {
-        let owner = find_owner(&op.user, dest, read)?;
-        changes.make_dirs(&path, 0o755, Some(owner))?;
+        // Without USER nobody owns it, so that it can have the group of a set-group-id directory.
+        let owner = if op.user.is_empty() { None } else { Some(find_owner(&op.user, dest, read)?) };
+        changes.make_dirs(&path, 0o755, owner)?;
     }
     Ok(changes.finish())
 }
