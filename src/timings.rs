@@ -210,7 +210,7 @@ mod tests {
         assert_eq!((row.compressed, row.bytes), (Duration::from_millis(40), 2000));
         assert!(row.waited >= Duration::from_millis(50));
         let table = recorder.table();
-        assert!(table.contains("0.200    0.030      0.040     1.95 KiB  [2/2] RUN make"), "{table}");
+        assert!(table.contains("0.200    0.030      0.040    1.95 KiB  [2/2] RUN make"), "{table}");
         assert!(table.contains("0.007 s exporting OCI image to x"), "{table}");
     }
 
