@@ -248,6 +248,8 @@ impl<'a> Reader<'a> {
             }
             self.state = Directives::Done;
             if trimmed.is_empty() {
+                // An empty line parts a comment from the instruction: it describes something else.
+                self.comments.clear();
                 continue;
             }
             return Some(self.logical(start..range.end));
