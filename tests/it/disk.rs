@@ -97,7 +97,7 @@ fn a_step_that_fills_the_disk() {
 #[test]
 fn a_store_that_takes_no_writes() {
     let build = Build::new().dockerfile("FROM scratch\nCOPY Dockerfile /\n");
-    let script = r#"mount -o remount,ro "$DISK"; "$NACRE" "$@"; echo "ended $?""#;
+    let script = r#"mount -o remount,bind,ro "$DISK"; "$NACRE" "$@"; echo "ended $?""#;
     let ended = on_small_disk(&build, script);
     assert_eq!(ended.stdout(), "ended 7\n", "{}", ended.stderr);
     let error = last_error(&ended.stderr);
