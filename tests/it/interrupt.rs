@@ -42,9 +42,9 @@ fn interrupted_by(signal: Signal, sleep: &str) -> (Option<i32>, String) {
     assert!(start.elapsed() < Duration::from_secs(10), "it took {:?} to end", start.elapsed());
     let mut rest = String::new();
     while stderr.read_line(&mut rest).expect("text") != 0 {}
-    // What a dying namespace holds may take a moment to go.
+    // What a dying namespace holds may take a moment to go, and who waits for a slow disk dies when that has answered.
     let wanted = format!("sleep {sleep}");
-    let until = Instant::now() + Duration::from_secs(5);
+    let until = Instant::now() + Duration::from_secs(60);
     while command_lines().iter().any(|line| line.trim() == wanted) && Instant::now() < until {
         std::thread::sleep(Duration::from_millis(20));
     }

@@ -8,6 +8,8 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 const KILLS: u32 = 50;
+/// Who waits for a slow disk when it is killed dies only when the disk has answered.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// A store is used for as many builds; a new one fetches its base again.
 const BUILDS_PER_STORE: u32 = 5;
 
@@ -78,7 +80,7 @@ fn killed_anywhere() {
         // The next point lies anywhere in the time that a build takes.
         whole = if status.success() { start.elapsed() } else { whole + whole / 50 };
 
-        let until = Instant::now() + Duration::from_secs(5);
+        let until = Instant::now() + PATIENCE;
         let dir = build.path(".").canonicalize().expect("it is there");
         while !processes(&dir, &token).is_empty() && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(5));
