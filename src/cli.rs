@@ -270,9 +270,8 @@ struct DockerOnlyArgs {
 /// `nacre images`.
 #[derive(Debug, Args)]
 pub(crate) struct ImagesArgs {
-    /// Directory of cache and images
-    #[arg(long, value_name = "DIR")]
-    pub(crate) store: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) at: StoreArgs,
     /// How to print the list
     #[arg(long, value_enum, default_value = "table")]
     pub(crate) format: ListFormat,
@@ -327,9 +326,8 @@ pub(crate) struct PullArgs {
     /// Form of the result
     #[arg(long, value_enum, default_value = "table")]
     pub(crate) format: ListFormat,
-    /// Directory of cache and images
-    #[arg(long, value_name = "DIR")]
-    pub(crate) store: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) at: StoreArgs,
     #[command(flatten)]
     pub(crate) registry: RegistryArgs,
 }
@@ -346,9 +344,8 @@ pub(crate) struct PushArgs {
     /// Form of the result
     #[arg(long, value_enum, default_value = "table")]
     pub(crate) format: ListFormat,
-    /// Directory of cache and images
-    #[arg(long, value_name = "DIR")]
-    pub(crate) store: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) at: StoreArgs,
     #[command(flatten)]
     pub(crate) registry: RegistryArgs,
 }
@@ -362,6 +359,13 @@ pub(crate) struct TagArgs {
     /// Name to give it
     #[arg(value_name = "NAME")]
     pub(crate) name: String,
+    #[command(flatten)]
+    pub(crate) at: StoreArgs,
+}
+
+/// Where a command works.
+#[derive(Debug, Args)]
+pub(crate) struct StoreArgs {
     /// Directory of cache and images
     #[arg(long, value_name = "DIR")]
     pub(crate) store: Option<PathBuf>,
@@ -379,9 +383,8 @@ pub(crate) struct RmiArgs {
     /// Form of the result
     #[arg(long, value_enum, default_value = "table")]
     pub(crate) format: ListFormat,
-    /// Directory of cache and images
-    #[arg(long, value_name = "DIR")]
-    pub(crate) store: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) at: StoreArgs,
 }
 
 /// `nacre inspect`.
@@ -393,9 +396,8 @@ pub(crate) struct InspectArgs {
     /// Accepted for symmetry; the result is always JSON
     #[arg(long, hide = true)]
     pub(crate) format: Option<String>,
-    /// Directory of cache and images
-    #[arg(long, value_name = "DIR")]
-    pub(crate) store: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) at: StoreArgs,
 }
 
 /// `nacre save`.
@@ -407,9 +409,8 @@ pub(crate) struct SaveArgs {
     /// File to write to [default: standard output]
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,
-    /// Directory of cache and images
-    #[arg(long, value_name = "DIR")]
-    pub(crate) store: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) at: StoreArgs,
 }
 
 /// `nacre load`.
@@ -427,9 +428,8 @@ pub(crate) struct LoadArgs {
     /// Form of the result
     #[arg(long, value_enum, default_value = "table")]
     pub(crate) format: ListFormat,
-    /// Directory of cache and images
-    #[arg(long, value_name = "DIR")]
-    pub(crate) store: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) at: StoreArgs,
 }
 
 /// `nacre manifest`.
@@ -496,9 +496,8 @@ pub(crate) struct LogoutArgs {
 /// `nacre prune`.
 #[derive(Debug, Args)]
 pub(crate) struct PruneArgs {
-    /// Directory of cache and images
-    #[arg(long, value_name = "DIR")]
-    pub(crate) store: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) at: StoreArgs,
     /// All of the cache, also what the newest builds used; images with names stay
     #[arg(short, long)]
     pub(crate) all: bool,
@@ -519,9 +518,8 @@ pub(crate) struct PruneArgs {
 /// `nacre doctor`.
 #[derive(Debug, Args)]
 pub(crate) struct DoctorArgs {
-    /// Directory of cache and images
-    #[arg(long, value_name = "DIR")]
-    pub(crate) store: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) at: StoreArgs,
     /// How to print the result
     #[arg(long, value_enum, default_value = "table")]
     pub(crate) format: ListFormat,
@@ -530,9 +528,8 @@ pub(crate) struct DoctorArgs {
 /// `nacre fsck`.
 #[derive(Debug, Args)]
 pub(crate) struct FsckArgs {
-    /// Directory of cache and images
-    #[arg(long, value_name = "DIR")]
-    pub(crate) store: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) at: StoreArgs,
     /// Remove what is broken, to be made or fetched anew; ends with 0 if nothing broken is left
     #[arg(long)]
     pub(crate) repair: bool,
@@ -544,9 +541,8 @@ pub(crate) struct FsckArgs {
 /// `nacre du`.
 #[derive(Debug, Args)]
 pub(crate) struct UsageArgs {
-    /// Directory of cache and images
-    #[arg(long, value_name = "DIR")]
-    pub(crate) store: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) at: StoreArgs,
     /// How to print the list
     #[arg(long, value_enum, default_value = "table")]
     pub(crate) format: ListFormat,

@@ -87,7 +87,7 @@ fn cure(right: Right, place: Surroundings, reason: &str) -> Option<&'static str>
 
 /// Tries everything and prints it.
 pub(crate) fn run(args: &DoctorArgs, env: &Environment) -> Result<(), CommandError> {
-    let store = env.store(args.store.as_deref())?;
+    let store = env.store(args.at.store.as_deref())?;
     // What will be the store's file system.
     let dir = store.ancestors().find(|dir| dir.is_dir()).unwrap_or(Path::new("/"));
     let probe = sandbox::probe(dir).map_err(|error| CommandError::new(Exit::Host, &error, None))?;

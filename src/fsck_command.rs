@@ -12,7 +12,7 @@ use std::cell::Cell;
 
 /// Looks, and repairs if asked to. Something wrong that is left is an error.
 pub(crate) fn run(args: &FsckArgs, env: &Environment) -> Result<(), CommandError> {
-    let path = env.store(args.store.as_deref())?;
+    let path = env.store(args.at.store.as_deref())?;
     if !enter()? {
         return Ok(());
     }

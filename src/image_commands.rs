@@ -96,7 +96,7 @@ pub(crate) fn pull(args: &PullArgs, env: &Environment) -> Result<(), CommandErro
         Some(text) => platform::parse(text, &host).map_err(|error| CommandError::new(Exit::Usage, &error, None))?,
     };
     listen(env)?;
-    let store = open(env, args.store.as_deref())?;
+    let store = open(env, args.at.store.as_deref())?;
     let sources = sources(&store, env.registry(&args.registry));
     let remote = RemoteImage::parse(&name.to_string())
         .ok_or_else(|| failure(Exit::Usage, &format!("`{name}` is no name in a registry"), None))?;
@@ -181,7 +181,7 @@ fn fetch_layers(image: &ResolvedImage, sources: &SourceContext, quiet: bool) -> 
 /// Sends images of the store to the registries that their names tell.
 pub(crate) fn push(args: &PushArgs, env: &Environment) -> Result<(), CommandError> {
     listen(env)?;
-    let store = open(env, args.store.as_deref())?;
+    let store = open(env, args.at.store.as_deref())?;
     let sources = sources(&store, env.registry(&args.registry));
     let mut results = Vec::new();
     for name in &args.names {
@@ -231,14 +231,14 @@ pub(crate) fn tag(args: &TagArgs, env: &Environment) -> Result<(), CommandError>
     if name.digest.is_some() {
         return Err(failure(Exit::Usage, "a name to give has no digest", None));
     }
-    let store = open(env, args.store.as_deref())?;
+    let store = open(env, args.at.store.as_deref())?;
     let (_, root) = find(&store, &args.image)?;
     store.tag(&name.to_string(), &root).map_err(store_error)
 }
 
 /// Takes names away.
 pub(crate) fn remove(args: &RmiArgs, env: &Environment) -> Result<(), CommandError> {
-    let store = open(env, args.store.as_deref())?;
+    let store = open(env, args.at.store.as_deref())?;
     let mut removed = Vec::new();
     for name in &args.names {
         let canonical = reference(name)?.to_string();
@@ -259,7 +259,7 @@ pub(crate) fn remove(args: &RmiArgs, env: &Environment) -> Result<(), CommandErr
 
 /// Prints manifest and configuration of images.
 pub(crate) fn inspect(args: &InspectArgs, env: &Environment) -> Result<(), CommandError> {
-    let store = open(env, args.store.as_deref())?;
+    let store = open(env, args.at.store.as_deref())?;
     let document = |digest: &str| -> Result<Value, CommandError> {
         let bytes = store.read_document(digest).map_err(store_error)?;
         serde_json::from_slice(&bytes).map_err(|error| CommandError::new(Exit::Store, &error, None))
@@ -290,7 +290,7 @@ pub(crate) fn inspect(args: &InspectArgs, env: &Environment) -> Result<(), Comma
 
 /// Writes an archive that `docker load` and `podman load` read.
 pub(crate) fn save(args: &SaveArgs, env: &Environment) -> Result<(), CommandError> {
-    let store = open(env, args.store.as_deref())?;
+    let store = open(env, args.at.store.as_deref())?;
     let (name, root) = find(&store, &args.image)?;
     let dest = match &args.output {
         Some(path) => Dest::Path(path.clone()),

@@ -35,7 +35,7 @@ pub(crate) fn load(args: &LoadArgs, env: &Environment) -> Result<(), CommandErro
         return Err(failure(Exit::Usage, "a name to give has no digest", None));
     }
     listen(env)?;
-    let store = open(env, args.store.as_deref())?;
+    let store = open(env, args.at.store.as_deref())?;
     let mut images = load_archive(input, &store).map_err(|error| load_error(&error))?;
     match (name, images.as_mut_slice()) {
         (None, _) => {}

@@ -76,7 +76,7 @@ fn run(command: Command, env: &Environment, cancel: &Arc<AtomicBool>) -> Result<
             }
             build_command::run(&request, env, cancel)
         }
-        Command::Images(args) => images_command::run(&args, &env.store(args.store.as_deref())?),
+        Command::Images(args) => images_command::run(&args, &env.store(args.at.store.as_deref())?),
         Command::Pull(args) => image_commands::pull(&args, env),
         Command::Push(args) => image_commands::push(&args, env),
         Command::Tag(args) => image_commands::tag(&args, env),

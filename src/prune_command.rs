@@ -36,7 +36,7 @@ fn listen(env: &Environment) -> Result<(), CommandError> {
 
 /// Removes what may go. A signal ends it at once, which the store bears.
 pub(crate) fn prune(args: &PruneArgs, env: &Environment) -> Result<(), CommandError> {
-    let path = env.store(args.store.as_deref())?;
+    let path = env.store(args.at.store.as_deref())?;
     let options = options(args)?;
     if !enter()? {
         return Ok(());
@@ -94,7 +94,7 @@ fn options(args: &PruneArgs) -> Result<PruneOptions, CommandError> {
 
 /// Shows what the store holds.
 pub(crate) fn usage(args: &UsageArgs, env: &Environment) -> Result<(), CommandError> {
-    let path = env.store(args.store.as_deref())?;
+    let path = env.store(args.at.store.as_deref())?;
     if !enter()? {
         return Ok(());
     }

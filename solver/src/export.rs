@@ -8,7 +8,7 @@
 //! of the store, which must have them. Files are written beside their destination and renamed; what is no regular file
 //! (a pipe, `/dev/null`) is written into.
 
-use crate::image::{Assembled, Descriptor, Index, media_type};
+use crate::image::{Assembled, Descriptor, Index, media_type, to_json};
 use crate::materialize::{MaterializeError, ReadContent, WriteOptions, write_tree};
 use crate::store::refs::{IMAGE_NAME, REF_NAME, spellings};
 use crate::store::{Store, StoreError, blob};
@@ -303,10 +303,6 @@ fn index_entries(image: &ExportImage<'_>, root: &Descriptor) -> Vec<Descriptor> 
         entry
     };
     image.names.iter().map(named).collect()
-}
-
-fn to_json(value: &impl Serialize) -> Vec<u8> {
-    serde_json::to_vec(value).expect("the documents have string keys only")
 }
 
 fn layout_index(manifests: Vec<Descriptor>) -> Index {

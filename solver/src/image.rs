@@ -374,7 +374,7 @@ fn level_history(history: &mut Vec<History>, layers: usize) {
     }
 }
 
-fn to_json(value: &impl Serialize) -> Vec<u8> {
+pub(crate) fn to_json(value: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(value).expect("the documents have string keys only")
 }
 

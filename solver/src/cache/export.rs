@@ -2,7 +2,7 @@
 
 use super::import::Hit;
 use super::{CONFIG_TYPE, Document, Entry, INDEX_TYPE, bare, deduplicated, encode_files, encode_index};
-use crate::image::{Assembled, Descriptor, Manifest, media_type};
+use crate::image::{Assembled, Descriptor, Manifest, media_type, to_json};
 use crate::op::source::ResolvedImage;
 use crate::plan::cache_key::Key;
 use crate::snapshot::{Layer, LayerBlob, Snapshot, Workspace};
@@ -160,7 +160,7 @@ pub fn assemble(document: &Document, blobs: Vec<LayerBlob>, indexes: &[Descripto
         layers: Some(layers.clone()),
         annotations: BTreeMap::new(),
     };
-    let manifest_bytes = serde_json::to_vec(&manifest).expect("a manifest has string keys only");
+    let manifest_bytes = to_json(&manifest);
     let manifest_descriptor = describe(&manifest_bytes, media_type::OCI_MANIFEST);
     Ok(Assembled {
         config_bytes,

@@ -78,11 +78,8 @@ impl Build<'_> {
             });
             let wanted = Wanted { id, vertex, parent: &parent, whole, inputs_key };
             let read = inputs.get(1..).unwrap_or_default();
-            if !self.is_indexed(read)
-                && let Some(snapshot) = self.look_up_by_inputs(&wanted)
-            {
-                self.span(id, Phase::LookUp, snapshot.top(), started, 0);
-                return Ok(snapshot);
+            if let Some(snapshot) = self.known_by_inputs(&wanted, read) {
+                return Ok(self.found(id, snapshot, started));
             }
             if !read.iter().flatten().all(is_whole) {
                 inputs = self.realize_inputs(vertex)?;
@@ -93,10 +90,7 @@ impl Build<'_> {
             add_parent(&mut parts, &parent);
             let key = parts.key();
             let reason = match self.look_up(&wanted, &key, &parts, Some(&recipe), selection.as_ref()) {
-                Ok(snapshot) => {
-                    self.span(id, Phase::LookUp, snapshot.top(), started, 0);
-                    return Ok(snapshot);
-                }
+                Ok(snapshot) => return Ok(self.found(id, snapshot, started)),
                 Err(reason) => reason,
             };
             if !parent.is_whole() {
@@ -121,6 +115,17 @@ impl Build<'_> {
             self.tell(Event::Finished { id: id.0, duration: started.elapsed() });
             return Ok(parent.with(layer, &content, Some(self.now.0)));
         }
+    }
+
+    /// A result that the inputs' own keys lead to, without the files of `read`.
+    fn known_by_inputs(&self, wanted: &Wanted<'_>, read: &[Option<Value>]) -> Option<Snapshot> {
+        if self.is_indexed(read) { None } else { self.look_up_by_inputs(wanted) }
+    }
+
+    /// Notes how long it took to find `snapshot`.
+    fn found(&self, id: VertexId, snapshot: Snapshot, started: Instant) -> Snapshot {
+        self.span(id, Phase::LookUp, snapshot.top(), started, 0);
+        snapshot
     }
 
     /// Looks for secrets in the names, links, attributes and files of a new layer.
@@ -165,11 +170,8 @@ impl Build<'_> {
             });
             let wanted = Wanted { id, vertex, parent: &parent, whole, inputs_key };
             let read = inputs.get(1..).unwrap_or_default();
-            if !self.is_indexed(read)
-                && let Some(snapshot) = self.look_up_by_inputs(&wanted)
-            {
-                self.span(id, Phase::LookUp, snapshot.top(), started, 0);
-                return Ok(snapshot);
+            if let Some(snapshot) = self.known_by_inputs(&wanted, read) {
+                return Ok(self.found(id, snapshot, started));
             }
             if !read.iter().flatten().all(is_whole) {
                 inputs = self.realize_inputs(vertex)?;
@@ -182,10 +184,7 @@ impl Build<'_> {
             let turn = self.turn(&key);
             let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
             let reason = match self.look_up(&wanted, &key, &parts, None, None) {
-                Ok(snapshot) => {
-                    self.span(id, Phase::LookUp, snapshot.top(), started, 0);
-                    return Ok(snapshot);
-                }
+                Ok(snapshot) => return Ok(self.found(id, snapshot, started)),
                 Err(reason) => reason,
             };
             if !parent.is_whole() {
