@@ -7,6 +7,7 @@
 //!   --rounds N        timed builds of each workload and tool [3]
 //!   --scratch DIR     where contexts, stores and outputs go [/var/tmp]; needs about 12 GB
 //!   --nacre FILE      another nacre than the one built with this benchmark
+//!   --docker-root DIR docker of another system, installed below DIR (see below)
 //!   --toolchain TAR   root file system with gcc, for the workloads that compile
 //!   --json FILE       all numbers
 //!   --generate DIR    only write the workloads' contexts, each to a directory of its name
@@ -20,7 +21,12 @@
 //! docker, of the daemon's; memory is the largest sum that was seen over the tool's processes of the memory that is their
 //! own (anonymous and shared, without pages of files; sampled every 40 ms, so 0 for what ends sooner). Nothing here fails because something is slow.
 //!
-//! Debian's docker.io has no OCI export: where an archive is asked for it is `docker save | gzip`, and zstd is left out (`-`).
+//! Debian 12's docker.io has no OCI export: where an archive is asked for it is `docker save | gzip`, and zstd is left out
+//! (`-`). A newer one writes the same archives as nacre; install it into a directory of its own, as root, and name that:
+//!
+//! ```text
+//! mmdebstrap --variant=minbase --include=docker.io,docker-cli,docker-buildx,ca-certificates sid DIR
+//! ```
 
 #![allow(clippy::print_stdout, clippy::print_stderr, clippy::exit, reason = "a program of its own")]
 
@@ -43,6 +49,7 @@ struct Options {
     rounds: usize,
     scratch: PathBuf,
     nacre: PathBuf,
+    docker_root: Option<PathBuf>,
     toolchain: Option<PathBuf>,
     json: Option<PathBuf>,
     generate: Option<PathBuf>,
@@ -56,6 +63,7 @@ fn options() -> Result<Options, Failure> {
         rounds: 3,
         scratch: PathBuf::from("/var/tmp"),
         nacre: PathBuf::from(env!("CARGO_BIN_EXE_nacre")),
+        docker_root: None,
         toolchain: None,
         json: None,
         generate: None,
@@ -72,6 +80,7 @@ fn options() -> Result<Options, Failure> {
             "--rounds" => options.rounds = value()?.parse::<usize>()?.max(1),
             "--scratch" => options.scratch = value()?.into(),
             "--nacre" => options.nacre = value()?.into(),
+            "--docker-root" => options.docker_root = Some(std::fs::canonicalize(value()?)?),
             "--toolchain" => options.toolchain = Some(value()?.into()),
             "--json" => options.json = Some(value()?.into()),
             "--generate" => options.generate = Some(value()?.into()),
@@ -108,7 +117,11 @@ fn run() -> Result<(), Failure> {
     }
     let scratch = tempfile::Builder::new().prefix("nacre-bench-").tempdir_in(&options.scratch)?;
     let kinds = std::iter::once(ToolKind::Nacre).chain(options.peers.iter().copied());
-    let mut tools = kinds.map(|kind| Tool::new(kind, &options.nacre, scratch.path())).collect::<Result<Vec<_>, _>>()?;
+    let docker_root = options.docker_root.as_deref();
+    let _mounts = docker_root.map(|root| tools::RootMounts::new(root, scratch.path())).transpose()?;
+    let mut tools = kinds
+        .map(|kind| Tool::new(kind, &options.nacre, docker_root, scratch.path()))
+        .collect::<Result<Vec<_>, _>>()?;
     println!("stores: {}", if tools[0].has_own_file_system() { "ext4 images" } else { "plain directories" });
     println!(
         "{:18} {:8} {:>9} {:>9} {:>9} {:>8} {:>9}  ratio",

@@ -38,6 +38,8 @@ impl ToolKind {
 pub(crate) struct Tool {
     pub(crate) kind: ToolKind,
     nacre: PathBuf,
+    /// Where docker is installed, if not in this system's root; everything has the same path there.
+    docker_root: Option<PathBuf>,
     /// Image of the store's file system, where it is mounted, and where outputs go.
     image: PathBuf,
     store: PathBuf,
@@ -50,6 +52,38 @@ fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
+/// What docker in a root of its own needs there: the kernel's file systems, and the benchmark's directory at the same path.
+pub(crate) struct RootMounts(Vec<PathBuf>);
+
+impl RootMounts {
+    pub(crate) fn new(root: &Path, scratch: &Path) -> Result<Self, Failure> {
+        let mut mounts = Self(Vec::new());
+        let mut mount = |from: &Path, at: PathBuf, kind: &str| -> Result<(), Failure> {
+            fs::create_dir_all(&at)?;
+            run(Command::new("mount").arg("--rbind").arg(from).arg(&at))?;
+            mounts.0.push(at.clone());
+            run(Command::new("mount").arg(kind).arg(&at))
+        };
+        // runc wants the root to be a mount.
+        mount(root, root.to_owned(), "--make-rprivate")?;
+        // Shared, so that a store's file system that is mounted later appears on both sides.
+        mount(scratch, scratch.to_owned(), "--make-rshared")?;
+        mount(scratch, root.join(scratch.strip_prefix("/")?), "--make-rshared")?;
+        for name in ["proc", "sys", "dev"] {
+            mount(&Path::new("/").join(name), root.join(name), "--make-rslave")?;
+        }
+        Ok(mounts)
+    }
+}
+
+impl Drop for RootMounts {
+    fn drop(&mut self) {
+        for target in self.0.iter().rev() {
+            let _ = run(Command::new("umount").arg("-R").arg("-l").arg(target));
+        }
+    }
+}
+
 /// Runs a command that must succeed.
 fn run(command: &mut Command) -> Result<(), Failure> {
     let output = command.stdin(Stdio::null()).output()?;
@@ -60,13 +94,19 @@ fn run(command: &mut Command) -> Result<(), Failure> {
 }
 
 impl Tool {
-    pub(crate) fn new(kind: ToolKind, nacre: &Path, scratch: &Path) -> Result<Self, Failure> {
+    pub(crate) fn new(
+        kind: ToolKind,
+        nacre: &Path,
+        docker_root: Option<&Path>,
+        scratch: &Path,
+    ) -> Result<Self, Failure> {
         let own = scratch.join(format!("tool-{}", kind.name()));
         let (store, out) = (own.join("store"), own.join("out"));
         fs::create_dir_all(&store)?;
         fs::create_dir(&out)?;
         let image = own.join("store.img");
-        Ok(Self { kind, nacre: nacre.to_owned(), image, store, out, mounted: false, daemon: None })
+        let docker_root = docker_root.map(Path::to_owned);
+        Ok(Self { kind, nacre: nacre.to_owned(), docker_root, image, store, out, mounted: false, daemon: None })
     }
 
     pub(crate) fn has_own_file_system(&self) -> bool {
@@ -102,16 +142,15 @@ impl Tool {
 
     fn start_daemon(&mut self) -> Result<(), Failure> {
         let log = fs::File::create(self.out.join("daemon.log"))?;
-        let child = Command::new("dockerd")
-            .arg("--data-root")
-            .arg(self.store.join("data"))
-            .arg("--exec-root")
-            .arg(self.out.join("exec"))
-            .arg("--pidfile")
-            .arg(self.out.join("daemon.pid"))
-            .arg("-H")
-            .arg(self.socket())
-            .args(["--iptables=false", "--bridge=none", "--ip-forward=false"])
+        let mut command = self.docker("dockerd");
+        command.arg("--data-root").arg(self.store.join("data")).arg("--exec-root").arg(self.out.join("exec"));
+        command.arg("--pidfile").arg(self.out.join("daemon.pid")).arg("-H").arg(self.socket());
+        command.args(["--iptables=false", "--ip6tables=false", "--bridge=none", "--ip-forward=false"]);
+        if self.docker_root.is_some() {
+            // The exporters of archives need it.
+            command.args(["--feature", "containerd-snapshotter=true"]);
+        }
+        let child = command
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
@@ -120,13 +159,26 @@ impl Tool {
         self.daemon = Some(child);
         let started = Instant::now();
         loop {
-            if run(Command::new("/usr/bin/docker").arg("-H").arg(self.socket()).arg("info")).is_ok() {
+            if run(self.docker("docker").arg("-H").arg(self.socket()).arg("info")).is_ok() {
                 return Ok(());
             }
             if started.elapsed() > Duration::from_secs(30) {
                 return Err(fs::read_to_string(self.out.join("daemon.log"))?.into());
             }
             std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// A program of docker's.
+    fn docker(&self, program: &str) -> Command {
+        match &self.docker_root {
+            Some(root) => {
+                let mut command = Command::new("chroot");
+                command.arg(root).arg(program);
+                command
+            }
+            // Debian's, should another be in front of it on the path.
+            None => Command::new(Path::new(if program == "dockerd" { "/usr/sbin" } else { "/usr/bin" }).join(program)),
         }
     }
 
@@ -170,9 +222,17 @@ impl Tool {
                 command
             }
             ToolKind::Docker => {
-                let mut command = Command::new("/usr/bin/docker");
+                let mut command = self.docker("docker");
                 command.env("DOCKER_BUILDKIT", "1").arg("-H").arg(self.socket());
-                command.args(["build", "-q", "--network=host", "-t", name]).arg(context);
+                command.args(["build", "-q", "--network=host"]);
+                match archive {
+                    Some((path, codec)) if self.docker_root.is_some() => {
+                        command.args(["--provenance=false", "-o"]);
+                        command.arg(format!("type=oci,dest={},compression={codec}", path.display()))
+                    }
+                    _ => command.args(["-t", name]),
+                };
+                command.arg(context);
                 command
             }
         }
@@ -203,6 +263,7 @@ impl Tool {
                 commands.push(push);
             }
             // It writes archives without compression only.
+            (ToolKind::Docker, Some(_)) if self.docker_root.is_some() => {}
             (ToolKind::Docker, Some("gzip")) => {
                 let mut save = Command::new("sh");
                 let (socket, archive) = (self.socket(), archive.display());
