@@ -60,7 +60,8 @@ fn write_cache(
     let compression = snapshot::Compression { codec, level, clamp_mtime: None, force: target.force_compression };
     // What a registry has may be in the one where the cache goes.
     let later = matches!(target.place, CachePlace::Registry(_));
-    let blobs = layer_blobs(workspace, &layers, compression, later, live.events, &|_, _| ()).map_err(snapshot_error)?;
+    let blobs =
+        layer_blobs(workspace, &layers, compression, later, None, live.events, &|_, _| ()).map_err(snapshot_error)?;
     let by_layer = layers.iter().map(|layer| layer.id().clone()).zip(blobs.iter().cloned()).collect::<HashMap<_, _>>();
     let bases = results.iter().flat_map(|snapshot| snapshot.layers()).filter_map(|layer| {
         let (image, at) = layer.image()?;

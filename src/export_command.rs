@@ -8,12 +8,12 @@ use nacre_frontend::llb::Image;
 use nacre_frontend::reference::Reference;
 use nacre_solver::cache::INLINE_MEMBER;
 use nacre_solver::cache::export::{StepResult, inline_document};
-use nacre_solver::export::{self, Dest, ExportError, ExportImage};
+use nacre_solver::export::{self, Archive, Dest, ExportError, ExportImage};
 use nacre_solver::image::{Annotations, Assembled, Descriptor, Media, Timestamp, assemble, assemble_index};
 use nacre_solver::op::source::{ResolvedImage, SourceContext};
 use nacre_solver::push::{PushBlob, PushError, PushImage, PushReport, push, push_ahead};
 use nacre_solver::registry::{RegistryError, RemoteImage, Uploaded};
-use nacre_solver::snapshot::{self, Layer, LayerBlob, Snapshot, SnapshotError, Workspace};
+use nacre_solver::snapshot::{self, AlsoTo, Layer, LayerBlob, Snapshot, SnapshotError, Workspace};
 use nacre_solver::solve::{Event, Phase, Solved, Span};
 use nacre_solver::tree::Node;
 use nacre_solver::tree::blob::Codec;
@@ -238,18 +238,24 @@ fn write_image(
     let targets = output.push.map(|how| targets(&names, how)).transpose()?.unwrap_or_default();
     let mut ahead = BTreeMap::new();
     let mut images = Vec::new();
+    let archive = match &output.kind {
+        OutputKind::Oci { dest, tar: true } | OutputKind::Docker { dest, tar: true } if built.len() == 1 => {
+            Archive::begin(&destination(dest)).map_err(export_error)?
+        }
+        _ => None,
+    };
     for one in built.iter() {
         let made = one.snapshot().layers();
         let later = output.kind == OutputKind::Registry;
         let layers = match targets.first() {
-            None => layer_blobs(workspace, &made, compression, later, live.events, &|_, _| ()),
+            None => layer_blobs(workspace, &made, compression, later, archive.as_ref(), live.events, &|_, _| ()),
             // What is compressed goes out while the rest still is.
             Some(target) => std::thread::scope(|scope| {
                 let (sender, blobs) = mpsc::channel();
                 let sending =
                     scope.spawn(|| push_ahead(blobs, target, &workspace.sources, &shown(live.events), live.stop));
                 let tell = |layer: &Layer, blob: &LayerBlob| drop(sender.send(push_blob(layer, &blob.descriptor)));
-                let layers = layer_blobs(workspace, &made, compression, later, live.events, &tell);
+                let layers = layer_blobs(workspace, &made, compression, later, None, live.events, &tell);
                 drop(sender);
                 ahead.extend(sending.join().unwrap_or_default());
                 layers
@@ -284,7 +290,10 @@ fn write_image(
         }
         _ => export::Output::Store,
     };
-    if output.kind == OutputKind::Registry {
+    if let Some(archive) = archive {
+        let docker = matches!(output.kind, OutputKind::Docker { .. });
+        archive.finish(&image, &workspace.store, docker).map_err(export_error)?;
+    } else if output.kind == OutputKind::Registry {
         // Only documents: the base's layers may never be needed here.
         let nameless = ExportImage { names: &[], ..image };
         export::put_in_store(&nameless, &workspace.store).map_err(export_error)?;
@@ -381,12 +390,14 @@ fn canonical_names(names: &[String]) -> Result<Vec<String>, CommandError> {
     names.iter().map(canonical).collect()
 }
 
-/// The layers as blobs, several made at once; `made` is told of each. With `later`, base layers are only named.
+/// The layers as blobs, several made at once; `made` is told of each. With `later`, base layers are only named. Layers
+/// go into `archive` as they are made.
 pub(crate) fn layer_blobs(
     workspace: &Workspace,
     layers: &[Layer],
     compression: snapshot::Compression,
     later: bool,
+    archive: Option<&Archive>,
     events: &(dyn Fn(Event) + Sync),
     made: &(dyn Fn(&Layer, &LayerBlob) + Sync),
 ) -> Result<Vec<LayerBlob>, SnapshotError> {
@@ -401,9 +412,14 @@ pub(crate) fn layer_blobs(
                     // A layer that a registry gave may be in the one where it is to go.
                     let known = if later { workspace.original_blob(layer, compression) } else { None };
                     let started = Instant::now();
-                    let result = known.map_or_else(|| workspace.blob(layer, compression), Ok);
+                    let mut place = archive.and_then(|archive| archive.layer(at));
+                    let also = place.as_mut().map(|place| place as &mut dyn AlsoTo);
+                    let result = known.map_or_else(|| workspace.blob(layer, compression, also), Ok);
                     if let Ok(blob) = &result {
                         made(layer, blob);
+                        if let Some(place) = place {
+                            place.end(&blob.descriptor, &workspace.store);
+                        }
                     }
                     let bytes = result.as_ref().map_or(0, |blob| blob.descriptor.size);
                     let (layer, duration) = (Some(layer.id().clone()), started.elapsed());

@@ -45,6 +45,7 @@ fn main() -> ExitCode {
     if args.get(1).is_some_and(|word| word == "__sandbox") {
         return build_command::sandbox();
     }
+    nacre_solver::sys::forgo_huge_pages();
     // Ends by itself with code 2 and a usage line, or with 0 after --help.
     let cli = Cli::parse_from(cli::without_docker_groups(args));
     let env = Environment::of_process();

@@ -4,22 +4,25 @@
 //! type=oci     blobs/sha256/…  index.json  oci-layout
 //! type=docker  the same and manifest.json: what `docker save` writes, for `docker load` and `podman load`
 //! ```
-//! Archives depend on the image and its names alone: entries are sorted, owners and times are zero. Blobs are streamed out
-//! of the store, which must have them. Files are written beside their destination and renamed; what is no regular file
+//! Archives depend on the image and its names alone: layers in their order, then documents by digest, owners and times are
+//! zero. Blobs are streamed out of the store, which must have them, or written while they are made ([`Archive`]). Files are written beside their destination and renamed; what is no regular file
 //! (a pipe, `/dev/null`) is written into.
 
 use crate::image::{Assembled, Descriptor, Index, media_type, to_json};
 use crate::materialize::{MaterializeError, ReadContent, WriteOptions, write_tree};
+use crate::snapshot::AlsoTo;
 use crate::store::refs::{IMAGE_NAME, REF_NAME, spellings};
 use crate::store::{Store, StoreError, blob};
 use crate::tree::Tree;
-use crate::tree::layer::{LayerError, Open, TarOptions, TarSink, write_tar};
+use crate::tree::layer::{LayerError, Open, TarOptions, write_tar};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::io::{self, BufWriter, Read, Seek, Write};
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use tempfile::NamedTempFile;
 
 /// Annotation with the date of an image.
 const CREATED: &str = "org.opencontainers.image.created";
@@ -147,17 +150,17 @@ pub fn export(
     stdout: &mut dyn Write,
 ) -> Result<(), ExportError> {
     match output {
-        Output::Oci { dest, tar: true } => to_dest(dest, stdout, |out| write_archive(image, store, false, out)),
+        Output::Oci { dest, tar: true } => to_dest(dest, stdout, |out| write_archive(image, store, false, &[], out)),
         Output::Oci { dest: Dest::Path(path), tar: false } => write_layout(image, store, path),
         Output::Oci { dest: Dest::Stdout, tar: false } => Err(ExportError::DirectoryToStdout),
         Output::Docker { dest } => {
             if image.images.len() != 1 {
                 return Err(ExportError::ManyPlatforms { count: image.images.len() });
             }
-            to_dest(dest, stdout, |out| write_archive(image, store, true, out))
+            to_dest(dest, stdout, |out| write_archive(image, store, true, &[], out))
         }
         Output::Tar { dest, tree, open, options } => to_dest(dest, stdout, |out| {
-            write_tar(tree, open, options, &mut Plain(out)).map_err(|error| match error {
+            write_tar(tree, open, options, out).map_err(|error| match error {
                 LayerError::Write { source } => Problem::Write(source),
                 other => Problem::Other(ExportError::Tar(other)),
             })
@@ -180,14 +183,6 @@ pub fn put_in_store(image: &ExportImage<'_>, store: &Store) -> Result<(), Export
         store.tag(name, root)?;
     }
     Ok(())
-}
-
-struct Plain<'a>(&'a mut dyn Write);
-
-impl TarSink for Plain<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.0.write_all(bytes)
-    }
 }
 
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ExportError {
@@ -239,23 +234,30 @@ fn to_dest(
     };
     // Through a symlink to where it points; a renamed file would take the link's place.
     let target = fs::canonicalize(path).unwrap_or_else(|_| path.clone());
-    let finish = |out: BufWriter<&File>| out.into_inner().map(drop).map_err(|error| Problem::Write(error.into_error()));
     if fs::metadata(&target).is_ok_and(|metadata| !metadata.is_file()) {
         let file = File::options().write(true).open(&target).map_err(io_error("open", path))?;
-        let mut out = BufWriter::with_capacity(256 << 10, &file);
-        return write(&mut out).and_then(|()| finish(out)).map_err(named);
+        return buffered(&file, write).map_err(named);
     }
-    let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let temporary = tempfile::Builder::new()
-        .prefix(".nacre-")
-        // The umask takes away what it does.
-        .permissions(fs::Permissions::from_mode(0o666))
-        .tempfile_in(parent)
-        .map_err(io_error("create", path))?;
-    let mut out = BufWriter::with_capacity(256 << 10, temporary.as_file());
-    write(&mut out).and_then(|()| finish(out)).map_err(named)?;
+    let temporary = beside(path, &target)?;
+    buffered(temporary.as_file(), write).map_err(named)?;
     temporary.persist(&target).map_err(|error| io_error("rename to", path)(error.error))?;
     Ok(())
+}
+
+/// Gives `write` a buffer in front of the file.
+fn buffered(file: &File, write: impl FnOnce(&mut dyn Write) -> Result<(), Problem>) -> Result<(), Problem> {
+    let mut out = BufWriter::with_capacity(256 << 10, file);
+    write(&mut out)?;
+    out.into_inner().map(drop).map_err(|error| Problem::Write(error.into_error()))
+}
+
+/// A file that will take the place of `target`, which the user calls `path`.
+fn beside(path: &Path, target: &Path) -> Result<NamedTempFile, ExportError> {
+    let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut builder = tempfile::Builder::new();
+    // The umask takes away what it does.
+    builder.prefix(".nacre-").permissions(fs::Permissions::from_mode(0o666));
+    builder.tempfile_in(parent).map_err(io_error("create", path))
 }
 
 /// Documents by digest.
@@ -309,28 +311,26 @@ fn layout_index(manifests: Vec<Descriptor>) -> Index {
     Index { schema_version: 2, media_type: media_type::OCI_INDEX.to_owned(), manifests, ..Index::default() }
 }
 
-/// Writes a layout as tar, for docker with its own manifest.
-fn write_archive(image: &ExportImage<'_>, store: &Store, docker: bool, out: &mut dyn Write) -> Result<(), Problem> {
-    let (root, documents, layers) = parts(image)?;
-    directory(out, "blobs/")?;
-    directory(out, "blobs/sha256/")?;
-    let digests: BTreeSet<&str> = documents.keys().chain(layers.keys()).copied().collect();
-    for digest in digests {
-        let name = format!("blobs/sha256/{}", blob::digest_hex(digest)?);
-        if let Some(bytes) = documents.get(digest) {
-            file(out, &name, bytes)?;
-            continue;
+/// Writes a layout as tar, for docker with its own manifest. Of the layers, the first `there` are in it already.
+fn write_archive(
+    image: &ExportImage<'_>,
+    store: &Store,
+    docker: bool,
+    there: &[String],
+    out: &mut dyn Write,
+) -> Result<(), Problem> {
+    let (root, documents, _) = parts(image)?;
+    if there.is_empty() {
+        out.write_all(&directories()?)?;
+    }
+    let mut written: BTreeSet<&str> = there.iter().map(String::as_str).collect();
+    for layer in image.images.iter().flat_map(|one| &one.layers) {
+        if written.insert(&layer.digest) {
+            copy_layer(layer, store, out)?;
         }
-        let size = layers[digest].size;
-        let mut blob = open_whole(store, digest, size)?;
-        header(out, &name, tar::EntryType::Regular, 0o644, size)?;
-        let copied = blob::copy(&mut blob, out)?;
-        // The store's blobs do not change; if one does all the same, the archive would be broken without this.
-        if copied != size {
-            let path = store.blob_path(digest)?;
-            return Err(StoreError::SizeMismatch { path, expected: size, found: copied }.into());
-        }
-        pad(out, size)?;
+    }
+    for (digest, bytes) in documents {
+        file(out, &blob_name(digest)?, bytes)?;
     }
     file(out, "index.json", &to_json(&layout_index(index_entries(image, root))))?;
     if docker {
@@ -339,6 +339,170 @@ fn write_archive(image: &ExportImage<'_>, store: &Store, docker: bool, out: &mut
     file(out, "oci-layout", LAYOUT)?;
     out.write_all(&[0; 1024])?;
     Ok(())
+}
+
+/// What archives begin with.
+fn directories() -> io::Result<Vec<u8>> {
+    let mut out = Vec::new();
+    directory(&mut out, "blobs/")?;
+    directory(&mut out, "blobs/sha256/")?;
+    Ok(out)
+}
+
+fn blob_name(digest: &str) -> Result<String, StoreError> {
+    Ok(format!("blobs/sha256/{}", blob::digest_hex(digest)?))
+}
+
+fn copy_layer(layer: &Descriptor, store: &Store, out: &mut dyn Write) -> Result<(), Problem> {
+    let (digest, size) = (&layer.digest, layer.size);
+    let mut blob = open_whole(store, digest, size)?;
+    header(out, &blob_name(digest)?, tar::EntryType::Regular, 0o644, size)?;
+    let copied = blob::copy(&mut blob, out)?;
+    // The store's blobs do not change; if one does all the same, the archive would be broken without this.
+    if copied != size {
+        let path = store.blob_path(digest)?;
+        return Err(StoreError::SizeMismatch { path, expected: size, found: copied }.into());
+    }
+    Ok(pad(out, size)?)
+}
+
+/// An archive in a file that is begun before its layers are there. A layer is written into it while it is made, if it is
+/// the next one; else it is copied out of the store. The bytes are the same.
+pub struct Archive {
+    /// As the user calls it, and what it is.
+    path: PathBuf,
+    target: PathBuf,
+    temporary: NamedTempFile,
+    begun: Mutex<Begun>,
+}
+
+/// How far an archive is.
+struct Begun {
+    end: u64,
+    /// The layer that comes next.
+    next: usize,
+    /// Somebody writes it.
+    busy: bool,
+    /// Digests of those that are in.
+    there: Vec<String>,
+}
+
+impl Archive {
+    /// Begins an archive; `None` when the destination is not a file of its own.
+    pub fn begin(dest: &Dest) -> Result<Option<Self>, ExportError> {
+        let Dest::Path(path) = dest else { return Ok(None) };
+        let target = fs::canonicalize(path).unwrap_or_else(|_| path.clone());
+        if fs::metadata(&target).is_ok_and(|metadata| !metadata.is_file()) {
+            return Ok(None);
+        }
+        let temporary = beside(path, &target)?;
+        let begin = directories().map_err(io_error("write", path))?;
+        temporary.as_file().write_all_at(&begin, 0).map_err(io_error("write", path))?;
+        let begun = Begun { end: begin.len() as u64, next: 0, busy: false, there: Vec::new() };
+        Ok(Some(Self { path: path.clone(), target, temporary, begun: Mutex::new(begun) }))
+    }
+
+    fn begun(&self) -> MutexGuard<'_, Begun> {
+        self.begun.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A place for layer number `at`, if it is its turn.
+    pub fn layer(&self, at: usize) -> Option<ArchiveLayer<'_>> {
+        let mut begun = self.begun();
+        if begun.busy || begun.next != at {
+            return None;
+        }
+        begun.busy = true;
+        Some(ArchiveLayer { archive: self, start: begun.end + 512, size: 0, failed: false })
+    }
+
+    /// Writes the rest. All layers must be in the store.
+    pub fn finish(self, image: &ExportImage<'_>, store: &Store, docker: bool) -> Result<(), ExportError> {
+        if docker && image.images.len() != 1 {
+            return Err(ExportError::ManyPlatforms { count: image.images.len() });
+        }
+        let Begun { end, there, .. } = self.begun.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let mut file = self.temporary.as_file();
+        let path = &self.path;
+        // What a layer left that did not come to its end.
+        file.set_len(end).map_err(io_error("write", path))?;
+        file.seek(io::SeekFrom::End(0)).map_err(io_error("write", path))?;
+        // The directories are in, too.
+        let there = if there.is_empty() { vec![String::new()] } else { there };
+        buffered(file, |out| write_archive(image, store, docker, &there, out)).map_err(|problem| match problem {
+            Problem::Write(source) => ExportError::Io { action: "write", path: path.clone(), source },
+            Problem::Other(error) => error,
+        })?;
+        self.temporary.persist(&self.target).map_err(|error| io_error("rename to", path)(error.error))?;
+        Ok(())
+    }
+}
+
+/// A layer on its way into an [`Archive`]. Dropped without [`ArchiveLayer::end`], it leaves nothing.
+pub struct ArchiveLayer<'a> {
+    archive: &'a Archive,
+    start: u64,
+    size: u64,
+    /// What cannot be written now is written at the end, where failure is told.
+    failed: bool,
+}
+
+impl ArchiveLayer<'_> {
+    /// The layer is made. Nothing of it has been written if it was there before; it is copied then.
+    pub fn end(mut self, layer: &Descriptor, store: &Store) {
+        if self.archive.begun().there.contains(&layer.digest) {
+            self.archive.begun().next += 1;
+            return;
+        }
+        if self.size == 0
+            && let Ok(mut blob) = open_whole(store, &layer.digest, layer.size)
+        {
+            self.failed |= blob::copy(&mut blob, &mut self).is_err();
+        }
+        if !self.failed && self.size == layer.size && self.frame(&layer.digest).is_ok() {
+            let mut begun = self.archive.begun();
+            begun.end = (self.start + self.size).next_multiple_of(512);
+            begun.next += 1;
+            begun.there.push(layer.digest.clone());
+        }
+    }
+
+    /// Writes what stands before and after a blob.
+    fn frame(&self, digest: &str) -> Result<(), Problem> {
+        let (mut before, mut after) = (Vec::new(), Vec::new());
+        header(&mut before, &blob_name(digest)?, tar::EntryType::Regular, 0o644, self.size)?;
+        pad(&mut after, self.size)?;
+        let file = self.archive.temporary.as_file();
+        file.write_all_at(&before, self.start - 512)?;
+        Ok(file.write_all_at(&after, self.start + self.size)?)
+    }
+}
+
+impl AlsoTo for ArchiveLayer<'_> {
+    fn restart(&mut self) {
+        self.size = 0;
+    }
+}
+
+impl Write for ArchiveLayer<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if !self.failed {
+            let at = self.start + self.size;
+            self.failed = self.archive.temporary.as_file().write_all_at(bytes, at).is_err();
+        }
+        self.size += bytes.len() as u64;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for ArchiveLayer<'_> {
+    fn drop(&mut self) {
+        self.archive.begun().busy = false;
+    }
 }
 
 /// `manifest.json` of docker archives.

@@ -21,7 +21,8 @@ use crate::op::source::{self, Form, ImageLayer, ResolvedImage, SourceContext, So
 use crate::op::unpacked::UnpackError;
 use crate::plan::cache_key::Key;
 use crate::sandbox::Cancel;
-use crate::store::chunks::KnownChunks;
+use crate::store::blob::BlobWriter;
+use crate::store::chunks::{BlobChunks, KnownChunks};
 use crate::store::layers::pulled_layer_id;
 use crate::store::{Store, StoreError};
 use crate::tree::blob::{BlobInfo, BlobOptions, ChunkCache, Codec, write_blob};
@@ -30,7 +31,7 @@ use crate::tree::{LayerId, Node, Origin, Tree};
 use std::collections::{HashMap, VecDeque};
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -573,8 +574,14 @@ impl Workspace {
         stays.then(|| LayerBlob { descriptor: layer.descriptor.clone(), diff_id: layer.diff_id.clone() })
     }
 
-    /// The layer as a blob in the store; makes it when there is none.
-    pub fn blob(&self, layer: &Layer, compression: Compression) -> Result<LayerBlob, SnapshotError> {
+    /// The layer as a blob in the store; makes it when there is none, and writes it to `also` while it does: all of it
+    /// or, when it was there already, nothing.
+    pub fn blob(
+        &self,
+        layer: &Layer,
+        compression: Compression,
+        mut also: Option<&mut dyn AlsoTo>,
+    ) -> Result<LayerBlob, SnapshotError> {
         let recipe = match &layer.0.made {
             Made::Image(image, at) if !compression.force || is_codec(&image.layers[*at], compression.codec) => {
                 source::ensure_blob(image, *at, &self.sources)?;
@@ -614,18 +621,56 @@ impl Workspace {
             }
             _ => self.open(node),
         };
-        let mut writer = self.store.trusting_blob_writer()?;
-        let chunks = (codec != Codec::None).then(|| self.chunks.get_or_init(|| self.store.known_chunks()).blob());
-        let cache = chunks.as_ref().map(|chunks| chunks as &dyn ChunkCache);
         let options = BlobOptions { tar: TarOptions { clamp_mtime }, codec, level, threads: self.threads };
-        let info = write_blob(&tree, &open, &options, cache, &mut writer)
-            .map_err(|source| SnapshotError::Layer { layer: name.clone(), source })?;
-        writer.commit(Some(&info.digest))?;
+        let mut write = |chunks: Option<&BlobChunks<'_>>| -> Result<BlobInfo, SnapshotError> {
+            if let Some(also) = &mut also {
+                also.restart();
+            }
+            let mut out = Both { blob: self.store.trusting_blob_writer()?, also: also.as_deref_mut() };
+            let info = write_blob(&tree, &open, &options, chunks.map(|chunks| chunks as &dyn ChunkCache), &mut out)
+                .map_err(|source| SnapshotError::Layer { layer: name.clone(), source })?;
+            out.blob.commit(Some(&info.digest))?;
+            Ok(info)
+        };
+        let begin = || self.chunks.get_or_init(|| self.store.known_chunks()).blob();
+        let mut chunks = (codec != Codec::None).then(begin);
+        let mut info = write(chunks.as_ref());
+        if let Err(SnapshotError::Layer { source: LayerError::Remembered, .. }) = info {
+            chunks = None;
+            info = write(None);
+        }
+        let info = info?;
         if let Some(chunks) = chunks {
             self.store.put_chunks(&info.digest, chunks);
         }
         self.store.set_blob_memo(&layer.0.id, codec, level, clamp_mtime, &info)?;
         Ok(layer_blob(info))
+    }
+}
+
+/// Takes a blob beside the store.
+pub trait AlsoTo: Write {
+    /// The blob comes from its first byte on, whatever came before.
+    fn restart(&mut self);
+}
+
+/// A blob on its way to two places.
+struct Both<'a, 'b> {
+    blob: BlobWriter,
+    also: Option<&'a mut (dyn AlsoTo + 'b)>,
+}
+
+impl Write for Both<'_, '_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.blob.write_all(bytes)?;
+        if let Some(also) = &mut self.also {
+            also.write_all(bytes)?;
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 

@@ -35,6 +35,7 @@ pub(super) struct Progress {
 /// Runs as the supervisor of one step; never returns. The binary's `main` calls this first thing, before anything
 /// makes a thread, when its first argument is [`super::SANDBOX_ARGUMENT`].
 pub fn sandbox_main() -> ! {
+    sys::forgo_huge_pages();
     let code = match std::env::args_os().nth(1 + 1) {
         Some(word) if word == probe::ARGUMENT => probe::main(),
         _ => main(),
@@ -60,8 +61,9 @@ fn main() -> i32 {
         return MISUSE;
     }
     let answer = supervise(&order.spec);
-    let written = serde_json::to_writer(&mut channel, &answer);
-    i32::from(written.is_err())
+    // At once: a channel is no buffer.
+    let written = serde_json::to_vec(&answer).map(|answer| std::io::Write::write_all(&mut channel, &answer));
+    i32::from(!matches!(written, Ok(Ok(()))))
 }
 
 fn read_order(channel: &mut std::fs::File) -> std::io::Result<Order<RunSpec>> {

@@ -490,6 +490,9 @@ pub fn run_for(
     let program = supervisor_program().map_err(prepare("open the program itself"))?;
     let mut command = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()));
     command.arg0("nacre").arg(SANDBOX_ARGUMENT).env_clear();
+    if sys::gives_huge_pages() {
+        command.env(sys::HUGE_PAGES, "1");
+    }
     command.stdin(channel).stdout(Stdio::piped()).stderr(Stdio::piped());
     // A Ctrl-C at the terminal is for the builder alone; it decides what happens to its steps.
     command.process_group(0);

@@ -173,10 +173,19 @@ impl Build<'_> {
         self.results.lock().unwrap_or_else(PoisonError::into_inner).insert(wanted.id.0, result);
     }
 
-    /// Says why a step runs: what differs from its last record, here or elsewhere.
-    pub(super) fn explain(&self, id: VertexId, reason: Reason, parts: &Parts, selection: Option<&Tree>) {
+    /// Says why a step runs: what differs from its last record, here or elsewhere. Gives what it made then, if its files
+    /// differ.
+    pub(super) fn explain(
+        &self,
+        id: VertexId,
+        reason: Reason,
+        parts: &Parts,
+        selection: Option<&Tree>,
+    ) -> Option<Arc<Tree>> {
+        let mut before = None;
         let reason = match reason {
             Reason::FirstBuild => self.last(id, parts).map_or(Reason::FirstBuild, |(old, layer)| {
+                before.clone_from(&layer);
                 let old: Vec<(String, String)> = old.into_iter().map(|part| (part.name, part.value)).collect();
                 let mut differences = parts.differences(&old);
                 differences.retain(|difference| difference.part != "arguments" || differences_only(&old, parts));
@@ -199,6 +208,7 @@ impl Build<'_> {
             other => other,
         };
         self.tell(Event::Explained { id: id.0, reason: reason.to_string() });
+        before
     }
 
     /// The parts of the last record of a step, and the files that it selected then.

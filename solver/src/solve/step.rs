@@ -9,7 +9,7 @@ use crate::leak::{Leak, LeakStream};
 use crate::op::file::{FileOp, Recipe, Value};
 use crate::op::run::{self, RunError};
 use crate::snapshot::{Layer, Made, Snapshot, SnapshotError};
-use crate::tree::{Kind, Node, Tree, index};
+use crate::tree::{Entry, Kind, Node, Tree, index};
 use nacre_frontend::llb::{RunOp, Vertex, VertexId};
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
@@ -98,12 +98,16 @@ impl Build<'_> {
                 continue;
             }
             self.tell(Event::Started { id: id.0 });
-            self.explain(id, reason, &parts, selection.as_ref());
+            let before = self.explain(id, reason, &parts, selection.as_ref());
             // As large as the layer itself, and only of use to caches that are to be written.
             let selection = selection.filter(|_| self.request.collect);
             self.span(id, Phase::LookUp, None, started, 0);
             let working = Instant::now();
-            let tree = Arc::new(recipe.carry_out(self.workspace)?);
+            let mut tree = recipe.carry_out(self.workspace)?;
+            if let Some(before) = before {
+                self.keep_times(&mut tree, &before);
+            }
+            let tree = Arc::new(tree);
             self.check_for_secrets(&tree)?;
             self.span(id, Phase::Run, None, working, 0);
             let (storing, bytes) = (Instant::now(), file_bytes(&tree));
@@ -114,6 +118,20 @@ impl Build<'_> {
             self.span(id, Phase::Hash, Some(&layer), storing, bytes);
             self.tell(Event::Finished { id: id.0, duration: started.elapsed() });
             return Ok(parent.with(layer, &content, Some(self.now.0)));
+        }
+    }
+
+    /// Directories that the step made when it ran before, and makes again, keep their times. They stand in front of what they
+    /// hold: the beginning of the blob, up to the first change, stays what it was and need not be made again.
+    fn keep_times(&self, tree: &mut Tree, before: &Tree) {
+        for node in tree.nodes_mut() {
+            if matches!(node.entry.kind, Kind::Dir { .. }) && node.entry.mtime == self.now {
+                let old = before.get(&node.entry.path).map(|old| &old.entry);
+                let same = |old: &&Entry| Entry { mtime: self.now, ..Entry::clone(old) } == node.entry;
+                if let Some(old) = old.filter(same) {
+                    node.entry.mtime = old.mtime;
+                }
+            }
         }
     }
 

@@ -19,15 +19,13 @@
 //! against [`Limits`]. Parents without an entry of their own stay implied.
 
 use std::collections::BTreeMap;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::ops::Bound;
 
 use super::index::link_groups;
 use super::tar_stream::{BLOCK, Header, TarStream, padding, read_some, show};
-use super::{ContentDigest, Entry, Kind, Node, Origin, Tree, file_name, join, parent};
+use super::{Entry, Kind, Node, Origin, Tree, file_name, join, parent};
 
-/// Files are offered for cutting at multiples of this.
-pub const CUT_SIZE: u64 = 1 << 20;
 const WHITEOUT_PREFIX: &[u8] = b".wh.";
 const OPAQUE_NAME: &[u8] = b".wh..wh..opq";
 /// Twice what Linux takes in one call; bounds what a long name can cost.
@@ -55,6 +53,9 @@ pub enum LayerError {
         /// Path in the layer.
         path: String,
     },
+    /// What was remembered of an earlier layer is damaged.
+    #[error("a remembered chunk is damaged")]
+    Remembered,
     /// The output failed.
     #[error("cannot write the layer")]
     Write {
@@ -142,117 +143,146 @@ pub struct TarOptions {
     pub clamp_mtime: Option<i64>,
 }
 
-/// Takes a tar stream together with the places where it may be cut.
-pub trait TarSink {
-    /// The next bytes.
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()>;
-
-    /// Next come the headers of this entry.
-    fn boundary(&mut self, path: &[u8]) -> io::Result<()> {
-        let _ = path;
-        Ok(())
-    }
-
-    /// Next comes this offset, a multiple of [`CUT_SIZE`] and not 0, of a file of `size` bytes.
-    fn inside(&mut self, offset: u64, size: u64) -> io::Result<()> {
-        let _ = (offset, size);
-        Ok(())
-    }
-}
-
-impl TarSink for Vec<u8> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.extend_from_slice(bytes);
-        Ok(())
-    }
-}
-
 /// Opens the bytes of a regular file.
-pub type Open<'a> = dyn Fn(&Node) -> io::Result<Box<dyn Read + Send>> + 'a;
+pub type Open<'a> = dyn Fn(&Node) -> io::Result<Box<dyn Read + Send>> + Sync + 'a;
+
+/// What ends a tar stream.
+pub(super) const END: [u8; 2 * BLOCK] = [0; 2 * BLOCK];
+
+/// The nodes of a tree as entries of a tar stream, any of them at any time.
+pub(super) struct TarEntries<'a> {
+    nodes: &'a [Node],
+    options: &'a TarOptions,
+    /// Of hard links, by number: the name that carries the data. Empty when there are none.
+    leaders: Vec<u32>,
+    groups: Vec<u32>,
+}
+
+impl<'a> TarEntries<'a> {
+    /// Fails for names that no tar can hold.
+    pub(super) fn new(tree: &'a Tree, options: &'a TarOptions) -> Result<Self, LayerError> {
+        let nodes = tree.nodes();
+        for Node { entry, .. } in nodes {
+            if entry.xattrs.keys().any(|name| name.contains(&b'=') || name.contains(&0)) {
+                return Err(LayerError::Unsupported { path: show(&entry.path), what: "an xattr name with `=`" });
+            }
+        }
+        let groups = link_groups(tree);
+        let mut leaders = vec![u32::MAX; groups.iter().max().map_or(0, |&last| last as usize + 1)];
+        for (at, &group) in groups.iter().enumerate() {
+            let leader = &mut leaders[group as usize];
+            *leader = (*leader).min(at as u32);
+        }
+        Ok(Self { nodes, options, leaders, groups })
+    }
+
+    pub(super) fn nodes(&self) -> &'a [Node] {
+        self.nodes
+    }
+
+    /// Appends the header blocks of a node, and gives the size of the content that follows them.
+    pub(super) fn put_head(&self, at: usize, out: &mut Vec<u8>) -> u64 {
+        let entry = &self.nodes[at].entry;
+        let mut header = Header::of(entry, self.options);
+        if entry.path.is_empty() {
+            if let Kind::Dir { opaque: true } = entry.kind {
+                header.opaque_marker(b"").encode_to(out);
+            }
+            return 0;
+        }
+        if let Kind::File { size, .. } = entry.kind {
+            let group = self.groups[at];
+            let leader = self.leaders[group as usize] as usize;
+            if group != 0 && leader != at {
+                header.typeflag = b'1';
+                header.link.clone_from(&self.nodes[leader].entry.path);
+            } else {
+                header.size = size;
+            }
+        }
+        header.encode_to(out);
+        if let Kind::Dir { opaque: true } = entry.kind {
+            header.opaque_marker(&entry.path).encode_to(out);
+        }
+        header.size
+    }
+}
 
 /// Writes a tree as a tar stream. Sizes, and digests where the tree has them, are checked against the bytes that
 /// `open` gives.
-pub fn write_tar(tree: &Tree, open: &Open<'_>, options: &TarOptions, out: &mut dyn TarSink) -> Result<(), LayerError> {
+pub fn write_tar(tree: &Tree, open: &Open<'_>, options: &TarOptions, out: &mut dyn Write) -> Result<(), LayerError> {
     let write_error = |source| LayerError::Write { source };
-    // Group number -> name that carries the data.
-    let mut leaders: Vec<Option<&[u8]>> = vec![None; tree.nodes().len() + 1];
+    let entries = TarEntries::new(tree, options)?;
+    let mut head = Vec::new();
     let mut buffer = vec![0; 1 << 17];
-    for (node, link_group) in tree.nodes().iter().zip(link_groups(tree)) {
-        let entry = &node.entry;
-        let mut header = Header::of(entry, options);
-        if entry.xattrs.keys().any(|name| name.contains(&b'=') || name.contains(&0)) {
-            return Err(LayerError::Unsupported { path: show(&entry.path), what: "an xattr name with `=`" });
+    for (at, node) in entries.nodes().iter().enumerate() {
+        head.clear();
+        let size = entries.put_head(at, &mut head);
+        out.write_all(&head).map_err(write_error)?;
+        let mut content = Content::open(node, open, size)?;
+        let mut left = size;
+        while left > 0 {
+            let wanted = left.min(buffer.len() as u64) as usize;
+            content.read(&mut buffer[..wanted])?;
+            out.write_all(&buffer[..wanted]).map_err(write_error)?;
+            left -= wanted as u64;
         }
-        out.boundary(&entry.path).map_err(write_error)?;
-        if entry.path.is_empty() {
-            if let Kind::Dir { opaque: true } = entry.kind {
-                out.write(&header.opaque_marker(b"").encode()).map_err(write_error)?;
-            }
-            continue;
-        }
-        match &entry.kind {
-            Kind::File { size, digest, .. } => {
-                let leader = &mut leaders[link_group as usize];
-                if let (Some(leader), true) = (*leader, link_group != 0) {
-                    header.typeflag = b'1';
-                    header.link = leader.to_vec();
-                    out.write(&header.encode()).map_err(write_error)?;
-                    continue;
-                }
-                *leader = Some(&entry.path);
-                header.size = *size;
-                out.write(&header.encode()).map_err(write_error)?;
-                write_content(node, *size, digest.as_ref(), open, &mut buffer, out)?;
-            }
-            Kind::Dir { opaque } => {
-                out.write(&header.encode()).map_err(write_error)?;
-                if *opaque {
-                    out.write(&header.opaque_marker(&entry.path).encode()).map_err(write_error)?;
-                }
-            }
-            _ => out.write(&header.encode()).map_err(write_error)?,
-        }
+        content.finish()?;
+        out.write_all(&[0; BLOCK][..padding(size)]).map_err(write_error)?;
     }
-    out.write(&[0; 2 * BLOCK]).map_err(write_error)
+    out.write_all(&END).map_err(write_error)
 }
 
-fn write_content(
-    node: &Node,
-    size: u64,
-    digest: Option<&ContentDigest>,
-    open: &Open<'_>,
-    buffer: &mut [u8],
-    out: &mut dyn TarSink,
-) -> Result<(), LayerError> {
-    let path = || show(&node.entry.path);
-    let write_error = |source| LayerError::Write { source };
-    let changed = || LayerError::Changed { path: path() };
-    let mut hasher = blake3::Hasher::new();
-    if size > 0 {
-        let read_error = |source| LayerError::Content { path: path(), source };
-        let mut content = open(node).map_err(read_error)?;
-        let mut offset = 0;
-        while offset < size {
-            if offset > 0 && offset % CUT_SIZE == 0 {
-                out.inside(offset, size).map_err(write_error)?;
-            }
-            let wanted = (CUT_SIZE - offset % CUT_SIZE).min(size - offset).min(buffer.len() as u64) as usize;
-            let length = read_some(&mut *content, &mut buffer[..wanted]).map_err(read_error)?;
+/// The bytes of a file, checked while they are read.
+pub(super) struct Content<'a> {
+    node: &'a Node,
+    /// `None` for what is empty, which nobody needs to open.
+    reader: Option<Box<dyn Read + Send>>,
+    hasher: blake3::Hasher,
+}
+
+impl<'a> Content<'a> {
+    /// Opens a file of which `size` bytes are to be read.
+    pub(super) fn open(node: &'a Node, open: &Open<'_>, size: u64) -> Result<Self, LayerError> {
+        let error = |source| LayerError::Content { path: show(&node.entry.path), source };
+        let reader = if size == 0 { None } else { Some(open(node).map_err(error)?) };
+        Ok(Self { node, reader, hasher: blake3::Hasher::new() })
+    }
+
+    /// Fills the buffer; fewer bytes are an error.
+    pub(super) fn read(&mut self, mut buffer: &mut [u8]) -> Result<(), LayerError> {
+        let path = || show(&self.node.entry.path);
+        while !buffer.is_empty() {
+            let Some(reader) = &mut self.reader else { return Err(LayerError::Changed { path: path() }) };
+            let length =
+                read_some(&mut **reader, buffer).map_err(|source| LayerError::Content { path: path(), source })?;
             if length == 0 {
-                return Err(changed());
+                return Err(LayerError::Changed { path: path() });
             }
-            hasher.update(&buffer[..length]);
-            out.write(&buffer[..length]).map_err(write_error)?;
-            offset += length as u64;
+            self.hasher.update(&buffer[..length]);
+            buffer = &mut buffer[length..];
         }
-        if read_some(&mut *content, &mut buffer[..1]).map_err(read_error)? != 0 {
-            return Err(changed());
+        Ok(())
+    }
+
+    /// Nothing may be left, and the digest must be that of the node, if it has one.
+    pub(super) fn finish(mut self) -> Result<(), LayerError> {
+        let path = || show(&self.node.entry.path);
+        if let Some(reader) = &mut self.reader {
+            let more = read_some(&mut **reader, &mut [0]);
+            if more.map_err(|source| LayerError::Content { path: path(), source })? != 0 {
+                return Err(LayerError::Changed { path: path() });
+            }
+        }
+        match self.node.entry.kind {
+            Kind::File { digest: Some(digest), size, .. }
+                if (size == 0 || self.reader.is_some()) && digest != *self.hasher.finalize().as_bytes() =>
+            {
+                Err(LayerError::Changed { path: path() })
+            }
+            _ => Ok(()),
         }
     }
-    if digest.is_some_and(|digest| digest != hasher.finalize().as_bytes()) {
-        return Err(changed());
-    }
-    out.write(&[0; BLOCK][..padding(size)]).map_err(write_error)
 }
 
 impl Header {

@@ -30,7 +30,15 @@ pub(super) struct Header {
 
 impl Header {
     /// The header's blocks, PAX records included.
+    #[cfg(test)]
     pub(super) fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        self.encode_to(&mut out);
+        out
+    }
+
+    /// Appends the header's blocks, PAX records included.
+    pub(super) fn encode_to(&self, out: &mut Vec<u8>) {
         let mut records: BTreeMap<Vec<u8>, Vec<u8>> = BTreeMap::new();
         let mut record = |key: &[u8], value: Vec<u8>| drop(records.insert(key.to_vec(), value));
         let fits = |text: &[u8]| text.len() <= 100 && text.is_ascii();
@@ -55,7 +63,6 @@ impl Header {
         for (name, value) in &self.xattrs {
             record(&[b"SCHILY.xattr.", name.as_slice()].concat(), value.clone());
         }
-        let mut out = Vec::with_capacity(BLOCK);
         if !records.is_empty() {
             let mut data = Vec::new();
             for (key, value) in &records {
@@ -70,7 +77,6 @@ impl Header {
             out.resize(out.len() + padding(data.len() as u64), 0);
         }
         out.extend_from_slice(&self.block());
-        out
     }
 
     /// The ustar block; what does not fit is cut or zero, and stands in a PAX record.
@@ -84,8 +90,11 @@ impl Header {
         text(157, &self.link);
         let mut octal = |at: usize, length: usize, number: u64| {
             let digits = length - 1;
-            let number = if number >> (3 * digits) == 0 { number } else { 0 };
-            block[at..at + digits].copy_from_slice(format!("{number:0digits$o}").as_bytes());
+            let mut rest = if number >> (3 * digits) == 0 { number } else { 0 };
+            for place in block[at..at + digits].iter_mut().rev() {
+                *place = b'0' + (rest & 7) as u8;
+                rest >>= 3;
+            }
         };
         octal(100, 8, u64::from(self.mode));
         octal(108, 8, u64::from(self.uid));
@@ -105,7 +114,10 @@ impl Header {
         block[156] = self.typeflag;
         block[257..265].copy_from_slice(b"ustar\x0000");
         let sum: u32 = block.iter().map(|&byte| u32::from(byte)).sum::<u32>() + 8 * u32::from(b' ');
-        block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        for (at, place) in block[148..154].iter_mut().rev().enumerate() {
+            *place = b'0' + (sum >> (3 * at) & 7) as u8;
+        }
+        block[154..156].copy_from_slice(b"\0 ");
         block
     }
 }
