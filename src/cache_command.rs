@@ -47,7 +47,23 @@ pub(crate) fn write_caches(
     Ok(())
 }
 
+/// What the caches that were read turn out to lack is not needed for a new one: it is written without.
 fn write_cache(
+    target: &CacheTarget,
+    workspace: &Workspace,
+    built: &[Built],
+    live: &Live<'_>,
+) -> Result<(), CommandError> {
+    loop {
+        let before = workspace.imports.lost();
+        let result = try_write_cache(target, workspace, built, live);
+        if result.is_ok() || workspace.imports.lost() == before || (live.stop)() {
+            return result;
+        }
+    }
+}
+
+fn try_write_cache(
     target: &CacheTarget,
     workspace: &Workspace,
     built: &[Built],

@@ -30,6 +30,9 @@ mod mistakes;
 mod output;
 mod ownership;
 mod platforms;
+#[path = "../../solver/tests/registry/proxy.rs"]
+#[expect(dead_code, reason = "the solver's tests use the rest of it")]
+mod proxy;
 mod registry;
 mod remote_cache;
 mod story;

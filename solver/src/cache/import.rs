@@ -2,7 +2,9 @@
 
 use super::{CONFIG_TYPE, Document, Entry, INDEX_TYPE, INLINE_MEMBER, decode_files};
 use crate::image::{Descriptor, Index, Manifest, media_type};
-use crate::op::source::{ImageLayer, Lookup, Origin, ResolvedImage, SourceContext, SourceError, layout_roots};
+use crate::op::source::{
+    Cached, ImageLayer, Lookup, Origin, ResolvedImage, SourceContext, SourceError, in_one_line, layout_roots,
+};
 use crate::plan::cache_key::Key;
 use crate::registry::{RegistryError, RemoteImage};
 use crate::tree::Tree;
@@ -136,6 +138,15 @@ impl Imports {
         self.loaded.get()?.indexes.get(diff_id).cloned()
     }
 
+    /// How many of their blobs could not be had.
+    pub fn lost(&self) -> usize {
+        let records = self.loaded.get();
+        let layers =
+            records.into_iter().flat_map(|records| records.by_key.values()).filter_map(|hit| hit.layer.as_ref());
+        let indexes = records.into_iter().flat_map(|records| records.indexes.values());
+        layers.chain(indexes).filter(|blob| blob.lost().is_some()).count()
+    }
+
     fn records(&self, context: &SourceContext, warn: &dyn Fn(String)) -> &Records {
         self.loaded.get_or_init(|| {
             let mut records = Records::default();
@@ -165,7 +176,7 @@ impl Imports {
 fn load(source: &CacheSource, context: &SourceContext) -> Result<Cache, String> {
     let (origin, root, bytes) = open(source, context).map_err(|error| match error {
         SourceError::Registry(RegistryError::NotFound { .. }) => "it does not exist (yet)".to_owned(),
-        error => with_causes(&error),
+        error => in_one_line(&error),
     })?;
     let name = source.to_string();
     let lookup = Lookup { name: &name, origin: &origin, context };
@@ -180,7 +191,7 @@ fn load(source: &CacheSource, context: &SourceContext) -> Result<Cache, String> 
         }
         let images = index.manifests.iter().filter(|descriptor| media_type::is_manifest(&descriptor.media_type));
         for descriptor in images.take(IMAGES_LIMIT) {
-            let bytes = lookup.document(descriptor, false).map_err(|error| with_causes(&error))?;
+            let bytes = lookup.document(descriptor, false).map_err(|error| in_one_line(&error))?;
             let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|error| error.to_string())?;
             // One of an index's images may have records, and another, of attestations, none.
             cache.extend(records_of(&lookup, &manifest, &descriptor.digest).unwrap_or_default());
@@ -194,16 +205,6 @@ fn load(source: &CacheSource, context: &SourceContext) -> Result<Cache, String> 
 
 fn by_buildkit() -> String {
     "it was written by BuildKit, whose caches nacre does not read".to_owned()
-}
-
-fn with_causes(error: &SourceError) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(inner) = cause {
-        text = format!("{text}: {inner}");
-        cause = inner.source();
-    }
-    text
 }
 
 fn open(source: &CacheSource, context: &SourceContext) -> Result<(Origin, Descriptor, Vec<u8>), SourceError> {
@@ -236,7 +237,7 @@ fn records_of(lookup: &Lookup<'_>, manifest: &Manifest, digest: &str) -> Result<
     if !inline && config_type != CONFIG_TYPE {
         return Err(format!("its configuration is {config_type}"));
     }
-    let bytes = lookup.document(&manifest.config, true).map_err(|error| with_causes(&error))?;
+    let bytes = lookup.document(&manifest.config, true).map_err(|error| in_one_line(&error))?;
     let layers = manifest.layers.as_deref().unwrap_or_default();
     // Layers of a cache are named by their blobs, those of an image by their diff IDs.
     let (document, diff_ids) = if inline {
@@ -251,9 +252,12 @@ fn records_of(lookup: &Lookup<'_>, manifest: &Manifest, digest: &str) -> Result<
         true => diff_ids.iter().map(String::as_str).zip(layers).collect(),
         false => layers.iter().map(|layer| (layer.digest.as_str(), layer)).collect(),
     };
+    let unreachable = Arc::default();
     let alone = |descriptor: &Descriptor, diff_id: &str| {
         let layer = ImageLayer { descriptor: descriptor.clone(), diff_id: diff_id.to_owned() };
-        Arc::new(layer_alone(format!("cache {}", lookup.name), digest, layer, lookup.origin.clone()))
+        let cached = Cached::new(&unreachable, descriptor.media_type == INDEX_TYPE);
+        let name = format!("cache {}", lookup.name);
+        Arc::new(layer_alone(name, digest, layer, lookup.origin.clone(), cached))
     };
     let index = |(diff_id, name): (&String, &String)| {
         let blob = blobs.get(name.as_str()).filter(|blob| blob.media_type == INDEX_TYPE)?;
@@ -271,7 +275,13 @@ fn records_of(lookup: &Lookup<'_>, manifest: &Manifest, digest: &str) -> Result<
 }
 
 /// A layer as an image, which knows where to get it.
-pub(crate) fn layer_alone(name: String, digest: &str, layer: ImageLayer, origin: Origin) -> ResolvedImage {
+pub(crate) fn layer_alone(
+    name: String,
+    digest: &str,
+    layer: ImageLayer,
+    origin: Origin,
+    cached: Cached,
+) -> ResolvedImage {
     let config = ImageConfig::default();
     ResolvedImage {
         name,
@@ -286,5 +296,6 @@ pub(crate) fn layer_alone(name: String, digest: &str, layer: ImageLayer, origin:
         manifest_digest: digest.to_owned(),
         layers: vec![layer],
         origin,
+        cached: Some(cached),
     }
 }

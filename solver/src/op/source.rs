@@ -32,7 +32,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 /// Layers that are fetched and unpacked at once.
 const PARALLEL_LAYERS: usize = 4;
@@ -68,10 +68,33 @@ pub struct SourceContext {
     pub write: WriteOptions,
     /// Is told of downloads: digest, bytes so far, bytes in all.
     pub progress: Option<Progress>,
+    /// Is told, once each, of blobs of caches that cannot be had.
+    pub warn: Option<Warn>,
 }
 
 /// Receives the progress of downloads.
 pub type Progress = Arc<dyn Fn(&str, u64, u64) + Send + Sync>;
+
+/// Receives what the user should know, a sentence each.
+pub type Warn = Arc<dyn Fn(String) + Send + Sync>;
+
+/// What can be done without: who has a record of a step can run the step.
+#[derive(Debug, Clone, Default)]
+pub struct Cached {
+    /// Why it cannot be had, once that is known.
+    lost: OnceLock<String>,
+    /// Why nothing of its cache can be had.
+    unreachable: Arc<OnceLock<String>>,
+    /// It only spares a look at a layer, which is the one to be told of.
+    minor: bool,
+}
+
+impl Cached {
+    /// A blob of a cache; all of them share what is known of the cache itself.
+    pub(crate) fn new(unreachable: &Arc<OnceLock<String>>, minor: bool) -> Self {
+        Self { lost: OnceLock::new(), unreachable: unreachable.clone(), minor }
+    }
+}
 
 /// Where an image's blobs come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -94,7 +117,7 @@ pub struct ImageLayer {
 }
 
 /// An image for one platform.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct ResolvedImage {
     /// The name that it was asked for by.
     pub name: String,
@@ -112,6 +135,75 @@ pub struct ResolvedImage {
     pub platform: Platform,
     /// Where to get blobs.
     pub origin: Origin,
+    /// It is a blob of a cache, which may be lost.
+    pub cached: Option<Cached>,
+}
+
+impl PartialEq for ResolvedImage {
+    /// What is known of a cache meanwhile is no part of the image.
+    fn eq(&self, other: &Self) -> bool {
+        (&self.name, &self.root_digest, &self.manifest_digest, &self.layers, &self.config_bytes, &self.origin)
+            == (
+                &other.name,
+                &other.root_digest,
+                &other.manifest_digest,
+                &other.layers,
+                &other.config_bytes,
+                &other.origin,
+            )
+    }
+}
+
+impl ResolvedImage {
+    /// Why its layers cannot be had, if they belong to a cache that has lost them.
+    pub fn lost(&self) -> Option<&str> {
+        let cached = self.cached.as_ref()?;
+        cached.lost.get().or_else(|| cached.unreachable.get()).map(String::as_str)
+    }
+
+    /// Notes that a blob cannot be had, unless that is this machine's fault.
+    fn note_lost(&self, at: usize, error: &SourceError, context: &SourceContext) {
+        let (Some(cached), Some(layer)) = (&self.cached, self.layers.get(at)) else { return };
+        if matches!(error, SourceError::Unpack { .. } | SourceError::Lost { .. }) || is_disk_full(error) {
+            return;
+        }
+        use RegistryError::{Slow, Timeout, Transport};
+        let reason = in_one_line(error);
+        let unreachable = matches!(error, SourceError::Registry(Transport { .. } | Timeout { .. } | Slow { .. }));
+        let (known, what) = match unreachable {
+            true => (&*cached.unreachable, "nothing more".to_owned()),
+            false => (&cached.lost, format!("layer {}", layer.descriptor.digest)),
+        };
+        if known.set(reason.clone()).is_ok()
+            && let Some(warn) = context.warn.as_ref().filter(|_| unreachable || !cached.minor)
+        {
+            warn(format!("{what} of {} is used: {reason}; steps that need it run", self.name));
+        }
+    }
+}
+
+fn is_disk_full(error: &(dyn std::error::Error + 'static)) -> bool {
+    use io::ErrorKind::{PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let kind = error.downcast_ref::<io::Error>().map(io::Error::kind);
+        if matches!(kind, Some(StorageFull | QuotaExceeded | ReadOnlyFilesystem | PermissionDenied)) {
+            return true;
+        }
+        next = error.source();
+    }
+    false
+}
+
+/// An error with its causes.
+pub(crate) fn in_one_line(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text = format!("{text}: {inner}");
+        cause = inner.source();
+    }
+    text
 }
 
 /// Which form of a layer is needed.
@@ -248,6 +340,16 @@ pub enum SourceError {
         /// The cause.
         source: MaterializeError,
     },
+    /// A blob of a cache that could not be had before.
+    #[error("{image}: layer {digest} cannot be had: {reason}")]
+    Lost {
+        /// The cache.
+        image: String,
+        /// The blob.
+        digest: String,
+        /// Why, as far as was told the first time.
+        reason: String,
+    },
     /// The registry failed.
     #[error(transparent)]
     Registry(#[from] RegistryError),
@@ -343,7 +445,9 @@ pub fn ensure_layers(image: &ResolvedImage, form: Form, context: &SourceContext)
         for _ in 0..missing.len().min(PARALLEL_LAYERS) {
             scope.spawn(|| {
                 while let Some(&at) = missing.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let result = unpack(image, at, form, context);
+                    let result = not_lost(image, at).and_then(|()| {
+                        unpack(image, at, form, context).inspect_err(|error| image.note_lost(at, error, context))
+                    });
                     if result.is_err() {
                         // Nobody begins another one; the others' work is kept.
                         next.store(missing.len(), Ordering::Relaxed);
@@ -369,10 +473,24 @@ pub fn ensure_layers(image: &ResolvedImage, form: Form, context: &SourceContext)
 /// Makes sure that the store has a layer's blob.
 pub fn ensure_blob(image: &ResolvedImage, at: usize, context: &SourceContext) -> Result<(), SourceError> {
     let descriptor = &image.layers[at].descriptor;
-    let store = &context.store;
-    if store.has_blob(&descriptor.digest, Some(descriptor.size)) {
+    if context.store.has_blob(&descriptor.digest, Some(descriptor.size)) {
         return Ok(());
     }
+    not_lost(image, at)?;
+    fetch_blob(image, at, context).inspect_err(|error| image.note_lost(at, error, context))
+}
+
+/// Nobody asks again for what was not there.
+fn not_lost(image: &ResolvedImage, at: usize) -> Result<(), SourceError> {
+    image.lost().map_or(Ok(()), |reason| {
+        let digest = image.layers[at].descriptor.digest.clone();
+        Err(SourceError::Lost { image: image.name.clone(), digest, reason: reason.to_owned() })
+    })
+}
+
+fn fetch_blob(image: &ResolvedImage, at: usize, context: &SourceContext) -> Result<(), SourceError> {
+    let descriptor = &image.layers[at].descriptor;
+    let store = &context.store;
     match &image.origin {
         Origin::Layout(path) => {
             store.import_blob(&layout_blob(path, &descriptor.digest)?, &descriptor.digest, descriptor.size)?
@@ -782,6 +900,7 @@ impl Lookup<'_> {
             layers,
             platform,
             origin: self.origin.clone(),
+            cached: None,
         })
     }
 }
@@ -1146,6 +1265,7 @@ mod tests {
             limits: Limits::default(),
             write: WriteOptions { ownership: Ownership::SingleId },
             progress: None,
+            warn: None,
         };
         (directory, context)
     }
