@@ -1,11 +1,13 @@
 //! Two stores as two machines that share a cache through a registry, a directory or an image.
 
+use crate::bases::Layout;
 use crate::proxy::{Fault, Proxy};
 use crate::registry::Registry;
 use crate::story::{Build, Ended};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// Two stages on a base from the registry; the first makes 3 MB that no compression shrinks.
 fn dockerfile(host: &str) -> String {
@@ -453,5 +455,67 @@ fn indexes_and_records_that_are_lost_cost_time_alone() {
         let ended = without.runs();
         assert_ran(&ended, &["urandom", "COPY src", "sort", "runtime", "--from=builder"]);
         assert_one_warning(case, &ended.stderr, &[&cache, "is not used"]);
+    }
+}
+
+/// What curl prints of a request; it must succeed.
+#[track_caller]
+fn curl(args: &[&str]) -> String {
+    let output = Command::new("curl").args(["-sS", "--fail-with-body"]).args(args).output();
+    let output = output.expect("these tests need the program curl");
+    let (out, error) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{args:?}: {out} {error}");
+    out.into_owned()
+}
+
+/// Puts a blob into a repository and describes it.
+fn put_blob(host: &str, repository: &str, bytes: &str, media_type: &str) -> Value {
+    use sha2::{Digest, Sha256};
+    let digest = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let uploads = format!("http://{host}/v2/{repository}/blobs/uploads/");
+    let answer = curl(&["-i", "-X", "POST", &uploads]);
+    let location = answer.lines().find_map(|line| line.strip_prefix("Location: ")).expect("a place").trim();
+    let place = format!("{location}&digest=sha256:{digest}");
+    curl(&["-X", "PUT", "-H", "Content-Type: application/octet-stream", "--data-binary", bytes, &place]);
+    json!({"mediaType": media_type, "digest": format!("sha256:{digest}"), "size": bytes.len()})
+}
+
+#[test]
+fn caches_of_buildkit_are_told_from_others() {
+    const RECORDS: &str = "application/vnd.buildkit.cacheconfig.v0";
+    const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+    let registry = registry();
+    let host = &registry.host;
+    // As `image-manifest=true` writes it.
+    let records = r#"{"layers":[{"blob":"sha256:0","parent":-1}],"records":[{"digest":"sha256:1","inputs":[[]]}]}"#;
+    let layer = put_blob(host, "team/cache", "layer", "application/vnd.oci.image.layer.v1.tar+gzip");
+    let config = put_blob(host, "team/cache", records, RECORDS);
+    let manifest = json!({"schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": [layer]}).to_string();
+    let place = format!("http://{host}/v2/team/cache/manifests/buildkit");
+    let header = format!("Content-Type: {MANIFEST}");
+    curl(&["-X", "PUT", "-H", &header, "--data-binary", &manifest, &place]);
+    // As it writes one into a directory, and did into registries before: an index of blobs.
+    let context = machine(host);
+    let layout = Layout::new(context.path("buildkit")).expect("a layout");
+    let layer = layout.blob(b"layer", "application/vnd.oci.image.layer.v1.tar+gzip").expect("a blob");
+    let config = layout.blob(records.as_bytes(), RECORDS).expect("a blob");
+    let media_type = "application/vnd.oci.image.index.v1+json";
+    let index = json!({"schemaVersion": 2, "mediaType": media_type, "manifests": [layer, config]}).to_string();
+    layout.finish(layout.blob(index.as_bytes(), media_type).expect("a blob")).expect("a layout");
+    // An image with records inside (`type=inline`).
+    let image = r#"{"architecture":"amd64","os":"linux","rootfs":{"type":"layers","diff_ids":[]},"moby.buildkit.cache.v0":"e30="}"#;
+    let config = put_blob(host, "team/app", image, "application/vnd.oci.image.config.v1+json");
+    let manifest = json!({"schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": []}).to_string();
+    curl(&["-X", "PUT", "-H", &header, "--data-binary", &manifest, &format!("http://{host}/v2/team/app/manifests/1")]);
+
+    for source in [
+        format!("{host}/team/cache:buildkit"),
+        format!("type=local,src={}", context.path("buildkit").display()),
+        format!("{host}/team/app:1"),
+    ] {
+        let name = source.trim_start_matches("type=local,src=").to_owned();
+        let ended = machine(host).flag(format!("--cache-from={source}")).runs();
+        assert_one_warning(&source, &ended.stderr, &[&name, "is not used", "of BuildKit's", RECORDS, "--cache-to"]);
+        assert_eq!(ended.ran().len(), 5, "{}", ended.stderr);
     }
 }

@@ -15,6 +15,8 @@ use std::sync::{Arc, OnceLock};
 
 /// What BuildKit calls its records.
 const BUILDKIT_CONFIG_TYPE: &str = "application/vnd.buildkit.cacheconfig.v0";
+/// Where BuildKit puts records into an image's configuration.
+const BUILDKIT_INLINE_MEMBER: &str = "moby.buildkit.cache.v0";
 /// Images of one index that are looked at for records.
 const IMAGES_LIMIT: usize = 32;
 
@@ -187,7 +189,7 @@ fn load(source: &CacheSource, context: &SourceContext) -> Result<Cache, String> 
         let index: Index = serde_json::from_slice(&bytes).map_err(|_| "it is neither a manifest nor an index")?;
         let foreign = |descriptor: &&Descriptor| descriptor.media_type.contains("buildkit");
         if index.manifests.iter().any(|descriptor| foreign(&descriptor)) {
-            return Err(by_buildkit());
+            return Err(format!("it is a {}", by_buildkit("cache")));
         }
         let images = index.manifests.iter().filter(|descriptor| media_type::is_manifest(&descriptor.media_type));
         for descriptor in images.take(IMAGES_LIMIT) {
@@ -203,8 +205,8 @@ fn load(source: &CacheSource, context: &SourceContext) -> Result<Cache, String> 
     Ok(cache)
 }
 
-fn by_buildkit() -> String {
-    "it was written by BuildKit, whose caches nacre does not read".to_owned()
+fn by_buildkit(what: &str) -> String {
+    format!("{what} of BuildKit's ({BUILDKIT_CONFIG_TYPE}), which nacre does not read: write one with --cache-to")
 }
 
 fn open(source: &CacheSource, context: &SourceContext) -> Result<(Origin, Descriptor, Vec<u8>), SourceError> {
@@ -231,7 +233,7 @@ fn open(source: &CacheSource, context: &SourceContext) -> Result<(Origin, Descri
 fn records_of(lookup: &Lookup<'_>, manifest: &Manifest, digest: &str) -> Result<Cache, String> {
     let config_type = manifest.config.media_type.as_str();
     if config_type == BUILDKIT_CONFIG_TYPE {
-        return Err(by_buildkit());
+        return Err(format!("it is a {}", by_buildkit("cache")));
     }
     let inline = media_type::is_config(config_type);
     if !inline && config_type != CONFIG_TYPE {
@@ -242,7 +244,12 @@ fn records_of(lookup: &Lookup<'_>, manifest: &Manifest, digest: &str) -> Result<
     // Layers of a cache are named by their blobs, those of an image by their diff IDs.
     let (document, diff_ids) = if inline {
         let config: ImageConfig = serde_json::from_slice(&bytes).map_err(|error| error.to_string())?;
-        let records = config.other.get(INLINE_MEMBER).ok_or("the image has no records in it")?;
+        let Some(records) = config.other.get(INLINE_MEMBER) else {
+            return match config.other.contains_key(BUILDKIT_INLINE_MEMBER) {
+                true => Err(format!("its {}", by_buildkit("records"))),
+                false => Err("the image has no records in it".to_owned()),
+            };
+        };
         let diff_ids = config.rootfs.diff_ids.unwrap_or_default();
         (Document::parse(records.to_string().as_bytes())?, diff_ids)
     } else {
