@@ -1200,6 +1200,15 @@ fn outputs(
     if (outputs.is_empty() || args.load) && !outputs.iter().any(in_store) && call == Call::Build {
         outputs.push(Output::of_kind(OutputKind::Store, &args.tags));
     }
+    if args.platforms.len() > 1
+        && let Some(at) = outputs.iter().position(|output| matches!(output.kind, OutputKind::Docker { .. }))
+    {
+        return Err(RequestError::BadValue {
+            flag: "--output",
+            value: args.outputs.get(at).cloned().unwrap_or_default(),
+            expected: "a docker archive holds one platform; type=oci holds several",
+        });
+    }
     let to_stdout = outputs.iter().filter(|output| output.dest() == Some(&Destination::Stdout)).count();
     if to_stdout > 1 {
         return Err(RequestError::StdoutTwice);
