@@ -387,7 +387,7 @@ pub(crate) fn push_blob(layer: &Layer, descriptor: &Descriptor) -> PushBlob {
 }
 
 /// Shows blobs on their way out.
-fn shown(events: &(dyn Fn(Event) + Sync)) -> impl Fn(&str, u64, u64) + Sync {
+pub(crate) fn shown(events: &(dyn Fn(Event) + Sync)) -> impl Fn(&str, u64, u64) + Sync {
     move |digest: &str, done_bytes: u64, total: u64| {
         let short: String = digest.trim_start_matches("sha256:").chars().take(12).collect();
         events(Event::Transfer { id: None, what: format!("pushing {short}"), done_bytes, total_bytes: Some(total) });

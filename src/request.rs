@@ -501,6 +501,14 @@ impl Environment {
         Ok(self.current_dir.join(path))
     }
 
+    /// Returns the variables whose names begin so.
+    #[cfg(feature = "s3")]
+    pub(crate) fn with_prefix(&self, prefix: &str) -> Vec<(String, String)> {
+        let text = |text: &OsString| text.to_str().map(str::to_owned);
+        let all = self.variables.iter().filter_map(|(name, value)| Some((text(name)?, text(value)?)));
+        all.filter(|(name, _)| name.starts_with(prefix)).collect()
+    }
+
     /// Returns the directories of programs.
     pub(crate) fn program_directories(&self) -> Vec<PathBuf> {
         let path = self.get("PATH").unwrap_or(OsStr::new("/usr/local/bin:/usr/bin:/bin"));

@@ -17,6 +17,8 @@ mod image;
 #[allow(dead_code, reason = "shared with the other test program")]
 mod process;
 
+#[cfg(feature = "s3")]
+mod bucket;
 mod cache;
 mod checks;
 mod command_line;

@@ -1,5 +1,7 @@
 //! Reading caches: records at the first miss, layers when they are needed.
 
+#[cfg(feature = "s3")]
+use super::bucket::{Bucket, BucketError};
 use super::{CONFIG_TYPE, Document, Entry, INDEX_TYPE, INLINE_MEMBER, decode_files};
 use crate::image::{Descriptor, Index, Manifest, media_type};
 use crate::op::source::{
@@ -34,12 +36,17 @@ pub enum CacheSource {
         /// Which of its caches.
         digest: Option<String>,
     },
+    /// In a bucket.
+    #[cfg(feature = "s3")]
+    Bucket(Bucket),
 }
 
 impl std::fmt::Display for CacheSource {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Registry(remote) => remote.fmt(f),
+            #[cfg(feature = "s3")]
+            Self::Bucket(bucket) => bucket.fmt(f),
             Self::Layout { path, tag, digest } => {
                 path.display().fmt(f)?;
                 if let Some(tag) = tag {
@@ -178,6 +185,8 @@ impl Imports {
 fn load(source: &CacheSource, context: &SourceContext) -> Result<Cache, String> {
     let (origin, root, bytes) = open(source, context).map_err(|error| match error {
         SourceError::Registry(RegistryError::NotFound { .. }) => "it does not exist (yet)".to_owned(),
+        #[cfg(feature = "s3")]
+        SourceError::Bucket(BucketError::NotFound { .. }) => "it does not exist (yet)".to_owned(),
         error => in_one_line(&error),
     })?;
     let name = source.to_string();
@@ -217,6 +226,19 @@ fn open(source: &CacheSource, context: &SourceContext) -> Result<(Origin, Descri
             }
             let (bytes, root) = context.client.manifest(remote)?;
             Ok((Origin::Registry(remote.clone()), root, bytes))
+        }
+        #[cfg(feature = "s3")]
+        CacheSource::Bucket(bucket) => {
+            if context.offline {
+                return Err(RegistryError::Offline { what: bucket.to_string() }.into());
+            }
+            let bytes = bucket.manifest(&context.client)?;
+            let root = Descriptor {
+                digest: crate::store::blob::sha256(&bytes),
+                size: bytes.len() as u64,
+                ..Descriptor::default()
+            };
+            Ok((Origin::Bucket(bucket.clone()), root, bytes))
         }
         CacheSource::Layout { path, tag, digest } => {
             let text = path.display().to_string();

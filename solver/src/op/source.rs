@@ -11,6 +11,8 @@
 //! Platforms are matched as containerd does: of an index, the manifest that fits best, where `arm64` also takes 32-bit
 //! ARM and `amd64` takes `386`. An image that is no index is taken as it is: the caller sees its platform.
 
+#[cfg(feature = "s3")]
+use crate::cache::bucket::{Bucket, BucketError};
 use crate::image::{Descriptor, DescriptorPlatform, Index, Manifest, media_type};
 use crate::materialize::{MaterializeError, TreeWriter, WriteOptions, remove_tree, write_tree};
 use crate::registry::client::into_registry_error;
@@ -105,6 +107,9 @@ pub enum Origin {
     Store,
     /// A registry.
     Registry(RemoteImage),
+    /// A bucket with a cache.
+    #[cfg(feature = "s3")]
+    Bucket(Bucket),
 }
 
 /// One layer of an image, as its manifest and configuration tell.
@@ -167,9 +172,8 @@ impl ResolvedImage {
         if matches!(error, SourceError::Unpack { .. } | SourceError::Lost { .. }) || is_disk_full(error) {
             return;
         }
-        use RegistryError::{Slow, Timeout, Transport};
         let reason = in_one_line(error);
-        let unreachable = matches!(error, SourceError::Registry(Transport { .. } | Timeout { .. } | Slow { .. }));
+        let unreachable = error.is_unreachable();
         let (known, what) = match unreachable {
             true => (&*cached.unreachable, "nothing more".to_owned()),
             false => (&cached.lost, format!("layer {}", layer.descriptor.digest)),
@@ -353,12 +357,29 @@ pub enum SourceError {
     /// The registry failed.
     #[error(transparent)]
     Registry(#[from] RegistryError),
+    /// The bucket failed.
+    #[cfg(feature = "s3")]
+    #[error(transparent)]
+    Bucket(#[from] BucketError),
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
 impl SourceError {
+    /// Does it mean that nothing else can be had from there, either?
+    fn is_unreachable(&self) -> bool {
+        match self {
+            Self::Registry(error) => matches!(
+                error,
+                RegistryError::Transport { .. } | RegistryError::Timeout { .. } | RegistryError::Slow { .. }
+            ),
+            #[cfg(feature = "s3")]
+            Self::Bucket(error) => error.is_unreachable(),
+            _ => false,
+        }
+    }
+
     /// A way out, one sentence.
     pub fn help(&self) -> Option<String> {
         let near = |wanted: &str, there: &[String]| did_you_mean(wanted, there.iter().map(String::as_str));
@@ -506,6 +527,15 @@ fn fetch_blob(image: &ResolvedImage, at: usize, context: &SourceContext) -> Resu
                 .map_err(|error| into_registry_error(error, &remote.host, &remote.repository))?;
             writer.commit(Some(&descriptor.digest))?;
         }
+        #[cfg(feature = "s3")]
+        Origin::Bucket(bucket) => {
+            let mut body = reporting(bucket.blob(&descriptor.digest, &context.client)?, descriptor, context);
+            let mut writer = store.blob_writer()?;
+            let failed =
+                |source| SourceError::LayerIo { image: image.name.clone(), digest: descriptor.digest.clone(), source };
+            blob::copy(&mut body, &mut writer).map_err(failed)?;
+            writer.commit(Some(&descriptor.digest))?;
+        }
     }
     Ok(())
 }
@@ -529,9 +559,12 @@ fn fetch(
     if context.offline {
         return Err(RegistryError::Offline { what: format!("layer {} of {}", descriptor.digest, image.name) }.into());
     }
-    let body = context.client.blob(remote, descriptor)?;
+    Ok(reporting(context.client.blob(remote, descriptor)?, descriptor, context))
+}
+
+fn reporting(body: impl Read + Send + 'static, descriptor: &Descriptor, context: &SourceContext) -> Reporting {
     let (digest, total) = (descriptor.digest.clone(), descriptor.size);
-    Ok(Reporting { inner: Box::new(body), digest, received: 0, total, progress: context.progress.clone() })
+    Reporting { inner: Box::new(body), digest, received: 0, total, progress: context.progress.clone() }
 }
 
 /// Tells of the bytes that pass.
@@ -714,6 +747,17 @@ impl Lookup<'_> {
             }
             Origin::Store => return Ok(store.read_document(&descriptor.digest)?),
             Origin::Registry(remote) => remote,
+            #[cfg(feature = "s3")]
+            Origin::Bucket(bucket) => {
+                blob::digest_hex(&descriptor.digest)?;
+                let bytes = bucket.config(&descriptor.digest, &self.context.client)?;
+                let found = blob::sha256(&bytes);
+                if found != descriptor.digest {
+                    let expected = descriptor.digest.clone();
+                    return Err(SourceError::BlobMismatch { image: self.name.to_owned(), expected, found });
+                }
+                return Ok(bytes);
+            }
         };
         blob::digest_hex(&descriptor.digest)?;
         if let Ok(bytes) = store.read_document(&descriptor.digest) {
@@ -1129,6 +1173,11 @@ fn read_layer(
             Origin::Registry(remote) => {
                 keep = Some(store.blob_writer()?);
                 Box::new(fetch(image, remote, descriptor, context)?)
+            }
+            #[cfg(feature = "s3")]
+            Origin::Bucket(bucket) => {
+                keep = Some(store.blob_writer()?);
+                Box::new(reporting(bucket.blob(&digest, &context.client)?, descriptor, context))
             }
         }
     };

@@ -358,7 +358,7 @@ impl Client {
         self.await_answer(exchange, request, None)
     }
 
-    pub(super) fn options(&self) -> &ClientOptions {
+    pub(crate) fn options(&self) -> &ClientOptions {
         &self.0.options
     }
 
@@ -423,11 +423,23 @@ impl Client {
             expected: expected.or(announced),
             failures: 0,
             since_failure: 0,
-            pace: (Duration::ZERO, 0),
+            pace: Pace::default(),
         })
     }
 
-    fn runtime(&self) -> Result<&tokio::runtime::Runtime, RegistryError> {
+    /// Chooses what TLS is made of, once a process.
+    pub(crate) fn ensure_tls(&self) {
+        // Somebody may have been faster.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+    }
+
+    /// Adds to the bytes that came over the network.
+    #[cfg(feature = "s3")]
+    pub(crate) fn count_received(&self, bytes: u64) {
+        self.0.received.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(crate) fn runtime(&self) -> Result<&tokio::runtime::Runtime, RegistryError> {
         if let Some(runtime) = self.0.runtime.get() {
             return Ok(runtime);
         }
@@ -469,7 +481,7 @@ impl Client {
             return Ok(client.clone());
         }
         // Fails when it is installed already, which is as good.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+        self.ensure_tls();
         let options = &self.0.options;
         let setup = |source| RegistryError::Setup { source };
         let mut builder = reqwest::Client::builder()
@@ -904,8 +916,27 @@ pub struct Body {
     failures: u32,
     /// Bytes since the last interruption.
     since_failure: u64,
-    /// Time spent waiting, and the bytes that came in it: whether they come fast enough.
-    pace: (Duration, u64),
+    pace: Pace,
+}
+
+/// Whether bytes come fast enough: time spent waiting, and the bytes that came in it. A server that sends one now and
+/// then would keep a build for ever.
+#[derive(Debug, Default)]
+pub(crate) struct Pace {
+    waited: Duration,
+    bytes: u64,
+}
+
+impl Pace {
+    /// Counts bytes that came after a wait; `limit` is the time for [`LEAST_BYTES`].
+    pub(crate) fn is_too_slow(&mut self, count: u64, took: Duration, limit: Duration) -> bool {
+        self.waited += took;
+        self.bytes += count;
+        if self.bytes >= LEAST_BYTES {
+            *self = Self::default();
+        }
+        self.waited > limit
+    }
 }
 
 /// A received piece and how much of it was read.
@@ -957,10 +988,11 @@ impl Body {
                 None => Ok(Ok(None)),
             };
             let error = match piece {
-                Ok(Ok(Some(bytes))) if self.is_too_slow(bytes.len() as u64, asked.elapsed(), after) => {
+                Ok(Ok(Some(bytes))) if self.pace.is_too_slow(bytes.len() as u64, asked.elapsed(), after) => {
                     RegistryError::Slow { host, repository, received: self.received, after }
                 }
                 Ok(Ok(Some(bytes))) => {
+                    self.since_failure += bytes.len() as u64;
                     let skipped = self.skip.min(bytes.len() as u64);
                     self.skip -= skipped;
                     let bytes = &bytes[usize::try_from(skipped).unwrap_or(bytes.len())..];
@@ -983,7 +1015,7 @@ impl Body {
                 Err(_) => RegistryError::Timeout { host, repository, phase: "data", after },
             };
             self.failures = if self.since_failure >= LEAST_BYTES { 1 } else { self.failures + 1 };
-            (self.since_failure, self.pace) = (0, (Duration::ZERO, 0));
+            (self.since_failure, self.pace) = (0, Pace::default());
             self.response = None;
             // Without a length nobody knows whether the rest is the rest of the same.
             if self.failures >= self.client.0.options.attempts || self.expected.is_none() {
@@ -992,17 +1024,6 @@ impl Body {
             std::thread::sleep(growing_pause(self.client.0.options.pause, self.failures));
             self.resume()?;
         }
-    }
-
-    /// Counts bytes that came; a server that sends one now and then would keep a build for ever.
-    fn is_too_slow(&mut self, count: u64, took: Duration, after: Duration) -> bool {
-        self.since_failure += count;
-        let (waited, bytes) = self.pace;
-        self.pace = (waited + took, bytes + count);
-        if self.pace.1 >= LEAST_BYTES {
-            self.pace = (Duration::ZERO, 0);
-        }
-        self.pace.0 > after
     }
 
     fn resume(&mut self) -> Result<(), RegistryError> {

@@ -147,7 +147,9 @@ fn serve(
         head.push_str(&format!("{name}: {value}\r\n"));
     }
     // A registry with passwords of its own gets what the client sent.
-    if let Some(value) = headers.get("authorization").filter(|value| value.starts_with("Basic")) {
+    if let Some(value) =
+        headers.get("authorization").filter(|value| value.starts_with("Basic") || value.starts_with("AWS4-"))
+    {
         head.push_str(&format!("authorization: {value}\r\n"));
     }
     head.push_str("connection: close\r\n\r\n");
