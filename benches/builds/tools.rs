@@ -178,11 +178,30 @@ impl Tool {
         }
     }
 
-    fn buildah(&self) -> Command {
+    pub(crate) fn buildah(&self) -> Command {
         let mut command = Command::new("buildah");
         command.arg("--root").arg(self.store.join("root")).arg("--runroot").arg(self.store.join("run"));
         command.args(["--storage-driver", "overlay"]);
         command
+    }
+
+    /// nacre, on the tool's store.
+    pub(crate) fn nacre(&self) -> Command {
+        let mut command = Command::new(&self.nacre);
+        command.env("NACRE_STORE", self.store.join("nacre"));
+        command
+    }
+
+    /// docker's client, for the tool's daemon.
+    pub(crate) fn docker(&self) -> Command {
+        let mut command = Command::new("/usr/bin/docker");
+        command.arg("-H").arg(self.socket());
+        command
+    }
+
+    /// The daemon's process.
+    pub(crate) fn daemon_id(&self) -> Option<u32> {
+        self.daemon.as_ref().map(Child::id)
     }
 
     /// One timed build; `None` when the tool cannot do it.
