@@ -28,6 +28,13 @@ test: ## Run all tests: as root and as an ordinary user when started by root
 	cargo test --workspace --locked --no-fail-fast
 	tests/setup/as-user.sh
 
+.PHONY: test-s3
+test-s3: ## Check and test caches in buckets (feature s3), against moto's server from PyPI
+	tests/setup/packages.sh
+	tests/setup/s3.sh
+	cargo clippy --workspace --all-targets --locked --features s3 -- -D warnings
+	cargo test --locked --features s3 --test it bucket
+
 .PHONY: conformance
 conformance: ## Run only the recorded cases; FILTER=^copy picks some
 	NACRE_CONFORMANCE_FILTER='$(FILTER)' cargo test --locked --test conformance

@@ -7,7 +7,9 @@ use crate::input::{self, Fetcher, Files, Input};
 use crate::interrupt::{Signals, last_words};
 use crate::progress::{Screen, ScreenOptions};
 use crate::report::{CommandError, Exit, Failure, Place, StepFailure, StepOutcome, Style, disk_help, with_causes};
-use crate::request::{BuildRequest, CacheUse, Call, Environment, NamedSource, OwnershipChoice, ProgressMode};
+use crate::request::{
+    BuildRequest, CacheUse, Call, Destination, Environment, NamedSource, Output, OwnershipChoice, ProgressMode,
+};
 use crate::ssh_agents::SshAgents;
 use crate::timings::Recorder;
 use nacre_frontend::check::{IgnoreRules, Warning};
@@ -25,7 +27,7 @@ use nacre_solver::leak::LeakScan;
 use nacre_solver::materialize::{Ownership, WriteOptions};
 use nacre_solver::op::file::LocalContext;
 use nacre_solver::op::run::{Host, RunError};
-use nacre_solver::op::source::{Progress, PullPolicy, ResolvedImage, SourceContext, SourceError, resolve_image};
+use nacre_solver::op::source::{Progress, PullPolicy, ResolvedImage, SourceContext, SourceError, Warn, resolve_image};
 use nacre_solver::registry::Client;
 use nacre_solver::sandbox::foreign::{self, Emulators};
 use nacre_solver::sandbox::{self, Cancel};
@@ -82,8 +84,10 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
         let short: String = digest.trim_start_matches("sha256:").chars().take(12).collect();
         told(Event::Transfer { id: None, what: format!("fetching {short}"), done_bytes, total_bytes: Some(total) });
     });
+    let told = sink.clone();
+    let warn: Warn = Arc::new(move |message| told(Event::Warning { message }));
     let mut found = Findings::default();
-    let work = || build(request, known, place, env, &cancel, (&sink, progress), &mut found);
+    let work = || build(request, known, place, env, &cancel, (&sink, progress, warn), &mut found);
     let result = signals.watched(&cancel, last_words(env.color), work);
     screen.finish();
     if let (Some(source), ProgressMode::Plain | ProgressMode::Tty) = (&found.source, request.progress) {
@@ -118,7 +122,7 @@ fn call(request: &BuildRequest, env: &Environment, signalled: &Arc<AtomicBool>) 
     let input = match input::on_disk(request)? {
         Some(input) => input,
         None => {
-            let workspace = workspace(request, Ownership::SingleId, None)?;
+            let workspace = workspace(request, Ownership::SingleId, None, None)?;
             let agents = SshAgents::start(&request.ssh)?;
             let git = input::git_settings(request, env, &agents)?;
             let stop = || signalled.load(Ordering::SeqCst);
@@ -335,6 +339,7 @@ pub(crate) fn workspace(
     request: &BuildRequest,
     ownership: Ownership,
     progress: Option<Progress>,
+    warn: Option<Warn>,
 ) -> Result<Workspace, CommandError> {
     let store_error = |error| CommandError::new(Exit::Store, &error, None);
     let store = Store::open(&request.store).map_err(store_error)?;
@@ -348,6 +353,7 @@ pub(crate) fn workspace(
         limits: Limits::default(),
         write: WriteOptions { ownership },
         progress,
+        warn,
     };
     Ok(Workspace::new(sources))
 }
@@ -358,10 +364,10 @@ fn build(
     place: Surroundings,
     env: &Environment,
     cancel: &Cancel,
-    (events, progress): (&(dyn Fn(Event) + Sync), Progress),
+    (events, progress, warn): (&(dyn Fn(Event) + Sync), Progress, Warn),
     found: &mut Findings,
 ) -> Result<Vec<Built>, CommandError> {
-    let workspace = workspace(request, place.ownership, Some(progress))?.with_cancel(cancel.clone());
+    let workspace = workspace(request, place.ownership, Some(progress), Some(warn))?.with_cancel(cancel.clone());
     let workspace = workspace.with_imports(Arc::new(Imports::new(request.cache_from.clone())));
     let agents = SshAgents::start(&request.ssh)?;
     let git = input::git_settings(request, env, &agents)?;
@@ -383,6 +389,7 @@ fn build(
     };
     found.source = Some(input.source.clone());
     let contexts = contexts(request, &input, &workspace.store)?;
+    let mut plans = Vec::new();
     let mut all = Vec::new();
     let collect = !request.cache_from.is_empty() || !request.cache_to.is_empty();
     for platform in platforms(request)? {
@@ -398,17 +405,23 @@ fn build(
             project: input.project.clone(),
         };
         check_for_secrets(&definition, &solve_request.host)?;
-        let solved = solve::solve(&definition, &workspace, &solve_request, cancel, events);
-        for local in contexts.values() {
-            // Digests that are not kept are made again: no reason to fail.
-            let _ = local.save();
-        }
-        let steps = blame::Steps { dockerfile: &dockerfile, definition: &definition, contexts: &contexts };
-        let solved = solved.map_err(|error| solve_error(error, &steps))?;
-        all.push(Built::new(definition.image, solved));
+        all.push(solved(&dockerfile, &definition, &workspace, &solve_request, cancel, events)?);
+        plans.push((definition, solve_request));
     }
     let live = Live { events, stop: &|| cancel.is_cancelled() };
-    export_command::export(request, &workspace, &mut all, &live)?;
+    while let Err(error) = export_command::export(request, &workspace, &mut all, &live) {
+        // A cache that lacks a layer which only an output needed: its step runs, and the outputs begin again.
+        let lost = all.iter().any(|one| !one.snapshot().is_whole());
+        // What another output has sent to standard output cannot be taken back.
+        let is_stdout = |output: &Output| matches!(output.dest(), Some(Destination::Stdout));
+        let printed = request.outputs.len() > 1 && request.outputs.iter().any(is_stdout);
+        if !lost || printed || cancel.is_cancelled() {
+            return Err(error);
+        }
+        for (one, (definition, solve_request)) in all.iter_mut().zip(&plans) {
+            *one = solved(&dockerfile, definition, &workspace, solve_request, cancel, events)?;
+        }
+    }
     cache_command::keep_imported(&workspace, &all)?;
     cache_command::write_caches(&request.cache_to, &workspace, &all, &live)?;
     let received_bytes = workspace.sources.client.received_bytes();
@@ -416,6 +429,26 @@ fn build(
         events(Event::Traffic { received_bytes });
     }
     Ok(all)
+}
+
+/// Carries a graph out.
+fn solved(
+    dockerfile: &Dockerfile,
+    definition: &Definition,
+    workspace: &Workspace,
+    request: &solve::Request,
+    cancel: &Cancel,
+    events: &(dyn Fn(Event) + Sync),
+) -> Result<Built, CommandError> {
+    let contexts = &request.contexts;
+    let solved = solve::solve(definition, workspace, request, cancel, events);
+    for local in contexts.values() {
+        // Digests that are not kept are made again: no reason to fail.
+        let _ = local.save();
+    }
+    let steps = blame::Steps { dockerfile, definition, contexts };
+    let solved = solved.map_err(|error| solve_error(error, &steps))?;
+    Ok(Built::new(definition.image.clone(), solved))
 }
 
 /// Looks for secrets in what the image says about itself.

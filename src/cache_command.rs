@@ -2,8 +2,12 @@
 
 use crate::build_command::failure;
 use crate::cache_options::{CachePlace, CacheTarget};
+#[cfg(feature = "s3")]
+use crate::export_command::shown;
 use crate::export_command::{Built, Live, codec, export_error, layer_blobs, push_blob, send, snapshot_error};
 use crate::report::{CommandError, Exit};
+#[cfg(feature = "s3")]
+use nacre_solver::cache::bucket::BucketError;
 use nacre_solver::cache::export::{StepResult, assemble, document, indexes, keep, layers};
 use nacre_solver::export::{self, Dest, ExportImage};
 use nacre_solver::image::Descriptor;
@@ -29,6 +33,8 @@ pub(crate) fn write_caches(
         let what = match &target.place {
             CachePlace::Registry(remote) => format!("cache to {remote}"),
             CachePlace::Local { dest, .. } => format!("cache to {}", dest.display()),
+            #[cfg(feature = "s3")]
+            CachePlace::Bucket(bucket) => format!("cache to {bucket}"),
             CachePlace::Inline => continue,
         };
         let started = Instant::now();
@@ -47,7 +53,23 @@ pub(crate) fn write_caches(
     Ok(())
 }
 
+/// What the caches that were read turn out to lack is not needed for a new one: it is written without.
 fn write_cache(
+    target: &CacheTarget,
+    workspace: &Workspace,
+    built: &[Built],
+    live: &Live<'_>,
+) -> Result<(), CommandError> {
+    loop {
+        let before = workspace.imports.lost();
+        let result = try_write_cache(target, workspace, built, live);
+        if result.is_ok() || workspace.imports.lost() == before || (live.stop)() {
+            return result;
+        }
+    }
+}
+
+fn try_write_cache(
     target: &CacheTarget,
     workspace: &Workspace,
     built: &[Built],
@@ -59,7 +81,7 @@ fn write_cache(
     let (codec, level) = codec(target.compression);
     let compression = snapshot::Compression { codec, level, clamp_mtime: None, force: target.force_compression };
     // What a registry has may be in the one where the cache goes.
-    let later = matches!(target.place, CachePlace::Registry(_));
+    let later = !matches!(target.place, CachePlace::Local { .. });
     let blobs =
         layer_blobs(workspace, &layers, compression, later, None, live.events, &|_, _| ()).map_err(snapshot_error)?;
     let by_layer = layers.iter().map(|layer| layer.id().clone()).zip(blobs.iter().cloned()).collect::<HashMap<_, _>>();
@@ -77,30 +99,43 @@ fn write_cache(
     let index_blobs: Vec<Descriptor> = indexes.values().map(|(blob, _)| blob.clone()).collect();
     let cache =
         assemble(&document, blobs, &index_blobs).map_err(|error| CommandError::new(Exit::General, &error, None))?;
+    let image = || {
+        workspace.store.put_document(&cache.config_bytes).map_err(store_error)?;
+        let mut image = PushImage::default();
+        for layer in &layers {
+            let Some(blob) = by_layer.get(layer.id()) else { continue };
+            image.add_blob(push_blob(layer, &blob.descriptor));
+        }
+        for (descriptor, image_of_it) in indexes.values() {
+            let base = image_of_it.clone().map(|image| (image, 0));
+            image.add_blob(PushBlob { descriptor: descriptor.clone(), base });
+        }
+        image.add_blob(PushBlob { descriptor: cache.config_descriptor.clone(), base: None });
+        image.manifests.push((cache.manifest_descriptor.clone(), cache.manifest_bytes.clone()));
+        Ok::<_, CommandError>(image)
+    };
     match &target.place {
         CachePlace::Inline => Ok(()),
+        #[cfg(feature = "s3")]
+        CachePlace::Bucket(bucket) => {
+            let written = bucket.write(&image()?, &workspace.sources, &shown(live.events), live.stop);
+            written.map_err(|error| match error {
+                BucketError::Interrupted => CommandError::Interrupted,
+                error => CommandError::new(Exit::Source, &error, None),
+            })
+        }
         CachePlace::Local { dest, tag } => {
             for image in indexes.values().filter_map(|(_, image)| image.as_ref()) {
                 ensure_blob(image, 0, &workspace.sources)
                     .map_err(|error| CommandError::new(Exit::Source, &error, None))?;
             }
-            let images = [cache];
+            let images = [cache.clone()];
             let image = ExportImage { images: &images, index: None, names: &[format!("cache:{tag}")] };
             let output = export::Output::Oci { dest: &Dest::Path(dest.clone()), tar: false };
             export::export(&image, &workspace.store, &output, &mut io::sink()).map_err(export_error)
         }
         CachePlace::Registry(remote) => {
-            workspace.store.put_document(&cache.config_bytes).map_err(store_error)?;
-            let mut image = PushImage::default();
-            for layer in &layers {
-                let Some(blob) = by_layer.get(layer.id()) else { continue };
-                image.add_blob(push_blob(layer, &blob.descriptor));
-            }
-            for (descriptor, image_of_it) in indexes.into_values() {
-                image.add_blob(PushBlob { descriptor, base: image_of_it.map(|image| (image, 0)) });
-            }
-            image.add_blob(PushBlob { descriptor: cache.config_descriptor.clone(), base: None });
-            image.manifests.push((cache.manifest_descriptor.clone(), cache.manifest_bytes.clone()));
+            let image = image()?;
             send(&image, std::slice::from_ref(remote), &workspace.sources, live.events, live.stop).map(drop)
         }
     }

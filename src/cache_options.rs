@@ -3,6 +3,8 @@
 use crate::cli;
 use crate::request::{Compression, Environment, RequestError, attributes, compression, fields};
 use nacre_frontend::reference::Reference;
+#[cfg(feature = "s3")]
+use nacre_solver::cache::bucket::{Bucket, BucketSettings};
 use nacre_solver::cache::export::CacheMode;
 use nacre_solver::cache::import::CacheSource;
 use nacre_solver::registry::RemoteImage;
@@ -40,6 +42,9 @@ pub(crate) enum CachePlace {
         /// The cache's name in it.
         tag: String,
     },
+    /// Into a bucket.
+    #[cfg(feature = "s3")]
+    Bucket(Bucket),
 }
 
 /// Attributes of one flag.
@@ -55,12 +60,25 @@ impl Attributes<'_> {
         self.all.iter().rev().find(|(other, _)| other == name).map(|(_, value)| value.as_str())
     }
 
+    /// The flag as typed, without secrets.
+    fn shown(&self) -> String {
+        const SECRET: [&str; 2] = ["secret_access_key", "session_token"];
+        if !self.all.iter().any(|(name, _)| SECRET.contains(&name.as_str())) {
+            return self.text.to_owned();
+        }
+        let field = |(name, value): &(String, String)| match SECRET.contains(&name.as_str()) {
+            true => format!("{name}=…"),
+            false => format!("{name}={value}"),
+        };
+        self.all.iter().map(field).collect::<Vec<_>>().join(",")
+    }
+
     fn bad(&self, expected: &'static str) -> RequestError {
-        RequestError::BadValue { flag: self.flag, value: self.text.to_owned(), expected }
+        RequestError::BadValue { flag: self.flag, value: self.shown(), expected }
     }
 
     fn missing(&self, attribute: &'static str) -> RequestError {
-        RequestError::MissingAttribute { flag: self.flag, value: self.text.to_owned(), attribute }
+        RequestError::MissingAttribute { flag: self.flag, value: self.shown(), attribute }
     }
 
     fn boolean(&self, name: &str) -> Result<Option<bool>, RequestError> {
@@ -87,7 +105,7 @@ impl Attributes<'_> {
             None => Ok(()),
             Some((attribute, _)) => Err(RequestError::UnknownAttribute {
                 flag: self.flag,
-                value: self.text.to_owned(),
+                value: self.shown(),
                 attribute: attribute.clone(),
                 known,
             }),
@@ -97,11 +115,58 @@ impl Attributes<'_> {
     fn unsupported(&self) -> RequestError {
         match self.find("type").unwrap_or_default() {
             "" => self.missing("type=…"),
-            "gha" | "s3" | "azblob" => self.bad(
-                "caches are kept in registries (type=registry), directories (type=local) and images (type=inline)",
+            "s3" => {
+                self.bad("this nacre was built without buckets: build it with `cargo build --release --features s3`")
+            }
+            "gha" | "azblob" => self.bad(
+                "caches are kept in registries (type=registry), directories (type=local), images (type=inline) and \
+                 buckets (type=s3)",
             ),
-            _ => self.bad("there are the types registry, local and inline"),
+            _ => self.bad("there are the types registry, local, inline and s3"),
         }
+    }
+}
+
+/// What both flags know of a bucket.
+#[cfg(feature = "s3")]
+macro_rules! bucket_attributes {
+    ($more:literal) => {
+        concat!(
+            "type, bucket, name, region, prefix, endpoint_url, use_path_style, access_key_id, secret_access_key, ",
+            "session_token",
+            $more
+        )
+    };
+}
+
+#[cfg(feature = "s3")]
+impl Attributes<'_> {
+    fn bucket(&self, env: &Environment) -> Result<Bucket, RequestError> {
+        let text = |name: &str| self.find(name).filter(|value| !value.is_empty()).map(str::to_owned);
+        let secret = (text("access_key_id"), text("secret_access_key"));
+        if secret.0.is_some() != secret.1.is_some() {
+            return Err(self.bad("expected both access_key_id and secret_access_key, or neither"));
+        }
+        let name = text("name").unwrap_or_else(|| "nacre".to_owned());
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '/');
+        if !name.chars().all(is_plain) {
+            return Err(RequestError::BadName {
+                name,
+                reason: "a cache's name in a bucket has letters, digits, `.`, `_`, `-` and `/`".to_owned(),
+            });
+        }
+        Ok(Bucket::new(BucketSettings {
+            bucket: text("bucket").ok_or_else(|| self.missing("bucket=NAME"))?,
+            name,
+            prefix: text("prefix").unwrap_or_default(),
+            region: text("region"),
+            endpoint: text("endpoint_url"),
+            path_style: self.boolean("use_path_style")?.unwrap_or(false),
+            access_key_id: secret.0,
+            secret_access_key: secret.1,
+            session_token: text("session_token"),
+            environment: env.with_prefix("AWS_"),
+        }))
     }
 }
 
@@ -134,6 +199,11 @@ pub(crate) fn cache_source(
             let path = path.ok_or_else(|| attributes.missing("src=DIRECTORY"))?;
             let text = |name: &str| attributes.find(name).filter(|value| !value.is_empty()).map(str::to_owned);
             Ok(CacheSource::Layout { path: env.current_dir.join(path), tag: text("tag"), digest: text("digest") })
+        }
+        #[cfg(feature = "s3")]
+        "s3" => {
+            attributes.check(bucket_attributes!(""))?;
+            attributes.bucket(env).map(CacheSource::Bucket)
         }
         "inline" => Err(attributes.bad("records in an image are read with type=registry,ref=NAME")),
         _ => Err(attributes.unsupported()),
@@ -173,6 +243,12 @@ pub(crate) fn cache_target(
         "inline" => {
             attributes.check("type, mode, ignore-error")?;
             CachePlace::Inline
+        }
+        #[cfg(feature = "s3")]
+        "s3" => {
+            attributes
+                .check(bucket_attributes!(", mode, compression, compression-level, force-compression, ignore-error"))?;
+            CachePlace::Bucket(attributes.bucket(env)?)
         }
         _ => return Err(attributes.unsupported()),
     };
@@ -239,8 +315,19 @@ mod tests {
         };
         refused("type=gha", "kept in registries");
         refused("type=azblob,name=x", "kept in registries");
-        refused("type=s3,bucket=x", "kept in registries");
-        refused("type=tape", "types registry, local and inline");
+        if cfg!(feature = "s3") {
+            refused("type=s3,region=x", "bucket=NAME");
+            refused("type=s3,bucket=x,access_key_id=y", "secret_access_key");
+            refused("type=s3,bucket=x,name=a b", "letters");
+            refused("type=s3,bucket=x,blobs_prefix=y", "blobs_prefix");
+            assert!(
+                to("type=s3,bucket=x,secret_access_key=hidden,access_key_id=y,mode=most")
+                    .is_err_and(|error| !error.contains("hidden"))
+            );
+        } else {
+            refused("type=s3,bucket=x", "--features s3");
+        }
+        refused("type=tape", "types registry, local, inline and s3");
         refused("mode=max", "type=");
         refused("type=registry", "ref=");
         refused("type=registry,ref=UPPER CASE", "UPPER CASE");

@@ -83,7 +83,7 @@ fn bases(request: &BuildRequest, dockerfile: &Dockerfile, options: &lower::Optio
             break;
         }
         if opened.is_none() {
-            opened = workspace(request, Ownership::SingleId, None).ok();
+            opened = workspace(request, Ownership::SingleId, None, None).ok();
         }
         let Some(opened) = &opened else {
             notice("the store cannot be used: base images are not looked at, what they hold may be missed");

@@ -164,10 +164,10 @@ pub(crate) struct BuildArgs {
     /// Say for every step that ran which input differs from the last time
     #[arg(long, help_heading = "Cache", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", value_parser = boolean, value_name = "BOOL", hide_default_value = true)]
     pub(crate) explain: bool,
-    /// Cache of other machines to read: NAME or type=registry,ref=NAME; type=local,src=DIR; may be repeated
+    /// Cache of other machines to read: NAME or type=registry,ref=NAME; type=local,src=DIR; type=s3,bucket=NAME; may be repeated
     #[arg(long = "cache-from", value_name = "SOURCE", help_heading = "Cache")]
     pub(crate) cache_from: Vec<String>,
-    /// Cache to write for other machines: type=registry,ref=NAME; type=local,dest=DIR; type=inline; mode=min|max
+    /// Cache to write for other machines: type=registry,ref=NAME; type=local,dest=DIR; type=s3,bucket=NAME; type=inline; mode=min|max
     #[arg(long = "cache-to", value_name = "DEST", help_heading = "Cache")]
     pub(crate) cache_to: Vec<String>,
 

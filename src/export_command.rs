@@ -15,14 +15,14 @@ use nacre_solver::push::{PushBlob, PushError, PushImage, PushReport, push, push_
 use nacre_solver::registry::{RegistryError, RemoteImage, Uploaded};
 use nacre_solver::snapshot::{self, AlsoTo, Layer, LayerBlob, Snapshot, SnapshotError, Workspace};
 use nacre_solver::solve::{Event, Phase, Solved, Span};
-use nacre_solver::tree::Node;
 use nacre_solver::tree::blob::Codec;
 use nacre_solver::tree::layer::TarOptions;
+use nacre_solver::tree::{self, Entry, Kind, Node, Origin, Tree};
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// One platform's result.
@@ -155,44 +155,77 @@ fn write(
     }
     match &output.kind {
         OutputKind::CacheOnly => Ok(()),
-        OutputKind::Tar { .. } | OutputKind::Local { .. } => {
-            let several = built.len() > 1;
-            built.iter().try_for_each(|built| write_files(workspace, built, output, clamp_mtime, several))
-        }
+        OutputKind::Tar { .. } | OutputKind::Local { .. } => write_files(workspace, built, output, clamp_mtime),
         OutputKind::Store | OutputKind::Registry | OutputKind::Oci { .. } | OutputKind::Docker { .. } => {
             write_image(request, workspace, built, output, clamp_mtime, live)
         }
     }
 }
 
+/// The files of all platforms. With `split` each platform has a directory, `linux_arm64`, as BuildKit names it.
+fn files(workspace: &Workspace, built: &[Built], split: bool) -> Result<Arc<Tree>, CommandError> {
+    let (mut nodes, mut groups) = (Vec::new(), 0);
+    let mut owners: BTreeMap<Vec<u8>, &Built> = BTreeMap::new();
+    for one in built {
+        let tree = workspace.flatten(one.snapshot()).map_err(snapshot_error)?;
+        if built.len() == 1 && !split {
+            return Ok(tree);
+        }
+        let platform = one.image.platform.to_string();
+        let directory = if split { platform.replace('/', "_").into_bytes() } else { Vec::new() };
+        if split {
+            nodes.push(Node { entry: Entry::dir(directory.clone(), 0o755), origin: Origin::None });
+        }
+        // Files of two platforms are never one inode.
+        let before = groups;
+        for node in tree.nodes().iter().filter(|node| !split || !node.entry.path.is_empty()) {
+            let mut node = node.clone();
+            node.entry.path = tree::join(&directory, &node.entry.path);
+            if let Kind::File { link_group, .. } = &mut node.entry.kind
+                && *link_group > 0
+            {
+                *link_group += before;
+                groups = groups.max(*link_group);
+            }
+            if !split
+                && !node.entry.is_dir()
+                && let Some(other) = owners.insert(node.entry.path.clone(), one)
+            {
+                let path = String::from_utf8_lossy(&node.entry.path).into_owned();
+                let message = format!("{} and {platform} both have `/{path}`", other.image.platform);
+                let help = "leave out platform-split=false, so that each platform gets a directory".to_owned();
+                return Err(failure(Exit::Usage, &message, Some(help)));
+            }
+            nodes.push(node);
+        }
+    }
+    Ok(Arc::new(Tree::from_nodes(nodes)))
+}
+
 /// The root file system's files, not an image.
 fn write_files(
     workspace: &Workspace,
-    built: &Built,
+    built: &[Built],
     output: &Output,
     clamp_mtime: Option<i64>,
-    several: bool,
 ) -> Result<(), CommandError> {
-    let tree = workspace.flatten(built.snapshot()).map_err(snapshot_error)?;
+    let split = match &output.kind {
+        OutputKind::Tar { platform_split, .. } | OutputKind::Local { platform_split, .. } => *platform_split,
+        _ => None,
+    };
+    let tree = files(workspace, built, split.unwrap_or(built.len() > 1))?;
     workspace.prepare(&tree).map_err(snapshot_error)?;
     let open = |node: &Node| workspace.open(node);
     let read = |node: &Node| workspace.open(node).map(|reader| reader as Box<dyn Read>);
     let image = ExportImage { images: &[], index: None, names: &[] };
-    let platform = built.image.platform.to_string().replace('/', "_");
     let dest;
     let target = match &output.kind {
-        OutputKind::Tar { dest: to, platform_split } => {
-            if platform_split.unwrap_or(several) {
-                return Err(failure(Exit::Usage, "type=tar holds one platform so far", None));
-            }
+        OutputKind::Tar { dest: to, .. } => {
             dest = destination(to);
             export::Output::Tar { dest: &dest, tree: &tree, open: &open, options: TarOptions { clamp_mtime } }
         }
-        OutputKind::Local { dest: to, platform_split } => {
-            let to = if platform_split.unwrap_or(several) { to.join(platform) } else { to.clone() };
-            dest = Dest::Path(to);
-            let Dest::Path(path) = &dest else { return Ok(()) };
-            export::Output::Local { dest: path, tree: &tree, read: &read, options: workspace.sources.write }
+        OutputKind::Local { dest: to, .. } => {
+            export::Output::Local { dest: to, tree: &tree, read: &read, options: workspace.sources.write }
         }
         _ => return Ok(()),
     };
@@ -363,7 +396,7 @@ pub(crate) fn push_blob(layer: &Layer, descriptor: &Descriptor) -> PushBlob {
 }
 
 /// Shows blobs on their way out.
-fn shown(events: &(dyn Fn(Event) + Sync)) -> impl Fn(&str, u64, u64) + Sync {
+pub(crate) fn shown(events: &(dyn Fn(Event) + Sync)) -> impl Fn(&str, u64, u64) + Sync {
     move |digest: &str, done_bytes: u64, total: u64| {
         let short: String = digest.trim_start_matches("sha256:").chars().take(12).collect();
         events(Event::Transfer { id: None, what: format!("pushing {short}"), done_bytes, total_bytes: Some(total) });

@@ -61,6 +61,7 @@ pub(crate) fn sources(store: &Arc<Store>, options: ClientOptions) -> SourceConte
         limits: Limits::default(),
         write: WriteOptions { ownership: Ownership::SingleId },
         progress: None,
+        warn: None,
     }
 }
 

@@ -501,6 +501,14 @@ impl Environment {
         Ok(self.current_dir.join(path))
     }
 
+    /// Returns the variables whose names begin so.
+    #[cfg(feature = "s3")]
+    pub(crate) fn with_prefix(&self, prefix: &str) -> Vec<(String, String)> {
+        let text = |text: &OsString| text.to_str().map(str::to_owned);
+        let all = self.variables.iter().filter_map(|(name, value)| Some((text(name)?, text(value)?)));
+        all.filter(|(name, _)| name.starts_with(prefix)).collect()
+    }
+
     /// Returns the directories of programs.
     pub(crate) fn program_directories(&self) -> Vec<PathBuf> {
         let path = self.get("PATH").unwrap_or(OsStr::new("/usr/local/bin:/usr/bin:/bin"));
@@ -1199,6 +1207,15 @@ fn outputs(
     let in_store = |output: &Output| output.kind == OutputKind::Store;
     if (outputs.is_empty() || args.load) && !outputs.iter().any(in_store) && call == Call::Build {
         outputs.push(Output::of_kind(OutputKind::Store, &args.tags));
+    }
+    if args.platforms.len() > 1
+        && let Some(at) = outputs.iter().position(|output| matches!(output.kind, OutputKind::Docker { .. }))
+    {
+        return Err(RequestError::BadValue {
+            flag: "--output",
+            value: args.outputs.get(at).cloned().unwrap_or_default(),
+            expected: "a docker archive holds one platform; type=oci holds several",
+        });
     }
     let to_stdout = outputs.iter().filter(|output| output.dest() == Some(&Destination::Stdout)).count();
     if to_stdout > 1 {

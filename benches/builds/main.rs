@@ -9,6 +9,8 @@
 //!   --nacre FILE      another nacre than the one built with this benchmark
 //!   --docker-root DIR docker of another system, installed below DIR (see below)
 //!   --toolchain TAR   root file system with gcc, for the workloads that compile
+//!   --registry        the workloads with a registry in place of the others; see benches/builds/registry.rs
+//!   --debian TAR      root file system of their base; else mmdebstrap makes it
 //!   --json FILE       all numbers
 //!   --generate DIR    only write the workloads' contexts, each to a directory of its name
 //!   --list            only print the workloads
@@ -31,6 +33,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, clippy::exit, reason = "a program of its own")]
 
 mod measure;
+mod registry;
 mod tools;
 mod workloads;
 
@@ -43,7 +46,7 @@ use workloads::{State, Workload, workloads};
 /// A failed command, or a file that could not be made.
 pub(crate) type Failure = Box<dyn std::error::Error>;
 
-struct Options {
+pub(crate) struct Options {
     peers: Vec<ToolKind>,
     only: Vec<String>,
     rounds: usize,
@@ -54,6 +57,8 @@ struct Options {
     json: Option<PathBuf>,
     generate: Option<PathBuf>,
     list: bool,
+    registry: bool,
+    debian: Option<PathBuf>,
 }
 
 fn options() -> Result<Options, Failure> {
@@ -68,6 +73,8 @@ fn options() -> Result<Options, Failure> {
         json: None,
         generate: None,
         list: false,
+        registry: false,
+        debian: None,
     };
     let mut args = std::env::args().skip(1);
     while let Some(flag) = args.next() {
@@ -85,6 +92,8 @@ fn options() -> Result<Options, Failure> {
             "--json" => options.json = Some(value()?.into()),
             "--generate" => options.generate = Some(value()?.into()),
             "--list" => options.list = true,
+            "--registry" => options.registry = true,
+            "--debian" => options.debian = Some(value()?.into()),
             _ => return Err(format!("unknown option {flag}; see benches/builds/main.rs").into()),
         }
     }
@@ -106,6 +115,7 @@ fn run() -> Result<(), Failure> {
     let chosen: Vec<Workload> = workloads(options.toolchain.as_deref()).into_iter().filter(wanted).collect();
     if options.list {
         chosen.iter().for_each(|workload| println!("{:20} {}", workload.name, workload.about));
+        registry::list().iter().for_each(|(name, about)| println!("{name:20} {about} (--registry)"));
         return Ok(());
     }
     if let Some(directory) = &options.generate {
@@ -122,7 +132,16 @@ fn run() -> Result<(), Failure> {
     let mut tools = kinds
         .map(|kind| Tool::new(kind, &options.nacre, docker_root, scratch.path()))
         .collect::<Result<Vec<_>, _>>()?;
+    let write = |report: &[Value]| match &options.json {
+        Some(path) => {
+            std::fs::write(path, serde_json::to_vec_pretty(&json!({ "workloads": report }))?).map_err(Failure::from)
+        }
+        None => Ok(()),
+    };
     println!("stores: {}", if tools[0].has_own_file_system() { "ext4 images" } else { "plain directories" });
+    if options.registry {
+        return write(&registry::measure(&options, scratch.path(), &mut tools)?);
+    }
     println!(
         "{:18} {:8} {:>9} {:>9} {:>9} {:>8} {:>9}  ratio",
         "workload", "tool", "min s", "median s", "cpu s", "peak MB", "out MB"
@@ -135,9 +154,7 @@ fn run() -> Result<(), Failure> {
         let results = measure_workload(workload, &contexts, &mut tools, options.rounds)?;
         report.push(show(workload, &results));
         std::fs::remove_dir_all(&contexts)?;
-        if let Some(path) = &options.json {
-            std::fs::write(path, serde_json::to_vec_pretty(&json!({ "workloads": report }))?)?;
-        }
+        write(&report)?;
     }
     Ok(())
 }

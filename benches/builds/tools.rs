@@ -142,7 +142,7 @@ impl Tool {
 
     fn start_daemon(&mut self) -> Result<(), Failure> {
         let log = fs::File::create(self.out.join("daemon.log"))?;
-        let mut command = self.docker("dockerd");
+        let mut command = self.docker_program("dockerd");
         command.arg("--data-root").arg(self.store.join("data")).arg("--exec-root").arg(self.out.join("exec"));
         command.arg("--pidfile").arg(self.out.join("daemon.pid")).arg("-H").arg(self.socket());
         command.args(["--iptables=false", "--ip6tables=false", "--bridge=none", "--ip-forward=false"]);
@@ -159,7 +159,7 @@ impl Tool {
         self.daemon = Some(child);
         let started = Instant::now();
         loop {
-            if run(self.docker("docker").arg("-H").arg(self.socket()).arg("info")).is_ok() {
+            if run(self.docker_program("docker").arg("-H").arg(self.socket()).arg("info")).is_ok() {
                 return Ok(());
             }
             if started.elapsed() > Duration::from_secs(30) {
@@ -170,7 +170,7 @@ impl Tool {
     }
 
     /// A program of docker's.
-    fn docker(&self, program: &str) -> Command {
+    fn docker_program(&self, program: &str) -> Command {
         match &self.docker_root {
             Some(root) => {
                 let mut command = Command::new("chroot");
@@ -222,7 +222,7 @@ impl Tool {
                 command
             }
             ToolKind::Docker => {
-                let mut command = self.docker("docker");
+                let mut command = self.docker_program("docker");
                 command.env("DOCKER_BUILDKIT", "1").arg("-H").arg(self.socket());
                 command.args(["build", "-q", "--network=host"]);
                 match archive {
@@ -238,11 +238,30 @@ impl Tool {
         }
     }
 
-    fn buildah(&self) -> Command {
+    pub(crate) fn buildah(&self) -> Command {
         let mut command = Command::new("buildah");
         command.arg("--root").arg(self.store.join("root")).arg("--runroot").arg(self.store.join("run"));
         command.args(["--storage-driver", "overlay"]);
         command
+    }
+
+    /// nacre, on the tool's store.
+    pub(crate) fn nacre(&self) -> Command {
+        let mut command = Command::new(&self.nacre);
+        command.env("NACRE_STORE", self.store.join("nacre"));
+        command
+    }
+
+    /// docker's client, for the tool's daemon.
+    pub(crate) fn docker(&self) -> Command {
+        let mut command = self.docker_program("docker");
+        command.arg("-H").arg(self.socket());
+        command
+    }
+
+    /// The daemon's process.
+    pub(crate) fn daemon_id(&self) -> Option<u32> {
+        self.daemon.as_ref().map(Child::id)
     }
 
     /// One timed build; `None` when the tool cannot do it.

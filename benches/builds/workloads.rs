@@ -194,12 +194,16 @@ fn ignored_files(context: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Bytes that compress to about four fifths.
 fn large_file(context: &Path) -> Result<(), Failure> {
     fs::write(context.join("Dockerfile"), "FROM scratch\nCOPY data /data\n")?;
-    let mut random = Random(11);
-    let mut out = std::io::BufWriter::new(fs::File::create(context.join("data"))?);
-    for _ in 0..512 * 256 {
+    incompressible(&context.join("data"), 512 << 20, 11)
+}
+
+/// Bytes that compress to about four fifths; whole blocks of 4 KiB.
+pub(crate) fn incompressible(path: &Path, size: usize, seed: u64) -> Result<(), Failure> {
+    let mut random = Random(seed);
+    let mut out = std::io::BufWriter::new(fs::File::create(path)?);
+    for _ in 0..size / 4096 {
         let mut block: Vec<u8> = (0..2560 / 8).flat_map(|_| random.next().to_le_bytes()).collect();
         block.extend(random.text(1536));
         std::io::Write::write_all(&mut out, &block)?;

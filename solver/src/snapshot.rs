@@ -128,8 +128,6 @@ struct SnapshotInner {
     parent: Option<Snapshot>,
     layer: Option<Layer>,
     content: Key,
-    /// All layers can be had.
-    whole: bool,
     /// When the layer was made, in seconds since the epoch; `None` for those of base images.
     created: Option<i64>,
     /// All layers as one tree, as long as somebody has it.
@@ -153,7 +151,6 @@ impl Snapshot {
             parent: None,
             layer: None,
             content: Key::SCRATCH,
-            whole: true,
             created: None,
             flat: Mutex::default(),
         }))
@@ -163,7 +160,6 @@ impl Snapshot {
     pub(crate) fn with(&self, layer: Layer, content: &[u8; 32], created: Option<i64>) -> Self {
         Self(Arc::new(SnapshotInner {
             content: self.0.content.stacked(content),
-            whole: self.0.whole && layer.is_there(),
             parent: Some(self.clone()),
             layer: Some(layer),
             created,
@@ -176,9 +172,10 @@ impl Snapshot {
         self.0.content
     }
 
-    /// Can all of its layers be had? Of others only the content key is known.
-    pub(crate) fn is_whole(&self) -> bool {
-        self.0.whole
+    /// Can all of its layers be had? Of others only the content key is known. A cache may turn out to have lost a layer at
+    /// any time.
+    pub fn is_whole(&self) -> bool {
+        self.chain().filter_map(|inner| inner.layer.as_ref()).all(Layer::is_there)
     }
 
     /// Its layers, lowest first.
@@ -235,9 +232,13 @@ impl Layer {
         }
     }
 
-    /// Can it be had at all?
+    /// Can it be had at all, as far as is known?
     pub fn is_there(&self) -> bool {
-        !matches!(self.0.made, Made::Elsewhere)
+        match &self.0.made {
+            Made::Image(image, _) => image.lost().is_none(),
+            Made::Step(_) => true,
+            Made::Elsewhere => false,
+        }
     }
 }
 
@@ -374,19 +375,23 @@ impl Workspace {
     /// The layer of this name, one object a process, so that its forms are made once.
     pub(crate) fn layer(&self, id: LayerId, made: Made, tree: Option<Arc<Tree>>) -> Layer {
         let mut layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
-        let layer = layers.entry(id.clone()).or_insert_with(|| {
-            Layer(Arc::new(LayerInner {
-                id,
+        // A step that has made what a cache has lost gives it anew.
+        let known = layers.get(&id).filter(|known| known.is_there() || !matches!(made, Made::Step(_))).cloned();
+        let layer = known.unwrap_or_else(|| {
+            let inner = LayerInner {
+                id: id.clone(),
                 made,
                 tree: OnceLock::new(),
                 directory: OnceLock::new(),
                 making: Mutex::new(()),
-            }))
+            };
+            Layer(Arc::new(inner))
         });
+        layers.insert(id, layer.clone());
         if let Some(tree) = tree {
             let _ = layer.0.tree.set(tree);
         }
-        layer.clone()
+        layer
     }
 
     /// The layer's entries, each with where its bytes are.
@@ -568,7 +573,7 @@ impl Workspace {
 
     /// The blob that a base layer came as, if it may stay as it is; the store need not have it.
     pub fn original_blob(&self, layer: &Layer, compression: Compression) -> Option<LayerBlob> {
-        let (image, at) = layer.image()?;
+        let (image, at) = layer.image().filter(|_| layer.is_there())?;
         let layer = &image.layers[at];
         let stays = !compression.force || is_codec(layer, compression.codec);
         stays.then(|| LayerBlob { descriptor: layer.descriptor.clone(), diff_id: layer.diff_id.clone() })

@@ -484,12 +484,23 @@ impl Build<'_> {
     }
 
     fn value(&self, id: VertexId, vertex: &Vertex, whole: bool, log: &mut StepLog) -> Result<Value, VertexError> {
-        let inputs = self.inputs(vertex);
-        match &vertex.op {
-            Op::Source(source) => self.source(id, vertex, source, log),
-            Op::Run(op) => self.run(id, vertex, op, inputs, whole, log).map(Value::Snapshot),
-            Op::Copy(op) => self.file(id, vertex, &FileOp::Copy(op.clone()), inputs, whole).map(Value::Snapshot),
-            Op::Mkdir(op) => self.file(id, vertex, &FileOp::Mkdir(op.clone()), inputs, whole).map(Value::Snapshot),
+        loop {
+            let inputs = self.inputs(vertex);
+            let given = inputs.clone();
+            let result = match &vertex.op {
+                Op::Source(source) => return self.source(id, vertex, source, log),
+                Op::Run(op) => self.run(id, vertex, op, inputs, whole, log),
+                Op::Copy(op) => self.file(id, vertex, &FileOp::Copy(op.clone()), inputs, whole),
+                Op::Mkdir(op) => self.file(id, vertex, &FileOp::Mkdir(op.clone()), inputs, whole),
+            };
+            // A cache had less than it said: what it lacks is made, by this or another thread, and the step begun again.
+            let lost = || !step::are_whole(&given) || !step::are_whole(&self.inputs(vertex));
+            match result {
+                Err(error) if !step::is_verdict(&error) && !self.cancel.is_cancelled() && lost() => {
+                    self.realize_inputs(vertex)?;
+                }
+                result => return result.map(Value::Snapshot),
+            }
         }
     }
 

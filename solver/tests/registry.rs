@@ -102,6 +102,7 @@ fn context(store: &Arc<Store>, options: ClientOptions) -> SourceContext {
         limits: Limits::default(),
         write: WriteOptions { ownership: Ownership::SingleId },
         progress: None,
+        warn: None,
     }
 }
 

@@ -17,6 +17,8 @@ mod image;
 #[allow(dead_code, reason = "shared with the other test program")]
 mod process;
 
+#[cfg(feature = "s3")]
+mod bucket;
 mod cache;
 mod checks;
 mod command_line;
@@ -30,6 +32,9 @@ mod mistakes;
 mod output;
 mod ownership;
 mod platforms;
+#[path = "../../solver/tests/registry/proxy.rs"]
+#[expect(dead_code, reason = "the solver's tests use the rest of it")]
+mod proxy;
 mod registry;
 mod remote_cache;
 mod story;

@@ -142,3 +142,79 @@ fn nothing_is_registered_on_the_host() {
     build("FROM multi\nRUN true\n").flag("--platform=linux/arm64").flag("--no-cache").runs();
     assert_eq!(fs::read_dir("/proc/sys/fs/binfmt_misc").map(Iterator::count).unwrap_or(0), before);
 }
+
+/// An archive with a file of two names.
+fn linked() -> Vec<u8> {
+    let mut archive = tar::Builder::new(Vec::new());
+    let mut header = tar::Header::new_gnu();
+    header.set_mode(0o640);
+    header.set_size(2);
+    archive.append_data(&mut header, "one", &b"1\n"[..]).expect("an archive in memory");
+    let mut link = tar::Header::new_gnu();
+    link.set_entry_type(tar::EntryType::Link);
+    link.set_size(0);
+    link.set_mode(0o640);
+    archive.append_link(&mut link, "two", "one").expect("an archive in memory");
+    archive.into_inner().expect("an archive in memory")
+}
+
+#[test]
+fn files_of_two_platforms_go_into_a_directory_each() {
+    use std::os::unix::fs::MetadataExt;
+    let text = "FROM scratch\nARG TARGETARCH\nCOPY $TARGETARCH/ /\nADD linked.tar /links/\n";
+    let context = || {
+        let build = Build::new().dockerfile(text).file("amd64/a", "amd64\n").file("arm64/a", "arm64\n");
+        let build = build.file("arm64/only", "x").flag("--platform=linux/amd64,linux/arm64/v8");
+        fs::write(build.path("context/linked.tar"), linked()).expect("a file of our own");
+        build
+    };
+    let local = context();
+    let dest = local.path("out");
+    let local = local.flag(format!("--output=type=local,dest={}", dest.display()));
+    local.runs();
+    let mut names: Vec<_> =
+        fs::read_dir(&dest).expect("a directory").map(|entry| entry.expect("an entry").file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["linux_amd64", "linux_arm64"]);
+    let metadata = |name: &str| fs::metadata(dest.join(name)).expect(name);
+    for platform in ["amd64", "arm64"] {
+        let read = fs::read_to_string(dest.join(format!("linux_{platform}/a"))).expect("a file");
+        assert_eq!(read, format!("{platform}\n"));
+        let [one, two] = ["one", "two"].map(|name| metadata(&format!("linux_{platform}/links/{name}")));
+        assert_eq!((one.ino(), one.nlink(), one.mode() & 0o777), (two.ino(), 2, 0o640), "{platform}");
+    }
+    assert!(!dest.join("linux_amd64/only").exists() && dest.join("linux_arm64/only").exists());
+
+    let printed = context().flag("--output=type=tar,dest=-").runs();
+    let mut archive = tar::Archive::new(printed.stdout.as_slice());
+    let mut found = std::collections::BTreeMap::new();
+    for entry in archive.entries().expect("an archive") {
+        let mut entry = entry.expect("an entry");
+        let name = String::from_utf8_lossy(&entry.path_bytes()).trim_end_matches('/').to_owned();
+        let link = entry.link_name_bytes().map(|name| String::from_utf8_lossy(&name).into_owned());
+        let mut content = String::new();
+        std::io::Read::read_to_string(&mut entry, &mut content).expect("text");
+        found.insert(name, link.unwrap_or(content));
+    }
+    for (name, content) in [
+        ("linux_amd64/a", "amd64\n"),
+        ("linux_arm64/a", "arm64\n"),
+        ("linux_arm64/only", "x"),
+        ("linux_amd64/links/two", "linux_amd64/links/one"),
+        ("linux_arm64/links/two", "linux_arm64/links/one"),
+    ] {
+        assert_eq!(found.get(name).map(String::as_str), Some(content), "{name}: {found:?}");
+    }
+
+    // One platform has a directory only when asked for it; several without one must not be in each other's way.
+    let single = Build::new().dockerfile("FROM scratch\nCOPY a /\n").file("a", "1").flag("--platform=linux/arm64");
+    let dest = single.path("out");
+    let single = single.flag(format!("--output=type=local,dest={},platform-split=true", dest.display()));
+    single.runs();
+    assert!(dest.join("linux_arm64/a").exists());
+    let mixed = context().flag("--output=type=tar,dest=-,platform-split=false");
+    mixed.fails_with(2, &["linux/amd64", "linux/arm64", "both have `/a`", "platform-split"]);
+    let docker = context().flag("--output=type=docker,dest=x.tar");
+    let ended = docker.fails_with(2, &["--output", "one platform", "type=oci"]);
+    assert!(ended.ran().is_empty(), "told before anything runs: {}", ended.stderr);
+}

@@ -5,7 +5,7 @@ use serde_json::Value;
 use std::fs;
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -70,6 +70,19 @@ impl Registry {
             .status()
             .expect("these tests need the program skopeo");
         assert!(status.success());
+    }
+
+    /// Files with the bytes of all blobs and documents.
+    pub(crate) fn blobs(&self) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        let mut pending = vec![self.dir.path().join("data/docker/registry/v2/blobs/sha256")];
+        while let Some(path) = pending.pop() {
+            match fs::read_dir(&path) {
+                Ok(entries) => pending.extend(entries.map(|entry| entry.expect("an entry").path())),
+                Err(_) => found.push(path),
+            }
+        }
+        found
     }
 
     /// What skopeo says of an image; it reads all of its blobs.

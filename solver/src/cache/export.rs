@@ -116,7 +116,7 @@ pub fn indexes(workspace: &Workspace, layers: &[(Layer, String)]) -> Result<Inde
             let (digest, size) = workspace.store.write_blob(None, &mut bytes.as_slice())?;
             let descriptor = Descriptor { media_type: INDEX_TYPE.to_owned(), digest, size, ..Descriptor::default() };
             indexes.insert(diff_id.clone(), (descriptor, None));
-        } else if let Some(image) = workspace.imports.index(diff_id)
+        } else if let Some(image) = workspace.imports.index(diff_id).filter(|image| image.lost().is_none())
             && let Some(blob) = image.layers.first()
         {
             indexes.insert(diff_id.clone(), (blob.descriptor.clone(), Some(image)));

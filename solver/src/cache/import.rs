@@ -1,8 +1,12 @@
 //! Reading caches: records at the first miss, layers when they are needed.
 
+#[cfg(feature = "s3")]
+use super::bucket::{Bucket, BucketError};
 use super::{CONFIG_TYPE, Document, Entry, INDEX_TYPE, INLINE_MEMBER, decode_files};
 use crate::image::{Descriptor, Index, Manifest, media_type};
-use crate::op::source::{ImageLayer, Lookup, Origin, ResolvedImage, SourceContext, SourceError, layout_roots};
+use crate::op::source::{
+    Cached, ImageLayer, Lookup, Origin, ResolvedImage, SourceContext, SourceError, in_one_line, layout_roots,
+};
 use crate::plan::cache_key::Key;
 use crate::registry::{RegistryError, RemoteImage};
 use crate::tree::Tree;
@@ -13,6 +17,8 @@ use std::sync::{Arc, OnceLock};
 
 /// What BuildKit calls its records.
 const BUILDKIT_CONFIG_TYPE: &str = "application/vnd.buildkit.cacheconfig.v0";
+/// Where BuildKit puts records into an image's configuration.
+const BUILDKIT_INLINE_MEMBER: &str = "moby.buildkit.cache.v0";
 /// Images of one index that are looked at for records.
 const IMAGES_LIMIT: usize = 32;
 
@@ -30,12 +36,17 @@ pub enum CacheSource {
         /// Which of its caches.
         digest: Option<String>,
     },
+    /// In a bucket.
+    #[cfg(feature = "s3")]
+    Bucket(Bucket),
 }
 
 impl std::fmt::Display for CacheSource {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Registry(remote) => remote.fmt(f),
+            #[cfg(feature = "s3")]
+            Self::Bucket(bucket) => bucket.fmt(f),
             Self::Layout { path, tag, digest } => {
                 path.display().fmt(f)?;
                 if let Some(tag) = tag {
@@ -136,6 +147,15 @@ impl Imports {
         self.loaded.get()?.indexes.get(diff_id).cloned()
     }
 
+    /// How many of their blobs could not be had.
+    pub fn lost(&self) -> usize {
+        let records = self.loaded.get();
+        let layers =
+            records.into_iter().flat_map(|records| records.by_key.values()).filter_map(|hit| hit.layer.as_ref());
+        let indexes = records.into_iter().flat_map(|records| records.indexes.values());
+        layers.chain(indexes).filter(|blob| blob.lost().is_some()).count()
+    }
+
     fn records(&self, context: &SourceContext, warn: &dyn Fn(String)) -> &Records {
         self.loaded.get_or_init(|| {
             let mut records = Records::default();
@@ -165,7 +185,9 @@ impl Imports {
 fn load(source: &CacheSource, context: &SourceContext) -> Result<Cache, String> {
     let (origin, root, bytes) = open(source, context).map_err(|error| match error {
         SourceError::Registry(RegistryError::NotFound { .. }) => "it does not exist (yet)".to_owned(),
-        error => with_causes(&error),
+        #[cfg(feature = "s3")]
+        SourceError::Bucket(BucketError::NotFound { .. }) => "it does not exist (yet)".to_owned(),
+        error => in_one_line(&error),
     })?;
     let name = source.to_string();
     let lookup = Lookup { name: &name, origin: &origin, context };
@@ -176,11 +198,11 @@ fn load(source: &CacheSource, context: &SourceContext) -> Result<Cache, String> 
         let index: Index = serde_json::from_slice(&bytes).map_err(|_| "it is neither a manifest nor an index")?;
         let foreign = |descriptor: &&Descriptor| descriptor.media_type.contains("buildkit");
         if index.manifests.iter().any(|descriptor| foreign(&descriptor)) {
-            return Err(by_buildkit());
+            return Err(format!("it is a {}", by_buildkit("cache")));
         }
         let images = index.manifests.iter().filter(|descriptor| media_type::is_manifest(&descriptor.media_type));
         for descriptor in images.take(IMAGES_LIMIT) {
-            let bytes = lookup.document(descriptor, false).map_err(|error| with_causes(&error))?;
+            let bytes = lookup.document(descriptor, false).map_err(|error| in_one_line(&error))?;
             let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|error| error.to_string())?;
             // One of an index's images may have records, and another, of attestations, none.
             cache.extend(records_of(&lookup, &manifest, &descriptor.digest).unwrap_or_default());
@@ -192,18 +214,8 @@ fn load(source: &CacheSource, context: &SourceContext) -> Result<Cache, String> 
     Ok(cache)
 }
 
-fn by_buildkit() -> String {
-    "it was written by BuildKit, whose caches nacre does not read".to_owned()
-}
-
-fn with_causes(error: &SourceError) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(inner) = cause {
-        text = format!("{text}: {inner}");
-        cause = inner.source();
-    }
-    text
+fn by_buildkit(what: &str) -> String {
+    format!("{what} of BuildKit's ({BUILDKIT_CONFIG_TYPE}), which nacre does not read: write one with --cache-to")
 }
 
 fn open(source: &CacheSource, context: &SourceContext) -> Result<(Origin, Descriptor, Vec<u8>), SourceError> {
@@ -214,6 +226,19 @@ fn open(source: &CacheSource, context: &SourceContext) -> Result<(Origin, Descri
             }
             let (bytes, root) = context.client.manifest(remote)?;
             Ok((Origin::Registry(remote.clone()), root, bytes))
+        }
+        #[cfg(feature = "s3")]
+        CacheSource::Bucket(bucket) => {
+            if context.offline {
+                return Err(RegistryError::Offline { what: bucket.to_string() }.into());
+            }
+            let bytes = bucket.manifest(&context.client)?;
+            let root = Descriptor {
+                digest: crate::store::blob::sha256(&bytes),
+                size: bytes.len() as u64,
+                ..Descriptor::default()
+            };
+            Ok((Origin::Bucket(bucket.clone()), root, bytes))
         }
         CacheSource::Layout { path, tag, digest } => {
             let text = path.display().to_string();
@@ -230,18 +255,23 @@ fn open(source: &CacheSource, context: &SourceContext) -> Result<(Origin, Descri
 fn records_of(lookup: &Lookup<'_>, manifest: &Manifest, digest: &str) -> Result<Cache, String> {
     let config_type = manifest.config.media_type.as_str();
     if config_type == BUILDKIT_CONFIG_TYPE {
-        return Err(by_buildkit());
+        return Err(format!("it is a {}", by_buildkit("cache")));
     }
     let inline = media_type::is_config(config_type);
     if !inline && config_type != CONFIG_TYPE {
         return Err(format!("its configuration is {config_type}"));
     }
-    let bytes = lookup.document(&manifest.config, true).map_err(|error| with_causes(&error))?;
+    let bytes = lookup.document(&manifest.config, true).map_err(|error| in_one_line(&error))?;
     let layers = manifest.layers.as_deref().unwrap_or_default();
     // Layers of a cache are named by their blobs, those of an image by their diff IDs.
     let (document, diff_ids) = if inline {
         let config: ImageConfig = serde_json::from_slice(&bytes).map_err(|error| error.to_string())?;
-        let records = config.other.get(INLINE_MEMBER).ok_or("the image has no records in it")?;
+        let Some(records) = config.other.get(INLINE_MEMBER) else {
+            return match config.other.contains_key(BUILDKIT_INLINE_MEMBER) {
+                true => Err(format!("its {}", by_buildkit("records"))),
+                false => Err("the image has no records in it".to_owned()),
+            };
+        };
         let diff_ids = config.rootfs.diff_ids.unwrap_or_default();
         (Document::parse(records.to_string().as_bytes())?, diff_ids)
     } else {
@@ -251,9 +281,12 @@ fn records_of(lookup: &Lookup<'_>, manifest: &Manifest, digest: &str) -> Result<
         true => diff_ids.iter().map(String::as_str).zip(layers).collect(),
         false => layers.iter().map(|layer| (layer.digest.as_str(), layer)).collect(),
     };
+    let unreachable = Arc::default();
     let alone = |descriptor: &Descriptor, diff_id: &str| {
         let layer = ImageLayer { descriptor: descriptor.clone(), diff_id: diff_id.to_owned() };
-        Arc::new(layer_alone(format!("cache {}", lookup.name), digest, layer, lookup.origin.clone()))
+        let cached = Cached::new(&unreachable, descriptor.media_type == INDEX_TYPE);
+        let name = format!("cache {}", lookup.name);
+        Arc::new(layer_alone(name, digest, layer, lookup.origin.clone(), cached))
     };
     let index = |(diff_id, name): (&String, &String)| {
         let blob = blobs.get(name.as_str()).filter(|blob| blob.media_type == INDEX_TYPE)?;
@@ -271,7 +304,13 @@ fn records_of(lookup: &Lookup<'_>, manifest: &Manifest, digest: &str) -> Result<
 }
 
 /// A layer as an image, which knows where to get it.
-pub(crate) fn layer_alone(name: String, digest: &str, layer: ImageLayer, origin: Origin) -> ResolvedImage {
+pub(crate) fn layer_alone(
+    name: String,
+    digest: &str,
+    layer: ImageLayer,
+    origin: Origin,
+    cached: Cached,
+) -> ResolvedImage {
     let config = ImageConfig::default();
     ResolvedImage {
         name,
@@ -286,5 +325,6 @@ pub(crate) fn layer_alone(name: String, digest: &str, layer: ImageLayer, origin:
         manifest_digest: digest.to_owned(),
         layers: vec![layer],
         origin,
+        cached: Some(cached),
     }
 }

@@ -17,6 +17,8 @@
 //! An entry without a layer says what a step's result is without giving it. That is enough to find what comes after it;
 //! a step that needs the files all the same is run then.
 
+#[cfg(feature = "s3")]
+pub mod bucket;
 pub mod export;
 pub mod import;
 

@@ -11,6 +11,8 @@
 //! Platforms are matched as containerd does: of an index, the manifest that fits best, where `arm64` also takes 32-bit
 //! ARM and `amd64` takes `386`. An image that is no index is taken as it is: the caller sees its platform.
 
+#[cfg(feature = "s3")]
+use crate::cache::bucket::{Bucket, BucketError};
 use crate::image::{Descriptor, DescriptorPlatform, Index, Manifest, media_type};
 use crate::materialize::{MaterializeError, TreeWriter, WriteOptions, remove_tree, write_tree};
 use crate::registry::client::into_registry_error;
@@ -32,7 +34,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 /// Layers that are fetched and unpacked at once.
 const PARALLEL_LAYERS: usize = 4;
@@ -68,10 +70,33 @@ pub struct SourceContext {
     pub write: WriteOptions,
     /// Is told of downloads: digest, bytes so far, bytes in all.
     pub progress: Option<Progress>,
+    /// Is told, once each, of blobs of caches that cannot be had.
+    pub warn: Option<Warn>,
 }
 
 /// Receives the progress of downloads.
 pub type Progress = Arc<dyn Fn(&str, u64, u64) + Send + Sync>;
+
+/// Receives what the user should know, a sentence each.
+pub type Warn = Arc<dyn Fn(String) + Send + Sync>;
+
+/// What can be done without: who has a record of a step can run the step.
+#[derive(Debug, Clone, Default)]
+pub struct Cached {
+    /// Why it cannot be had, once that is known.
+    lost: OnceLock<String>,
+    /// Why nothing of its cache can be had.
+    unreachable: Arc<OnceLock<String>>,
+    /// It only spares a look at a layer, which is the one to be told of.
+    minor: bool,
+}
+
+impl Cached {
+    /// A blob of a cache; all of them share what is known of the cache itself.
+    pub(crate) fn new(unreachable: &Arc<OnceLock<String>>, minor: bool) -> Self {
+        Self { lost: OnceLock::new(), unreachable: unreachable.clone(), minor }
+    }
+}
 
 /// Where an image's blobs come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,6 +107,9 @@ pub enum Origin {
     Store,
     /// A registry.
     Registry(RemoteImage),
+    /// A bucket with a cache.
+    #[cfg(feature = "s3")]
+    Bucket(Bucket),
 }
 
 /// One layer of an image, as its manifest and configuration tell.
@@ -94,7 +122,7 @@ pub struct ImageLayer {
 }
 
 /// An image for one platform.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct ResolvedImage {
     /// The name that it was asked for by.
     pub name: String,
@@ -112,6 +140,74 @@ pub struct ResolvedImage {
     pub platform: Platform,
     /// Where to get blobs.
     pub origin: Origin,
+    /// It is a blob of a cache, which may be lost.
+    pub cached: Option<Cached>,
+}
+
+impl PartialEq for ResolvedImage {
+    /// What is known of a cache meanwhile is no part of the image.
+    fn eq(&self, other: &Self) -> bool {
+        (&self.name, &self.root_digest, &self.manifest_digest, &self.layers, &self.config_bytes, &self.origin)
+            == (
+                &other.name,
+                &other.root_digest,
+                &other.manifest_digest,
+                &other.layers,
+                &other.config_bytes,
+                &other.origin,
+            )
+    }
+}
+
+impl ResolvedImage {
+    /// Why its layers cannot be had, if they belong to a cache that has lost them.
+    pub fn lost(&self) -> Option<&str> {
+        let cached = self.cached.as_ref()?;
+        cached.lost.get().or_else(|| cached.unreachable.get()).map(String::as_str)
+    }
+
+    /// Notes that a blob cannot be had, unless that is this machine's fault.
+    fn note_lost(&self, at: usize, error: &SourceError, context: &SourceContext) {
+        let (Some(cached), Some(layer)) = (&self.cached, self.layers.get(at)) else { return };
+        if matches!(error, SourceError::Unpack { .. } | SourceError::Lost { .. }) || is_disk_full(error) {
+            return;
+        }
+        let reason = in_one_line(error);
+        let unreachable = error.is_unreachable();
+        let (known, what) = match unreachable {
+            true => (&*cached.unreachable, "nothing more".to_owned()),
+            false => (&cached.lost, format!("layer {}", layer.descriptor.digest)),
+        };
+        if known.set(reason.clone()).is_ok()
+            && let Some(warn) = context.warn.as_ref().filter(|_| unreachable || !cached.minor)
+        {
+            warn(format!("{what} of {} is used: {reason}; steps that need it run", self.name));
+        }
+    }
+}
+
+fn is_disk_full(error: &(dyn std::error::Error + 'static)) -> bool {
+    use io::ErrorKind::{PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let kind = error.downcast_ref::<io::Error>().map(io::Error::kind);
+        if matches!(kind, Some(StorageFull | QuotaExceeded | ReadOnlyFilesystem | PermissionDenied)) {
+            return true;
+        }
+        next = error.source();
+    }
+    false
+}
+
+/// An error with its causes.
+pub(crate) fn in_one_line(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text = format!("{text}: {inner}");
+        cause = inner.source();
+    }
+    text
 }
 
 /// Which form of a layer is needed.
@@ -248,15 +344,42 @@ pub enum SourceError {
         /// The cause.
         source: MaterializeError,
     },
+    /// A blob of a cache that could not be had before.
+    #[error("{image}: layer {digest} cannot be had: {reason}")]
+    Lost {
+        /// The cache.
+        image: String,
+        /// The blob.
+        digest: String,
+        /// Why, as far as was told the first time.
+        reason: String,
+    },
     /// The registry failed.
     #[error(transparent)]
     Registry(#[from] RegistryError),
+    /// The bucket failed.
+    #[cfg(feature = "s3")]
+    #[error(transparent)]
+    Bucket(#[from] BucketError),
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
 impl SourceError {
+    /// Does it mean that nothing else can be had from there, either?
+    fn is_unreachable(&self) -> bool {
+        match self {
+            Self::Registry(error) => matches!(
+                error,
+                RegistryError::Transport { .. } | RegistryError::Timeout { .. } | RegistryError::Slow { .. }
+            ),
+            #[cfg(feature = "s3")]
+            Self::Bucket(error) => error.is_unreachable(),
+            _ => false,
+        }
+    }
+
     /// A way out, one sentence.
     pub fn help(&self) -> Option<String> {
         let near = |wanted: &str, there: &[String]| did_you_mean(wanted, there.iter().map(String::as_str));
@@ -343,7 +466,9 @@ pub fn ensure_layers(image: &ResolvedImage, form: Form, context: &SourceContext)
         for _ in 0..missing.len().min(PARALLEL_LAYERS) {
             scope.spawn(|| {
                 while let Some(&at) = missing.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let result = unpack(image, at, form, context);
+                    let result = not_lost(image, at).and_then(|()| {
+                        unpack(image, at, form, context).inspect_err(|error| image.note_lost(at, error, context))
+                    });
                     if result.is_err() {
                         // Nobody begins another one; the others' work is kept.
                         next.store(missing.len(), Ordering::Relaxed);
@@ -369,10 +494,24 @@ pub fn ensure_layers(image: &ResolvedImage, form: Form, context: &SourceContext)
 /// Makes sure that the store has a layer's blob.
 pub fn ensure_blob(image: &ResolvedImage, at: usize, context: &SourceContext) -> Result<(), SourceError> {
     let descriptor = &image.layers[at].descriptor;
-    let store = &context.store;
-    if store.has_blob(&descriptor.digest, Some(descriptor.size)) {
+    if context.store.has_blob(&descriptor.digest, Some(descriptor.size)) {
         return Ok(());
     }
+    not_lost(image, at)?;
+    fetch_blob(image, at, context).inspect_err(|error| image.note_lost(at, error, context))
+}
+
+/// Nobody asks again for what was not there.
+fn not_lost(image: &ResolvedImage, at: usize) -> Result<(), SourceError> {
+    image.lost().map_or(Ok(()), |reason| {
+        let digest = image.layers[at].descriptor.digest.clone();
+        Err(SourceError::Lost { image: image.name.clone(), digest, reason: reason.to_owned() })
+    })
+}
+
+fn fetch_blob(image: &ResolvedImage, at: usize, context: &SourceContext) -> Result<(), SourceError> {
+    let descriptor = &image.layers[at].descriptor;
+    let store = &context.store;
     match &image.origin {
         Origin::Layout(path) => {
             store.import_blob(&layout_blob(path, &descriptor.digest)?, &descriptor.digest, descriptor.size)?
@@ -386,6 +525,15 @@ pub fn ensure_blob(image: &ResolvedImage, at: usize, context: &SourceContext) ->
             let mut writer = store.blob_writer()?;
             blob::copy(&mut body, &mut writer)
                 .map_err(|error| into_registry_error(error, &remote.host, &remote.repository))?;
+            writer.commit(Some(&descriptor.digest))?;
+        }
+        #[cfg(feature = "s3")]
+        Origin::Bucket(bucket) => {
+            let mut body = reporting(bucket.blob(&descriptor.digest, &context.client)?, descriptor, context);
+            let mut writer = store.blob_writer()?;
+            let failed =
+                |source| SourceError::LayerIo { image: image.name.clone(), digest: descriptor.digest.clone(), source };
+            blob::copy(&mut body, &mut writer).map_err(failed)?;
             writer.commit(Some(&descriptor.digest))?;
         }
     }
@@ -411,9 +559,12 @@ fn fetch(
     if context.offline {
         return Err(RegistryError::Offline { what: format!("layer {} of {}", descriptor.digest, image.name) }.into());
     }
-    let body = context.client.blob(remote, descriptor)?;
+    Ok(reporting(context.client.blob(remote, descriptor)?, descriptor, context))
+}
+
+fn reporting(body: impl Read + Send + 'static, descriptor: &Descriptor, context: &SourceContext) -> Reporting {
     let (digest, total) = (descriptor.digest.clone(), descriptor.size);
-    Ok(Reporting { inner: Box::new(body), digest, received: 0, total, progress: context.progress.clone() })
+    Reporting { inner: Box::new(body), digest, received: 0, total, progress: context.progress.clone() }
 }
 
 /// Tells of the bytes that pass.
@@ -596,6 +747,17 @@ impl Lookup<'_> {
             }
             Origin::Store => return Ok(store.read_document(&descriptor.digest)?),
             Origin::Registry(remote) => remote,
+            #[cfg(feature = "s3")]
+            Origin::Bucket(bucket) => {
+                blob::digest_hex(&descriptor.digest)?;
+                let bytes = bucket.config(&descriptor.digest, &self.context.client)?;
+                let found = blob::sha256(&bytes);
+                if found != descriptor.digest {
+                    let expected = descriptor.digest.clone();
+                    return Err(SourceError::BlobMismatch { image: self.name.to_owned(), expected, found });
+                }
+                return Ok(bytes);
+            }
         };
         blob::digest_hex(&descriptor.digest)?;
         if let Ok(bytes) = store.read_document(&descriptor.digest) {
@@ -782,6 +944,7 @@ impl Lookup<'_> {
             layers,
             platform,
             origin: self.origin.clone(),
+            cached: None,
         })
     }
 }
@@ -1011,6 +1174,11 @@ fn read_layer(
                 keep = Some(store.blob_writer()?);
                 Box::new(fetch(image, remote, descriptor, context)?)
             }
+            #[cfg(feature = "s3")]
+            Origin::Bucket(bucket) => {
+                keep = Some(store.blob_writer()?);
+                Box::new(reporting(bucket.blob(&digest, &context.client)?, descriptor, context))
+            }
         }
     };
     let mut shared = Shared(Arc::new(Mutex::new(Compressed {
@@ -1146,6 +1314,7 @@ mod tests {
             limits: Limits::default(),
             write: WriteOptions { ownership: Ownership::SingleId },
             progress: None,
+            warn: None,
         };
         (directory, context)
     }

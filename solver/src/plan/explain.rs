@@ -15,6 +15,13 @@ pub enum Reason {
     CacheOff,
     /// The record's layer is no longer in the store.
     ResultGone,
+    /// A cache knows the result and does not have it any more.
+    Lost {
+        /// The cache.
+        cache: String,
+        /// The layer's blob.
+        digest: String,
+    },
     /// Parts of the key differ.
     Changed(Vec<Difference>),
     /// Files of a context or stage that the step copies differ.
@@ -27,6 +34,7 @@ impl std::fmt::Display for Reason {
             Self::FirstBuild => f.write_str("first build"),
             Self::CacheOff => f.write_str("the cache is turned off for it"),
             Self::ResultGone => f.write_str("its earlier result is no longer in the store"),
+            Self::Lost { cache, digest } => write!(f, "{cache} no longer has its result ({digest})"),
             Self::Changed(differences) => listed(f, &differences.iter().map(in_words).collect::<Vec<_>>()),
             Self::Files(files) => listed(f, files),
         }

@@ -19,7 +19,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Redirects that are followed; browsers and Go stop at 10 or 20.
 const REDIRECT_LIMIT: u32 = 10;
@@ -27,6 +27,8 @@ const REDIRECT_LIMIT: u32 = 10;
 const ERROR_BODY_LIMIT_BYTES: u64 = 64 << 10;
 /// No pause between attempts is longer, whatever the server asks for.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// Fewer bytes than this in the time that there is for data are as good as none.
+const LEAST_BYTES: u64 = 4 << 10;
 
 /// How to talk to registries.
 #[derive(Debug, Clone)]
@@ -55,7 +57,7 @@ pub struct ClientOptions {
     pub connect_timeout: Duration,
     /// Time from the request to the head of the answer.
     pub answer_timeout: Duration,
-    /// Time between two pieces of a body.
+    /// Time in which at least 4 KiB of a body must come, if there is as much.
     pub data_timeout: Duration,
     /// Time that a credential helper is given.
     pub helper_timeout: Duration,
@@ -356,7 +358,7 @@ impl Client {
         self.await_answer(exchange, request, None)
     }
 
-    pub(super) fn options(&self) -> &ClientOptions {
+    pub(crate) fn options(&self) -> &ClientOptions {
         &self.0.options
     }
 
@@ -420,10 +422,24 @@ impl Client {
             skip: 0,
             expected: expected.or(announced),
             failures: 0,
+            since_failure: 0,
+            pace: Pace::default(),
         })
     }
 
-    fn runtime(&self) -> Result<&tokio::runtime::Runtime, RegistryError> {
+    /// Chooses what TLS is made of, once a process.
+    pub(crate) fn ensure_tls(&self) {
+        // Somebody may have been faster.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+    }
+
+    /// Adds to the bytes that came over the network.
+    #[cfg(feature = "s3")]
+    pub(crate) fn count_received(&self, bytes: u64) {
+        self.0.received.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(crate) fn runtime(&self) -> Result<&tokio::runtime::Runtime, RegistryError> {
         if let Some(runtime) = self.0.runtime.get() {
             return Ok(runtime);
         }
@@ -465,7 +481,7 @@ impl Client {
             return Ok(client.clone());
         }
         // Fails when it is installed already, which is as good.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+        self.ensure_tls();
         let options = &self.0.options;
         let setup = |source| RegistryError::Setup { source };
         let mut builder = reqwest::Client::builder()
@@ -832,12 +848,16 @@ impl Client {
         let mut bytes = Vec::new();
         let timeout = self.0.options.data_timeout;
         self.runtime().ok()?.block_on(async {
-            while let Ok(Ok(Some(chunk))) = tokio::time::timeout(timeout, response.chunk()).await {
-                bytes.extend_from_slice(&chunk);
-                if bytes.len() as u64 > ERROR_BODY_LIMIT_BYTES {
-                    break;
+            let all = async {
+                while let Ok(Some(chunk)) = response.chunk().await {
+                    bytes.extend_from_slice(&chunk);
+                    if bytes.len() as u64 > ERROR_BODY_LIMIT_BYTES {
+                        break;
+                    }
                 }
-            }
+            };
+            // What there is by then has to do.
+            let _ = tokio::time::timeout(timeout, all).await;
         });
         Some(bytes)
     }
@@ -892,8 +912,31 @@ pub struct Body {
     /// Bytes of a repeated answer that the reader already has.
     skip: u64,
     expected: Option<u64>,
-    /// Interruptions since the last byte.
+    /// Interruptions without anything worth the name between them.
     failures: u32,
+    /// Bytes since the last interruption.
+    since_failure: u64,
+    pace: Pace,
+}
+
+/// Whether bytes come fast enough: time spent waiting, and the bytes that came in it. A server that sends one now and
+/// then would keep a build for ever.
+#[derive(Debug, Default)]
+pub(crate) struct Pace {
+    waited: Duration,
+    bytes: u64,
+}
+
+impl Pace {
+    /// Counts bytes that came after a wait; `limit` is the time for [`LEAST_BYTES`].
+    pub(crate) fn is_too_slow(&mut self, count: u64, took: Duration, limit: Duration) -> bool {
+        self.waited += took;
+        self.bytes += count;
+        if self.bytes >= LEAST_BYTES {
+            *self = Self::default();
+        }
+        self.waited > limit
+    }
 }
 
 /// A received piece and how much of it was read.
@@ -937,6 +980,7 @@ impl Body {
         loop {
             let (host, repository) = (self.exchange.host.clone(), self.exchange.repository.clone());
             let after = self.client.0.options.data_timeout;
+            let asked = Instant::now();
             let piece = match self.response.as_mut() {
                 Some(response) => {
                     self.client.runtime()?.block_on(async { tokio::time::timeout(after, response.chunk()).await })
@@ -944,8 +988,11 @@ impl Body {
                 None => Ok(Ok(None)),
             };
             let error = match piece {
+                Ok(Ok(Some(bytes))) if self.pace.is_too_slow(bytes.len() as u64, asked.elapsed(), after) => {
+                    RegistryError::Slow { host, repository, received: self.received, after }
+                }
                 Ok(Ok(Some(bytes))) => {
-                    self.failures = 0;
+                    self.since_failure += bytes.len() as u64;
                     let skipped = self.skip.min(bytes.len() as u64);
                     self.skip -= skipped;
                     let bytes = &bytes[usize::try_from(skipped).unwrap_or(bytes.len())..];
@@ -967,7 +1014,8 @@ impl Body {
                 Ok(Err(source)) => RegistryError::Transport { host, repository, source: source.without_url() },
                 Err(_) => RegistryError::Timeout { host, repository, phase: "data", after },
             };
-            self.failures += 1;
+            self.failures = if self.since_failure >= LEAST_BYTES { 1 } else { self.failures + 1 };
+            (self.since_failure, self.pace) = (0, Pace::default());
             self.response = None;
             // Without a length nobody knows whether the rest is the rest of the same.
             if self.failures >= self.client.0.options.attempts || self.expected.is_none() {
@@ -1046,7 +1094,7 @@ pub(super) fn is_passing_status(status: u16) -> bool {
 /// May the same request succeed later? A certificate stays as bad as it is.
 pub(super) fn is_passing(error: &RegistryError) -> bool {
     let RegistryError::Transport { source, .. } = error else {
-        return matches!(error, RegistryError::Timeout { .. });
+        return matches!(error, RegistryError::Timeout { .. } | RegistryError::Slow { .. });
     };
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(source);
     while let Some(error) = cause {

@@ -67,7 +67,7 @@ impl Client {
             }
             match ask(&mirror.place(image), false) {
                 Ok(found) => return Ok(found),
-                Err(RegistryError::Transport { .. } | RegistryError::Timeout { .. }) => {
+                Err(RegistryError::Transport { .. } | RegistryError::Timeout { .. } | RegistryError::Slow { .. }) => {
                     locked(self.dead_mirrors()).insert(mirror.host.clone());
                 }
                 Err(_) => {}

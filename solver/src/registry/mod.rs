@@ -95,6 +95,18 @@ pub enum RegistryError {
         /// How long was waited.
         after: Duration,
     },
+    /// So little came for so long that it would never end.
+    #[error("{host}: {} sent next to nothing for {} seconds ({received} bytes in all)", subject(.repository), .after.as_secs())]
+    Slow {
+        /// Host with port.
+        host: String,
+        /// Repository; empty for web servers.
+        repository: String,
+        /// What came.
+        received: u64,
+        /// How long was waited.
+        after: Duration,
+    },
     /// The connection ended before all bytes came, again and again.
     #[error("{host}: {} ended after {received} of {expected} bytes", subject(.repository))]
     Incomplete {

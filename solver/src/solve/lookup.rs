@@ -4,7 +4,7 @@ use super::{Build, Event};
 use crate::cache::export::StepResult;
 use crate::cache::import::{Hit, layer_alone};
 use crate::op::file::Recipe;
-use crate::op::source::{ImageLayer, Origin};
+use crate::op::source::{Cached, ImageLayer, Origin};
 use crate::plan::cache_key::{Key, Parts};
 use crate::plan::explain::{self, Reason};
 use crate::snapshot::{Layer, Made, Snapshot};
@@ -96,7 +96,15 @@ impl Build<'_> {
         };
         let context = &self.workspace.sources;
         let found = self.workspace.imports.find(key, context, &|message| self.warn(message));
-        found.and_then(|hit| self.take(wanted, hit, files)).ok_or(reason)
+        let Some(hit) = found else { return Err(reason) };
+        let image = hit.layer.clone();
+        self.take(wanted, hit, files).ok_or_else(|| match image.filter(|image| image.lost().is_some()) {
+            Some(image) => Reason::Lost {
+                cache: image.name.clone(),
+                digest: image.layers.first().map(|layer| layer.descriptor.digest.clone()).unwrap_or_default(),
+            },
+            None => reason,
+        })
     }
 
     fn look_up_here(&self, key: &Key, recipe: Option<&Recipe>) -> Result<(Layer, Record, Key), Reason> {
@@ -112,8 +120,8 @@ impl Build<'_> {
         let layer = blob.and_then(|blob| {
             let layer = ImageLayer { descriptor: blob.descriptor.clone(), diff_id: blob.diff_id.clone() };
             let digest = blob.descriptor.digest.clone();
-            let image = layer_alone("cache".to_owned(), &digest, layer, Origin::Store);
-            self.workspace.layer_alone(&Arc::new(image))
+            let image = layer_alone("the store".to_owned(), &digest, layer, Origin::Store, Cached::default());
+            self.workspace.layer_alone(&Arc::new(image)).filter(Layer::is_there)
         });
         layer.map(|layer| (layer, record, content)).ok_or(Reason::ResultGone)
     }
@@ -130,7 +138,11 @@ impl Build<'_> {
         let content = Key::from_hex(&hit.entry.content_key)?;
         let key = Key::from_hex(&hit.entry.key)?;
         let layer = match &hit.layer {
-            Some(image) => self.workspace.layer_alone(image)?,
+            Some(image) => Some(self.workspace.layer_alone(image)?).filter(Layer::is_there),
+            None => None,
+        };
+        let layer = match layer {
+            Some(layer) => layer,
             None if wanted.whole => return None,
             None => self.workspace.layer_elsewhere(&content.0),
         };

@@ -21,6 +21,22 @@ fn is_whole(value: &Value) -> bool {
     }
 }
 
+/// Can the layers of all these inputs be had, as far as is known?
+pub(super) fn are_whole(inputs: &[Option<Value>]) -> bool {
+    inputs.iter().flatten().all(is_whole)
+}
+
+/// Is this what a step came to, rather than something that it lacked?
+pub(super) fn is_verdict(error: &VertexError) -> bool {
+    use RunError::{Exit, Interrupted, Signal, TimedOut};
+    matches!(
+        error,
+        VertexError::Run(Exit { .. } | Signal { .. } | TimedOut { .. } | Interrupted)
+            | VertexError::Leak(_)
+            | VertexError::Before(_)
+    )
+}
+
 /// Bytes of a tree's files.
 fn file_bytes(tree: &Tree) -> u64 {
     let size = |node: &Node| if let Kind::File { size, .. } = node.entry.kind { size } else { 0 };
@@ -46,7 +62,7 @@ impl Build<'_> {
         Ok(())
     }
 
-    fn realize_inputs(&self, vertex: &Vertex) -> Result<Vec<Option<Value>>, VertexError> {
+    pub(super) fn realize_inputs(&self, vertex: &Vertex) -> Result<Vec<Option<Value>>, VertexError> {
         vertex.inputs.iter().flatten().try_for_each(|input| self.realize(*input))?;
         Ok(self.inputs(vertex))
     }
@@ -81,7 +97,7 @@ impl Build<'_> {
             if let Some(snapshot) = self.known_by_inputs(&wanted, read) {
                 return Ok(self.found(id, snapshot, started));
             }
-            if !read.iter().flatten().all(is_whole) {
+            if !are_whole(read) {
                 inputs = self.realize_inputs(vertex)?;
                 continue;
             }
@@ -191,7 +207,7 @@ impl Build<'_> {
             if let Some(snapshot) = self.known_by_inputs(&wanted, read) {
                 return Ok(self.found(id, snapshot, started));
             }
-            if !read.iter().flatten().all(is_whole) {
+            if !are_whole(read) {
                 inputs = self.realize_inputs(vertex)?;
                 continue;
             }

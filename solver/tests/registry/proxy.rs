@@ -23,6 +23,10 @@ pub(crate) enum Fault {
     Corrupt,
     /// The answer comes in pieces of this size with pauses.
     Slow(usize),
+    /// So much of the answer arrives at once, and then a byte now and then.
+    Trickle(usize),
+    /// Nothing is read beyond the head, and nothing is answered, for as long as the client waits.
+    Hang,
     /// A header of the answer has another value.
     Header(&'static str, String),
 }
@@ -118,6 +122,12 @@ fn serve(
         log.lock().unwrap().push(seen);
         return Ok(());
     }
+    if let Fault::Hang = fault {
+        log.lock().unwrap().push(seen);
+        // Not even the end of the connection is seen, as with a host that has vanished.
+        std::thread::sleep(std::time::Duration::from_secs(120));
+        return Ok(());
+    }
     if let Fault::Answer(status, extra) = &fault {
         let mut body = vec![0; length];
         client_reader.read_exact(&mut body)?;
@@ -137,7 +147,9 @@ fn serve(
         head.push_str(&format!("{name}: {value}\r\n"));
     }
     // A registry with passwords of its own gets what the client sent.
-    if let Some(value) = headers.get("authorization").filter(|value| value.starts_with("Basic")) {
+    if let Some(value) =
+        headers.get("authorization").filter(|value| value.starts_with("Basic") || value.starts_with("AWS4-"))
+    {
         head.push_str(&format!("authorization: {value}\r\n"));
     }
     head.push_str("connection: close\r\n\r\n");
@@ -177,6 +189,14 @@ fn serve(
             std::thread::sleep(std::time::Duration::from_millis(10));
             client.write_all(piece)
         }),
+        Fault::Trickle(limit) => {
+            let (at_once, rest) = answer.split_at(limit.min(answer.len()));
+            client.write_all(at_once)?;
+            rest.chunks(1).try_for_each(|byte| {
+                std::thread::sleep(std::time::Duration::from_millis(20));
+                client.write_all(byte)
+            })
+        }
         Fault::CutAnswer(limit) => client.write_all(&answer[..limit.min(answer.len())]),
         Fault::Header(name, value) => {
             let end = answer.windows(4).position(|window| window == b"\r\n\r\n").unwrap_or(answer.len());

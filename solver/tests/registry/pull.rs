@@ -152,6 +152,38 @@ fn hopeless_faults_end_clearly_and_leave_nothing_wrong() {
 }
 
 #[test]
+fn servers_that_trickle_or_never_answer_end_in_time() {
+    let (registry, assembled) = filled();
+    let big: &'static str = Box::leak(format!("/blobs/{}", assembled.layers[0].digest).into_boxed_str());
+    let impatient = || {
+        let limit = Duration::from_millis(300);
+        ClientOptions { attempts: 3, answer_timeout: limit, data_timeout: limit, ..quick() }
+    };
+    let check = |name: &str, part: &'static str, fault: fn() -> Fault, words: &str| {
+        let proxy = Proxy::start(&registry.host, first(usize::MAX, part, fault));
+        let (_directory, store) = store();
+        let started = std::time::Instant::now();
+        let text = pull(&proxy.host, &context(&store, impatient())).expect_err(name).to_string();
+        assert!(text.contains(words), "{name}: {text}");
+        // Three attempts of some tenths of a second; by the byte it would be hours.
+        assert!(started.elapsed() < Duration::from_secs(60), "{name}: {:?}", started.elapsed());
+        assert!(proxy.count("GET", part) <= 9, "{name}: {:?}", proxy.seen());
+        assert_whole(&store, name);
+    };
+    check("a manifest that never comes", "/manifests/", || Fault::Hang, "got no answer");
+    check("a layer that never comes", big, || Fault::Hang, "got no answer");
+    check("a manifest by the byte", "/manifests/", || Fault::Slow(1), "got no answer");
+    check("a layer by the byte", big, || Fault::Trickle(1000), "sent next to nothing");
+    check("pieces that get nowhere", big, || Fault::CutAnswer(400), "failed");
+    // A slow line that does get somewhere, and a server that answers once the third time.
+    let (_directory, store) = store();
+    let proxy = Proxy::start(&registry.host, first(2, big, || Fault::Trickle(1 << 20)));
+    pull(&proxy.host, &context(&store, impatient())).unwrap();
+    let ranges = proxy.seen().iter().filter(|seen| seen.headers.contains_key("range")).count();
+    assert_eq!(ranges, 2, "what had come is kept: {:?}", proxy.seen());
+}
+
+#[test]
 fn mirrors_come_first_and_are_not_needed() {
     let (registry, assembled) = filled();
     let origin = Proxy::start(&registry.host, |_, _, _| Fault::None);

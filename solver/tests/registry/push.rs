@@ -426,6 +426,29 @@ fn hopeless_faults_end_clearly() {
     assert!(error.contains("not in the store"), "{error}");
 }
 
+#[test]
+fn registries_that_never_answer_a_push_end_it_in_time() {
+    let registry = Registry::start("");
+    let (_directory, store) = store();
+    let limit = Duration::from_millis(500);
+    let impatient = ClientOptions { attempts: 3, answer_timeout: limit, data_timeout: limit, ..quick() };
+    let context = context(&store, impatient);
+    // More than the kernel's buffers take.
+    let (image, _) = stored(&store, &[tar_of("big", &noise(16 << 20, 9))]);
+    for (method, part) in [("HEAD", "/blobs/"), ("POST", "/uploads/"), ("PATCH", "/uploads/"), ("PUT", "/manifests/")] {
+        let proxy = Proxy::start(&registry.host, first(99, method, part, || Fault::Hang));
+        let started = std::time::Instant::now();
+        let name = format!("hang/{}:1", method.to_lowercase());
+        let error = send(&image, &[to(&proxy.host, &name)], &context).unwrap_err().to_string();
+        assert!(error.contains("got no answer"), "{method}: {error}");
+        assert!(started.elapsed() < Duration::from_secs(60), "{method}: {:?}", started.elapsed());
+    }
+    // Once is no reason to fail.
+    let proxy = Proxy::start(&registry.host, first(1, "PATCH", "/uploads/", || Fault::Hang));
+    send(&image, &[to(&proxy.host, "hang/once:1")], &context).unwrap();
+    skopeo_copies(&format!("{}/hang/once:1", registry.host));
+}
+
 /// A rule that lets only those in who have a token, and gives tokens to those with a password.
 /// The scopes of the tokens given are kept.
 pub(super) fn with_tokens(
