@@ -262,14 +262,17 @@ fn the_supervisor_is_not_confused() {
 
 #[test]
 fn nor_where_it_shares_its_proc_with_the_step() {
-    confuse(|inner| {
-        // What covers a part of /proc cannot be taken away in the inner namespace, so no other one can be mounted.
-        let script = "mount -t tmpfs cover /proc/driver && exec unshare -Urm \"$@\"";
-        let mut command = Command::new("unshare");
-        command.args(["-Urmpf", "--mount-proc", "sh", "-c", script, "sh"]).arg(inner.get_program());
-        command.args(inner.get_args()).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
-        command
-    });
+    confuse(behind_shared_proc);
+}
+
+/// Runs a build where no fresh /proc can be had.
+pub(crate) fn behind_shared_proc(inner: Command) -> Command {
+    // What covers a part of /proc cannot be taken away in the inner namespace, so no other one can be mounted.
+    let script = "mount -t tmpfs cover /proc/driver && exec unshare -Urm \"$@\"";
+    let mut command = Command::new("unshare");
+    command.args(["-Urmpf", "--mount-proc", "sh", "-c", script, "sh"]).arg(inner.get_program());
+    command.args(inner.get_args()).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+    command
 }
 
 /// The program of [`CALLS`], made once.
@@ -279,7 +282,7 @@ fn calls() -> PathBuf {
 }
 
 /// Compiles a program.
-fn compiled(name: &str, text: &str) -> PathBuf {
+pub(crate) fn compiled(name: &str, text: &str) -> PathBuf {
     let dir = tempfile::Builder::new().prefix("nacre-calls-").tempdir().expect("a temporary directory").keep();
     let (source, program) = (dir.join(format!("{name}.c")), dir.join(name));
     fs::write(&source, text).expect("a file of our own");
