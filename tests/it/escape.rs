@@ -637,3 +637,33 @@ fn steps_end_in_time() {
     assert!(start.elapsed() < std::time::Duration::from_secs(20), "{:?}", start.elapsed());
     Build::new().dockerfile("FROM busybox\nRUN true\n").flag("--step-timeout=1h").runs();
 }
+
+#[test]
+fn keys_in_a_context_are_warned_of() {
+    let value = "QYLPMN5HHHFPZ3KV";
+    let build = Build::new()
+        .dockerfile("FROM scratch\nCOPY README deploy /app/\nADD .npmrc /\n")
+        .file("README", "set AKIAIOSFODNN7EXAMPLE\n")
+        .file("deploy/aws.ini", &format!("key = AKIA{value}\n"))
+        .file("other", &format!("key = AKIA{value}\n"))
+        .file(".npmrc", &["//registry.npmjs.org/:_auth", "Token=R7kQ2vXz9LmN4bTyW8sHc3JdF6gPa5Ue0iOw\n"].concat());
+    let ended = build.runs();
+    let warnings =
+        |ended: &crate::story::Ended| ended.stderr.lines().filter(|line| line.starts_with("warning: ")).count();
+    for words in [
+        "warning: [1/2] COPY README deploy /app/: `deploy/aws.ini` looks as if it held an access key of AWS",
+        "warning: [2/2] ADD .npmrc /: `.npmrc` looks as if it held a token for npm",
+        "--no-secret-warnings",
+    ] {
+        assert!(ended.stderr.contains(words), "`{words}` is not in {}", ended.stderr);
+    }
+    assert_eq!(warnings(&ended), 2, "{}", ended.stderr);
+    assert!(!ended.stderr.contains(value), "the value itself is shown: {}", ended.stderr);
+    // Nothing runs, nothing is copied.
+    assert_eq!(warnings(&build.runs()), 0);
+    // Files that were read earlier are not read again, and warned of all the same.
+    build.write("Dockerfile", "FROM scratch\nCOPY deploy /elsewhere/\n");
+    assert_eq!(warnings(&build.runs()), 1);
+    let quiet = build.flag("--no-secret-warnings").flag("--no-cache");
+    assert_eq!(warnings(&quiet.runs()), 0);
+}
