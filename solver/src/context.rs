@@ -771,7 +771,8 @@ mod tests {
         let file = dir.path().join("digests");
         let mut cache = DigestCache::load(&file).unwrap();
         let stamp = Stamp { dev: 1, ino: 2, size: 3, mtime: (4, 5), ctime: (-6, 7) };
-        let record = Record { stamp, digest: [9; 32], capability: b"cap".to_vec(), day: today() };
+        let record =
+            Record { stamp, digest: [9; 32], capability: b"cap".to_vec(), day: today(), key: Some(KeyKind::Npm) };
         cache.changes.insert(b"/x".to_vec(), record.clone());
         cache.save().unwrap();
         let bytes = std::fs::read(&file).unwrap();
