@@ -600,6 +600,7 @@ fn host(request: &BuildRequest, agents: &SshAgents) -> Result<Host, CommandError
         resolv_conf: std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
         default_network_none: request.network == Network::None,
         step_timeout: request.step_timeout,
+        key_warnings: !request.no_secret_warnings,
         ..Host::default()
     };
     for secret in &request.secrets {

@@ -177,6 +177,9 @@ pub(crate) struct BuildArgs {
     /// Go on when a secret's value stands in a new layer, the image's configuration or a step's output
     #[arg(long, help_heading = "Steps", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", value_parser = boolean, value_name = "BOOL", hide_default_value = true)]
     pub(crate) allow_secret_leak: bool,
+    /// Do not warn of keys and tokens in files that COPY and ADD take from a context
+    #[arg(long, help_heading = "Steps", num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true", value_parser = boolean, value_name = "BOOL", hide_default_value = true)]
+    pub(crate) no_secret_warnings: bool,
     /// Agent or keys for RUN --mount=type=ssh: default, or ID=SOCKET or ID=KEY[,KEY]
     #[arg(long = "ssh", value_name = "AGENT", help_heading = "Steps")]
     pub(crate) ssh: Vec<String>,

@@ -95,6 +95,8 @@ pub(crate) struct BuildRequest {
     pub(crate) network: Network,
     /// `--allow-secret-leak`.
     pub(crate) allow_secret_leak: bool,
+    /// `--no-secret-warnings`.
+    pub(crate) no_secret_warnings: bool,
     /// `--step-timeout`.
     pub(crate) step_timeout: Option<Duration>,
     /// `--ownership`.
@@ -964,6 +966,7 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
         ssh,
         network,
         allow_secret_leak: args.allow_secret_leak,
+        no_secret_warnings: args.no_secret_warnings,
         step_timeout,
         ownership,
         extra_hosts: args.add_hosts.iter().map(|text| extra_host(text)).collect::<Result<_, _>>()?,

@@ -6,14 +6,15 @@
 //! file that was last changed well before it was read, since a change within the same tick of the clock would not show.
 //!
 //! ```text
-//! "nacre digests 1\n"  records, sorted by path  BLAKE3 of all before
+//! "nacre digests 2\n"  records, sorted by path  BLAKE3 of all before
 //! record: path length u32, path, dev u64, ino u64, size u64, mtime i64 u32, ctime i64 u32, day last used u32,
-//!         digest 32 bytes, length of security.capability u32, its value          (little-endian)
+//!         digest 32 bytes, length of security.capability u32, its value, kind of key in it u8   (little-endian)
 //! ```
 //!
 //! The owner of everything in a context is root. Of extended attributes images keep `security.capability` alone; it is
 //! read together with a file's content.
 
+use crate::key_patterns::{self, KeyKind};
 use crate::scan::{self, Choice, Filter, ScanError, ScanOptions, Scanned, Xattrs, open_below};
 use crate::tree::ignore::{self, IgnoreError, Matcher, Verdict};
 use crate::tree::{ContentDigest, Kind, Node, Origin, Tree};
@@ -304,6 +305,11 @@ fn read_ignore_file(path: &Path) -> Result<Option<Matcher>, ContextError> {
 
 /// BLAKE3 and length of all that is left to read.
 pub(crate) fn digest_of(reader: &mut impl Read) -> io::Result<(ContentDigest, u64)> {
+    digest_and_look(reader, |_| {})
+}
+
+/// As [`digest_of`]; `look` is shown the first bytes, up to 128 KiB of a file.
+fn digest_and_look(reader: &mut impl Read, mut look: impl FnMut(&[u8])) -> io::Result<(ContentDigest, u64)> {
     thread_local! {
         /// Kept: most files are much smaller than it takes to clear it.
         static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; 1 << 17]);
@@ -315,6 +321,9 @@ pub(crate) fn digest_of(reader: &mut impl Read) -> io::Result<(ContentDigest, u6
             match reader.read(buffer) {
                 Ok(0) => return Ok((*hasher.finalize().as_bytes(), length)),
                 Ok(read) => {
+                    if length == 0 {
+                        look(&buffer[..read]);
+                    }
                     hasher.update(&buffer[..read]);
                     length += read as u64;
                 }
@@ -342,12 +351,13 @@ fn read_content(path: &Path, contexts: &[&Context]) -> io::Result<Record> {
     }
     for _ in 0..3 {
         let before = Stamp::of(&scan::stat_fd(&file)?);
-        let (digest, length) = digest_of(&mut file)?;
+        let mut key = None;
+        let (digest, length) = digest_and_look(&mut file, |start| key = key_patterns::find(start))?;
         let stamp = Stamp::of(&scan::stat_fd(&file)?);
         if before == stamp && length == stamp.size {
             let mut value = [0; 256];
             let length = rustix::fs::fgetxattr(&file, "security.capability", &mut value[..]).unwrap_or(0);
-            return Ok(Record { stamp, digest, capability: value[..length].to_vec(), day: today() });
+            return Ok(Record { stamp, digest, capability: value[..length].to_vec(), day: today(), key });
         }
         io::Seek::rewind(&mut file)?;
     }
@@ -363,8 +373,8 @@ pub fn digest_files(nodes: &mut [Node], contexts: &[&Context], cache: &mut Diges
     if nodes.len() < 64 {
         let mut near = near();
         for node in nodes {
-            if let Some((path, record)) = digest_node(node, contexts, &*cache, &mut near)? {
-                cache.changes.insert(path.as_os_str().as_bytes().to_vec(), record);
+            if let Some(learned) = digest_node(node, contexts, &*cache, &mut near)? {
+                cache.learn(learned);
             }
         }
         return Ok(());
@@ -372,18 +382,25 @@ pub fn digest_files(nodes: &mut [Node], contexts: &[&Context], cache: &mut Diges
     let known = &*cache;
     let digested = nodes.par_iter_mut().map_init(near, |near, node| digest_node(node, contexts, known, near));
     let learned = digested.filter_map(Result::transpose).collect::<Result<Vec<_>, _>>()?;
-    let learned = learned.into_iter().map(|(path, record)| (path.as_os_str().as_bytes().to_vec(), record));
-    cache.changes.extend(learned);
+    learned.into_iter().for_each(|learned| cache.learn(learned));
     Ok(())
 }
 
-/// Digests one file; what there is to remember. `near` is where the file before was found: in the walk, in the cache.
+/// What is found out about a file, or known already and worth saying.
+struct Learned {
+    path: Arc<PathBuf>,
+    record: Record,
+    /// For the next build, too.
+    keep: bool,
+}
+
+/// Digests one file; what there is to remember or to tell. `near` is where the file before was found: in the walk, in the cache.
 fn digest_node(
     node: &mut Node,
     contexts: &[&Context],
     cache: &DigestCache,
     near: &mut (usize, usize),
-) -> Result<Option<(Arc<PathBuf>, Record)>, ContextError> {
+) -> Result<Option<Learned>, ContextError> {
     let (Origin::File(path), Kind::File { digest: None, .. }) = (&node.origin, &node.entry.kind) else {
         return Ok(None);
     };
@@ -394,13 +411,16 @@ fn digest_node(
         fill_in(node, &record, in_context);
         let today = today();
         // The day is told now and then only: a build that finds everything should have nothing to write.
-        return Ok((record.day + REMEMBER_DAYS <= today).then_some((path, Record { day: today, ..record })));
+        let keep = record.day + REMEMBER_DAYS <= today;
+        let record = if keep { Record { day: today, ..record } } else { record };
+        return Ok((keep || record.key.is_some()).then_some(Learned { path, record, keep }));
     }
     let started = SystemTime::now();
     let record =
         read_content(&path, contexts).map_err(|source| ContextError::ReadFile { path: path.to_path_buf(), source })?;
     fill_in(node, &record, in_context);
-    Ok((stamp.is_some() && is_settled(&record.stamp, started)).then_some((path, record)))
+    let keep = stamp.is_some() && is_settled(&record.stamp, started);
+    Ok((keep || in_context && record.key.is_some()).then_some(Learned { path, record, keep }))
 }
 
 fn fill_in(node: &mut Node, record: &Record, in_context: bool) {
@@ -440,6 +460,8 @@ struct Record {
     digest: ContentDigest,
     capability: Vec<u8>,
     day: u32,
+    /// A key that it holds.
+    key: Option<KeyKind>,
 }
 
 /// Digests of context files by path, kept in one file between builds.
@@ -450,9 +472,11 @@ pub struct DigestCache {
     bytes: Vec<u8>,
     starts: Vec<usize>,
     changes: BTreeMap<Vec<u8>, Record>,
+    /// Files that were asked for and hold keys.
+    keys: BTreeMap<Vec<u8>, KeyKind>,
 }
 
-const MAGIC: &[u8] = b"nacre digests 1\n";
+const MAGIC: &[u8] = b"nacre digests 2\n";
 
 /// Records that no build has used for so many days are dropped.
 const KEEP_DAYS: u32 = 30;
@@ -477,7 +501,7 @@ impl DigestCache {
                 Vec::new()
             }
         };
-        Ok(Self { path: path.to_owned(), bytes, starts, changes: BTreeMap::new() })
+        Ok(Self { path: path.to_owned(), bytes, starts, changes: BTreeMap::new(), keys: BTreeMap::new() })
     }
 
     /// Writes the file if anything is new, as a whole or not at all. Of two builds that write at once one wins.
@@ -511,6 +535,26 @@ impl DigestCache {
         self.starts = starts_within(&out).unwrap_or_default();
         self.bytes = out;
         Ok(())
+    }
+
+    fn learn(&mut self, Learned { path, record, keep }: Learned) {
+        let path = path.as_os_str().as_bytes().to_vec();
+        if let Some(key) = record.key {
+            self.keys.insert(path.clone(), key);
+        }
+        if keep {
+            self.changes.insert(path, record);
+        }
+    }
+
+    /// The key in a file whose digest was asked for, if there is one.
+    pub fn key_in(&self, path: &Path) -> Option<KeyKind> {
+        self.keys.get(path.as_os_str().as_bytes()).copied()
+    }
+
+    /// No file whose digest was asked for holds a key.
+    pub fn has_no_keys(&self) -> bool {
+        self.keys.is_empty()
     }
 
     fn look_up(&self, path: &Path, stamp: Stamp, near: &mut usize) -> Option<Record> {
@@ -559,6 +603,7 @@ fn write_record(out: &mut Vec<u8>, path: &[u8], record: &Record) {
     out.extend_from_slice(&record.digest);
     out.extend_from_slice(&length(&record.capability));
     out.extend_from_slice(&record.capability);
+    out.push(record.key.map_or(0, |key| key as u8));
 }
 
 /// Takes bytes off the front.
@@ -591,7 +636,8 @@ fn parse_record(bytes: &[u8], start: usize) -> Option<(&[u8], Record, usize)> {
     let day = u32::from_le_bytes(*take(&mut rest)?);
     let digest = *take(&mut rest)?;
     let capability = take_counted(&mut rest)?.to_vec();
-    let record = Record { stamp: Stamp { dev, ino, size, mtime, ctime }, digest, capability, day };
+    let key = KeyKind::of_number(take::<1>(&mut rest)?[0]);
+    let record = Record { stamp: Stamp { dev, ino, size, mtime, ctime }, digest, capability, day, key };
     Some((path, record, bytes.len() - rest.len()))
 }
 
@@ -725,7 +771,8 @@ mod tests {
         let file = dir.path().join("digests");
         let mut cache = DigestCache::load(&file).unwrap();
         let stamp = Stamp { dev: 1, ino: 2, size: 3, mtime: (4, 5), ctime: (-6, 7) };
-        let record = Record { stamp, digest: [9; 32], capability: b"cap".to_vec(), day: today() };
+        let record =
+            Record { stamp, digest: [9; 32], capability: b"cap".to_vec(), day: today(), key: Some(KeyKind::Npm) };
         cache.changes.insert(b"/x".to_vec(), record.clone());
         cache.save().unwrap();
         let bytes = std::fs::read(&file).unwrap();

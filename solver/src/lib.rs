@@ -4,6 +4,7 @@ pub mod cache;
 pub mod context;
 pub mod export;
 pub mod image;
+pub mod key_patterns;
 pub mod leak;
 pub mod load;
 pub mod materialize;

@@ -415,8 +415,9 @@ impl TreeWriter {
                 continue;
             }
             match rustix::fs::fsetxattr(fd, name.as_slice(), value, XattrFlags::empty()) {
-                // The file system or our lack of privilege; the index has it.
-                Ok(()) | Err(Errno::NOTSUP | Errno::PERM) => {}
+                // The file system, our lack of privilege, or an access list that names ids which do not exist here; the
+                // index has it.
+                Ok(()) | Err(Errno::NOTSUP | Errno::PERM | Errno::INVAL) => {}
                 Err(error) => return Err(self.failed("set attribute", &entry.path, error)),
             }
         }

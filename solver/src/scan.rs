@@ -443,6 +443,18 @@ pub fn is_kept_xattr(name: &[u8]) -> bool {
     name == b"security.capability"
 }
 
+/// Leaves an entry only the attributes that images hold. Returns one of those that somebody will miss: not what belongs
+/// to overlayfs or to a security module of this machine.
+pub(crate) fn keep_attributes(entry: &mut Entry) -> Option<Vec<u8>> {
+    if entry.xattrs.is_empty() {
+        return None;
+    }
+    let of_machine = [&b"user.overlay."[..], b"trusted.overlay.", b"security."];
+    let missed = entry.xattrs.keys().find(|name| !of_machine.iter().any(|prefix| name.starts_with(prefix))).cloned();
+    entry.xattrs.retain(|name, _| is_kept_xattr(name));
+    missed
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

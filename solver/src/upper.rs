@@ -18,7 +18,7 @@ use crate::materialize::Ownership;
 use crate::op::changes::{is_same, number_groups};
 use crate::op::owners;
 use crate::sandbox::emulation::{Device, Identity, Records, UPPER};
-use crate::scan::{self, Everything, ScanError, ScanOptions, Scanned, Xattrs, is_kept_xattr, open_below};
+use crate::scan::{self, Everything, ScanError, ScanOptions, Scanned, Xattrs, keep_attributes, open_below};
 use crate::tree::{ContentDigest, Entry, Kind, Node, Origin, Tree, is_within};
 use rayon::prelude::*;
 use rustix::fs::{CWD, Mode, OFlags, openat};
@@ -46,10 +46,26 @@ pub enum UpperError {
     },
 }
 
+/// An extended attribute that a step has set and a layer cannot hold.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LostAttribute {
+    /// Of which file, without leading slash.
+    pub path: Vec<u8>,
+    /// Its name.
+    pub name: Vec<u8>,
+}
+
 /// The layer that `upper` makes of `lower`, the flattened stack below it, whose digests must be known. Files are read
 /// in place and have their digests; hard links are grouped. `recorded` is what the disk does not hold: device nodes and,
-/// where only one id exists, owners; those that the step has not changed are as below, or 0:0.
-pub fn scan_upper(upper: &Path, lower: &Tree, ownership: Ownership, recorded: &Records) -> Result<Tree, UpperError> {
+/// where only one id exists, owners; those that the step has not changed are as below, or 0:0. `lost` takes what layers
+/// do not hold.
+pub fn scan_upper(
+    upper: &Path,
+    lower: &Tree,
+    ownership: Ownership,
+    recorded: &Records,
+    lost: &mut Vec<LostAttribute>,
+) -> Result<Tree, UpperError> {
     let found = scan::scan(upper, &ScanOptions { xattrs: Xattrs::All, filter: &Everything })?;
     let groups = scan::link_groups(&found);
     let digests = digest_all(upper, &found, &groups)?;
@@ -109,9 +125,10 @@ pub fn scan_upper(upper: &Path, lower: &Tree, ownership: Ownership, recorded: &R
             entry.kind = if block { Kind::Block { major, minor } } else { Kind::Char { major, minor } };
             content = Origin::None;
         }
-        entry.xattrs.retain(|name, _| is_kept_xattr(name));
+        let missed = keep_attributes(&mut entry);
         let node = Node { entry, origin: content };
         if !before.is_some_and(|before| is_same(before, &node)) {
+            lost.extend(missed.map(|name| LostAttribute { path: node.entry.path.clone(), name }));
             nodes.push(node);
         }
     }
@@ -175,6 +192,10 @@ mod tests {
 
     const NATIVE: Ownership = Ownership::Native;
 
+    fn changes_in(upper: &Path, lower: &Tree, ownership: Ownership, recorded: &Records) -> Result<Tree, UpperError> {
+        scan_upper(upper, lower, ownership, recorded, &mut Vec::new())
+    }
+
     /// A lower tree and its directory. Owners are ours, so that the test needs no privilege.
     fn lower(dir: &Path, paths: &[(&str, &str)]) -> Tree {
         let (uid, gid) = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
@@ -231,10 +252,10 @@ mod tests {
         let tree =
             lower(&base, &[("/", ""), ("d/", ""), ("d/a", "1"), ("d/b", "2"), ("d/c", "3"), ("e/", ""), ("e/x", "4")]);
         copy_up(&tree, &upper);
-        assert_eq!(listing(&scan_upper(&upper, &tree, NATIVE, &Records::new()).unwrap()), [""; 0]);
+        assert_eq!(listing(&changes_in(&upper, &tree, NATIVE, &Records::new()).unwrap()), [""; 0]);
         std::fs::write(upper.join("d/b"), "new").unwrap();
         std::fs::write(upper.join("d/n"), "new").unwrap();
-        let changed = scan_upper(&upper, &tree, NATIVE, &Records::new()).unwrap();
+        let changed = changes_in(&upper, &tree, NATIVE, &Records::new()).unwrap();
         assert_eq!(listing(&changed), ["d/b", "d/n"]);
         let touched = File::options().write(true).open(upper.join("d/c")).unwrap();
         touched.set_modified(std::time::UNIX_EPOCH).unwrap();
@@ -244,7 +265,7 @@ mod tests {
         whiteout(&upper.join("nothing-there"));
         std::fs::hard_link(upper.join("d/n"), upper.join("m")).unwrap();
         let _socket = std::os::unix::net::UnixListener::bind(upper.join("socket")).unwrap();
-        let changed = scan_upper(&upper, &tree, NATIVE, &Records::new()).unwrap();
+        let changed = changes_in(&upper, &tree, NATIVE, &Records::new()).unwrap();
         assert_eq!(listing(&changed), ["-d/a", "d/b", "d/c", "d/n#1", "e/", "m#1"]);
         assert!(matches!(
             changed.get(b"m").unwrap().entry.kind,
@@ -266,7 +287,7 @@ mod tests {
         std::fs::write(upper.join("d/s/a"), "1").unwrap();
         // `d/s` shows nothing of below although it has no mark, and a whiteout in it hides nothing.
         whiteout(&upper.join("d/s/w"));
-        let changed = scan_upper(&upper, &tree, NATIVE, &Records::new()).unwrap();
+        let changed = changes_in(&upper, &tree, NATIVE, &Records::new()).unwrap();
         assert_eq!(listing(&changed), ["d/!", "d/s/", "d/s/a", "f/", "n/"]);
     }
 
@@ -294,12 +315,27 @@ mod tests {
         };
         let owners = [("d/c", Owner { uid: 7, gid: 8, device: None }), ("d/node", Owner { uid: 0, gid: 9, device })];
         let recorded: Records = owners.map(record).into();
-        let changed = scan_upper(&upper, &tree, Ownership::SingleId, &recorded).unwrap();
+        let changed = changes_in(&upper, &tree, Ownership::SingleId, &recorded).unwrap();
         assert_eq!(listing(&changed), ["d/a", "d/b", "d/c", "d/node"]);
         let owner = |path: &[u8]| changed.get(path).map(|node| (node.entry.uid, node.entry.gid)).unwrap();
         assert_eq!([owner(b"d/a"), owner(b"d/b"), owner(b"d/c"), owner(b"d/node")], [(5, 6), (0, 0), (7, 8), (0, 9)]);
         let node = &changed.get(b"d/node").unwrap();
         assert_eq!((&node.entry.kind, &node.origin), (&Kind::Block { major: 8, minor: 1 }, &Origin::None));
         assert!(changed.nodes().iter().all(|node| node.entry.xattrs.is_empty()));
+    }
+
+    #[test]
+    fn attributes_that_layers_do_not_hold_are_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, upper) = (dir.path().join("base"), dir.path().join("upper"));
+        let tree = lower(&base, &[("/", "")]);
+        std::fs::create_dir(&upper).unwrap();
+        for (name, attribute) in [("a", "user.note"), ("b", "user.overlay.origin"), ("c", "user.overlay.note")] {
+            std::fs::write(upper.join(name), "new").unwrap();
+            rustix::fs::setxattr(upper.join(name), attribute, b"x", XattrFlags::empty()).unwrap();
+        }
+        let mut lost = Vec::new();
+        scan_upper(&upper, &tree, NATIVE, &Records::new(), &mut lost).unwrap();
+        assert_eq!(lost, [LostAttribute { path: b"a".to_vec(), name: b"user.note".to_vec() }]);
     }
 }

@@ -164,6 +164,49 @@ fn ten_builds_at_once_share_a_store() {
 }
 
 #[test]
+fn builds_and_prunes_at_once() {
+    let build = Build::new();
+    let finished = std::sync::atomic::AtomicUsize::new(0);
+    let (finished, build_of) = (&finished, &build);
+    let pruned = std::thread::scope(|scope| {
+        for number in 0..10 {
+            let path = build.path(&format!("Dockerfile.{number}"));
+            let text = format!(
+                "FROM busybox AS a\nRUN echo {} > /a && head -c 100000 /dev/zero > /zero\nFROM busybox\n\
+                 COPY --from=a /a /zero /from/\nRUN --mount=type=cache,target=/c echo {number} >> /c/log && cat /from/a > /b\n",
+                number / 2
+            );
+            fs::write(&path, text).expect("a file of our own");
+            scope.spawn(move || {
+                for round in 0..3 {
+                    let out = build_of.path(&format!("out-{number}-{round}.tar"));
+                    let mut command = build_of.command();
+                    command.arg("--file").arg(&path).arg(format!("--output=type=oci,dest={}", out.display()));
+                    let ended = crate::story::run(command, None);
+                    finished.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+                    assert!(out.exists());
+                }
+            });
+        }
+        let mut pruned = 0;
+        while finished.load(std::sync::atomic::Ordering::SeqCst) < 30 {
+            let mut prune = std::process::Command::new(env!("CARGO_BIN_EXE_nacre"));
+            prune.args(["prune", "--all", "--store"]).arg(build.store());
+            let ended = crate::story::run(prune, None);
+            assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+            pruned += 1;
+        }
+        pruned
+    });
+    assert!(pruned > 0);
+    let mut fsck = std::process::Command::new(env!("CARGO_BIN_EXE_nacre"));
+    fsck.args(["fsck", "--store"]).arg(build.store());
+    let ended = crate::story::run(fsck, None);
+    assert_eq!(ended.code, Some(0), "{}\n{}", ended.stdout(), ended.stderr);
+}
+
+#[test]
 fn a_touched_file_changes_nothing() {
     let build = project();
     build.runs();

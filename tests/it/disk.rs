@@ -13,7 +13,7 @@ const DISK: &str = "16M";
 const LARGE: usize = 30_000_000;
 
 /// Bytes that do not compress, always the same.
-fn noise(length: usize) -> Vec<u8> {
+pub(crate) fn noise(length: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let next = || {
         state ^= state << 13;

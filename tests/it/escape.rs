@@ -262,14 +262,17 @@ fn the_supervisor_is_not_confused() {
 
 #[test]
 fn nor_where_it_shares_its_proc_with_the_step() {
-    confuse(|inner| {
-        // What covers a part of /proc cannot be taken away in the inner namespace, so no other one can be mounted.
-        let script = "mount -t tmpfs cover /proc/driver && exec unshare -Urm \"$@\"";
-        let mut command = Command::new("unshare");
-        command.args(["-Urmpf", "--mount-proc", "sh", "-c", script, "sh"]).arg(inner.get_program());
-        command.args(inner.get_args()).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
-        command
-    });
+    confuse(behind_shared_proc);
+}
+
+/// Runs a build where no fresh /proc can be had.
+pub(crate) fn behind_shared_proc(inner: Command) -> Command {
+    // What covers a part of /proc cannot be taken away in the inner namespace, so no other one can be mounted.
+    let script = "mount -t tmpfs cover /proc/driver && exec unshare -Urm \"$@\"";
+    let mut command = Command::new("unshare");
+    command.args(["-Urmpf", "--mount-proc", "sh", "-c", script, "sh"]).arg(inner.get_program());
+    command.args(inner.get_args()).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+    command
 }
 
 /// The program of [`CALLS`], made once.
@@ -279,7 +282,7 @@ fn calls() -> PathBuf {
 }
 
 /// Compiles a program.
-fn compiled(name: &str, text: &str) -> PathBuf {
+pub(crate) fn compiled(name: &str, text: &str) -> PathBuf {
     let dir = tempfile::Builder::new().prefix("nacre-calls-").tempdir().expect("a temporary directory").keep();
     let (source, program) = (dir.join(format!("{name}.c")), dir.join(name));
     fs::write(&source, text).expect("a file of our own");
@@ -633,4 +636,34 @@ fn steps_end_in_time() {
     build.fails_with(4, &["stopped after 1s", "--step-timeout"]);
     assert!(start.elapsed() < std::time::Duration::from_secs(20), "{:?}", start.elapsed());
     Build::new().dockerfile("FROM busybox\nRUN true\n").flag("--step-timeout=1h").runs();
+}
+
+#[test]
+fn keys_in_a_context_are_warned_of() {
+    let value = "QYLPMN5HHHFPZ3KV";
+    let build = Build::new()
+        .dockerfile("FROM scratch\nCOPY README deploy /app/\nADD .npmrc /\n")
+        .file("README", "set AKIAIOSFODNN7EXAMPLE\n")
+        .file("deploy/aws.ini", &format!("key = AKIA{value}\n"))
+        .file("other", &format!("key = AKIA{value}\n"))
+        .file(".npmrc", &["//registry.npmjs.org/:_auth", "Token=R7kQ2vXz9LmN4bTyW8sHc3JdF6gPa5Ue0iOw\n"].concat());
+    let ended = build.runs();
+    let warnings =
+        |ended: &crate::story::Ended| ended.stderr.lines().filter(|line| line.starts_with("warning: ")).count();
+    for words in [
+        "warning: [1/2] COPY README deploy /app/: `deploy/aws.ini` looks as if it held an access key of AWS",
+        "warning: [2/2] ADD .npmrc /: `.npmrc` looks as if it held a token for npm",
+        "--no-secret-warnings",
+    ] {
+        assert!(ended.stderr.contains(words), "`{words}` is not in {}", ended.stderr);
+    }
+    assert_eq!(warnings(&ended), 2, "{}", ended.stderr);
+    assert!(!ended.stderr.contains(value), "the value itself is shown: {}", ended.stderr);
+    // Nothing runs, nothing is copied.
+    assert_eq!(warnings(&build.runs()), 0);
+    // Files that were read earlier are not read again, and warned of all the same.
+    build.write("Dockerfile", "FROM scratch\nCOPY deploy /elsewhere/\n");
+    assert_eq!(warnings(&build.runs()), 1);
+    let quiet = build.flag("--no-secret-warnings").flag("--no-cache");
+    assert_eq!(warnings(&quiet.runs()), 0);
 }

@@ -1,5 +1,7 @@
-//! `kill -9` at any moment leaves nothing behind: no process, no mount, nothing half-done in the store.
+//! `kill -9` at any moment leaves nothing behind: no process, no mount, no namespace, nothing half-done in the store.
+//! Half of the builds fetch a large base from a registry on loopback and write two outputs.
 
+use crate::registry::Registry;
 use crate::story::Build;
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs;
@@ -7,9 +9,11 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-const KILLS: u32 = 50;
+const KILLS: u32 = 40;
 /// Who waits for a slow disk when it is killed dies only when the disk has answered.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Bytes of the base that is fetched.
+const LARGE: usize = 20_000_000;
 /// A store is used for as many builds; a new one fetches its base again.
 const BUILDS_PER_STORE: u32 = 5;
 
@@ -25,6 +29,15 @@ fn processes(dir: &Path, token: &str) -> Vec<String> {
         }
     }
     found
+}
+
+/// A base image of `busybox` and incompressible megabytes, in a registry.
+fn large_base(registry: &Registry) -> String {
+    let name = format!("{}/large:1", registry.host);
+    let build = Build::new().dockerfile("FROM busybox\nCOPY noise /noise\n").flag("-t").flag(&*name).flag("--push");
+    fs::write(build.path("context/noise"), crate::disk::noise(LARGE)).expect("a file of our own");
+    build.runs();
+    name
 }
 
 #[track_caller]
@@ -46,6 +59,8 @@ fn killed_anywhere() {
         u128::from(state) % below.max(1)
     };
     let mut whole = Duration::from_millis(800);
+    let registry = Registry::plain();
+    let large = large_base(&registry);
     let mut build = Build::new();
     let mut killed = 0;
     for number in 0..KILLS {
@@ -55,10 +70,12 @@ fn killed_anywhere() {
             build.write("large", &"0123456789abcdef".repeat(40_000));
         }
         let token = format!("kill-{}-{number}", std::process::id());
+        // A store is new every fifth time, and its first build has to fetch its base then.
+        let base = if number % 2 == 0 { &*large } else { "busybox" };
         build.write(
             "Dockerfile",
             &format!(
-                "FROM busybox\nRUN echo {token} > /a && head -c 3000000 /dev/zero > /zero\nCOPY large /{number}/\n\
+                "FROM {base}\nRUN echo {token} > /a && head -c 3000000 /dev/zero > /zero\nCOPY large /{number}/\n\
                  RUN --mount=type=cache,target=/c echo {token} >> /c/log && cp /zero /{number}/zero && sync /a\n\
                  COPY --from=busybox / /{number}/root\n"
             ),
@@ -67,6 +84,7 @@ fn killed_anywhere() {
             let mut command = build.command();
             command.current_dir(build.path("."));
             command.arg(format!("--output=type=oci,dest={}", build.path("out.tar").display()));
+            command.arg(format!("--output=type=local,dest={}", build.path(&format!("out-{number}")).display()));
             command.args(["-t", "app:1"]);
             command
         };
@@ -87,6 +105,7 @@ fn killed_anywhere() {
         }
         let left = processes(&dir, &token);
         assert!(left.is_empty(), "kill {number} left {left:#?}");
+        // Without process and mount, there is nothing that holds a namespace.
         let mounts = fs::read_to_string("/proc/self/mountinfo").expect("/proc is mounted");
         assert!(!mounts.contains(&dir.display().to_string()), "kill {number} left mounted: {mounts}");
         if number % BUILDS_PER_STORE == BUILDS_PER_STORE - 1 {

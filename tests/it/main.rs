@@ -10,6 +10,8 @@
 mod bases;
 #[path = "../support/git.rs"]
 mod git;
+#[path = "../support/http.rs"]
+mod http;
 #[path = "../support/image.rs"]
 #[allow(dead_code, reason = "shared with the other test program")]
 mod image;
@@ -26,6 +28,7 @@ mod context;
 mod context_git;
 mod disk;
 mod escape;
+mod hostile;
 mod interrupt;
 mod kill;
 mod mistakes;

@@ -30,12 +30,19 @@ fn diff_ids(archive: &Path, base_layers: usize) -> Vec<String> {
 /// Builds with emulation and as whoever runs the test; returns the layers' digests, which are the same.
 #[track_caller]
 fn both(dockerfile: &str) -> (Vec<String>, [String; 2]) {
+    both_with(dockerfile, |_| {})
+}
+
+/// As [`both`], with more files in the context.
+#[track_caller]
+fn both_with(dockerfile: &str, fill: impl Fn(&Path)) -> (Vec<String>, [String; 2]) {
     let build = |how: &str| {
         let build = Build::new()
             .dockerfile(dockerfile)
             .file("data", "data\n")
             .flag(format!("--ownership={how}"))
             .env("SOURCE_DATE_EPOCH", "1700000000");
+        fill(&build.path("context"));
         let out = build.path("image.tar");
         let build = build.flag(format!("--output=type=oci,rewrite-timestamp=true,dest={}", out.display()));
         let ended = build.runs();
@@ -102,6 +109,42 @@ fn devices_are_made_by_everybody() {
         let entry = format!("{:?}", image.record.fs[name]);
         assert!(entry.contains("\"c\"") && entry.contains(mode), "{name}: {entry}");
     }
+}
+
+#[test]
+fn attributes_are_kept_where_layers_hold_them() {
+    let program = crate::escape::compiled("attributes", include_str!("../../testdata/hostile/attributes.c"));
+    // The program itself is taken from a mount, so that layers do not depend on a compiler.
+    let dockerfile = "FROM busybox\nRUN --mount=type=bind,target=/context,source=bin /context/attributes\n\
+        RUN stat -c '%a %u:%g %n' /suid /list /owned && cp -a /cap /copy && mv /cap /moved && ln /suid /link\n";
+    let (ids, logs) = both_with(dockerfile, |context| {
+        std::fs::create_dir(context.join("bin")).expect("a directory of our own");
+        std::fs::copy(&program, context.join("bin/attributes")).expect("a file of our own");
+    });
+    for log in &logs {
+        let said = |text: &str| log.lines().any(|line| line.ends_with(text));
+        for text in ["capability ok", "read ok", "gone ok", "list ok", "6755 0:0 /suid", "664 0:0 /list", "5:6 /owned"]
+        {
+            assert!(said(text), "{text} is not in {log}");
+        }
+        let warning =
+            "the access control list of `/list` does not become part of the image, nor the one of another file";
+        assert!(log.contains(warning), "{log}");
+        assert!(log.contains("warning: [2/3] RUN"), "the step is named: {log}");
+    }
+    assert_eq!(combined(&ids), "7b602cf48a26bc6a");
+    // What another id may do can only be said where there is one.
+    let build = |how: &str| {
+        let build = Build::new()
+            .flag(format!("--ownership={how}"))
+            .dockerfile("FROM busybox\nCOPY attributes /\nRUN /attributes 1000\n");
+        std::fs::copy(&program, build.path("context/attributes")).expect("a file of our own");
+        build.image()
+    };
+    let emulated = build("emulate");
+    assert!(emulated.stderr.contains(" list Invalid argument\n"), "{}", emulated.stderr);
+    let entry = format!("{:?}", emulated.record.fs["/cap"]);
+    assert!(entry.contains("security.capability"), "{entry}");
 }
 
 #[test]

@@ -7,9 +7,9 @@ use super::changes::{is_same, number_groups};
 use super::owners;
 use crate::materialize::{self, MaterializeError, Ownership, ReadContent, WriteOptions};
 use crate::sandbox::emulation::{Device, Identity, Owner, Records, UPPER};
-use crate::scan::{self, Everything, ScanOptions, Xattrs, is_kept_xattr};
+use crate::scan::{self, Everything, ScanOptions, Xattrs, keep_attributes};
 use crate::tree::{Entry, Kind, Node, Origin, Tree, parent};
-use crate::upper::{UpperError, digest_all};
+use crate::upper::{LostAttribute, UpperError, digest_all};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -39,6 +39,7 @@ pub(super) fn changes(
     before: &Tree,
     ownership: Ownership,
     recorded: &Records,
+    lost: &mut Vec<LostAttribute>,
 ) -> Result<Tree, UpperError> {
     let found = scan::scan(root, &ScanOptions { xattrs: Xattrs::All, filter: &Everything })?;
     let groups = scan::link_groups(&found);
@@ -71,9 +72,10 @@ pub(super) fn changes(
             entry.kind = if block { Kind::Block { major, minor } } else { Kind::Char { major, minor } };
             origin = Origin::None;
         }
-        entry.xattrs.retain(|name, _| is_kept_xattr(name));
+        let missed = keep_attributes(&mut entry);
         let node = Node { entry, origin };
         if !old.is_some_and(|old| is_same(old, &node)) {
+            lost.extend(missed.map(|name| LostAttribute { path: node.entry.path.clone(), name }));
             nodes.push(node);
         }
     }

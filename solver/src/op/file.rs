@@ -4,6 +4,7 @@
 //! why a layer from the cache that has neither can be had again from its [`Recipe`].
 
 use crate::context::{self, Context, ContextError, DigestCache};
+use crate::key_patterns::KeyKind;
 use crate::op::copy::{self, CopyInput};
 use crate::op::unpacked::{self, UnpackError};
 use crate::plan::cache_key::Parts;
@@ -69,6 +70,21 @@ impl LocalContext {
         let Some((context, digests)) = &self.directory else { return Ok(()) };
         let mut digests = digests.lock().unwrap_or_else(PoisonError::into_inner);
         context::digest_files(nodes, &[context], &mut digests)
+    }
+
+    /// Files among these that hold keys, by their paths in the directory. Their digests must be known.
+    fn keys_in(&self, nodes: &[Node]) -> Vec<(String, KeyKind)> {
+        let Some((context, digests)) = &self.directory else { return Vec::new() };
+        let digests = digests.lock().unwrap_or_else(PoisonError::into_inner);
+        if digests.has_no_keys() {
+            return Vec::new();
+        }
+        let found = nodes.iter().filter_map(|node| {
+            let Origin::File(path) = &node.origin else { return None };
+            let relative = path.strip_prefix(context.root()).ok()?;
+            Some((relative.display().to_string(), digests.key_in(path)?))
+        });
+        found.collect()
     }
 
     /// Does the file lie in the directory?
@@ -181,6 +197,19 @@ impl Recipe {
             }
         }
         Some(parts)
+    }
+
+    /// Files of directories among those that were selected that look as if they hold keys: path there, and what it is.
+    /// Known for what [`Recipe::parts`] gave.
+    pub fn keys_in(&self, selection: &Tree) -> Vec<(String, KeyKind)> {
+        let locals = self.inputs.iter().flatten().filter_map(|value| match value {
+            Value::Context(local) => Some(local),
+            _ => None,
+        });
+        let mut found: Vec<_> = locals.flat_map(|local| local.keys_in(selection.nodes())).collect();
+        found.sort_unstable();
+        found.dedup();
+        found
     }
 
     /// The layer: changed entries and their parents, digests filled in.

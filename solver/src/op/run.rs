@@ -15,7 +15,7 @@ use crate::snapshot::{Layer, Made, Snapshot, SnapshotError, Workspace};
 use crate::store::StoreError;
 use crate::sys;
 use crate::tree::{Entry, Node, Resolved, Tree, index};
-use crate::upper::{self, UpperError};
+use crate::upper::{self, LostAttribute, UpperError};
 use nacre_frontend::llb::{Mount, MountKind, Network, Platform, RunOp, Security, Sharing, Vertex};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -43,6 +43,8 @@ pub struct Host {
     pub emulators: Emulators,
     /// Network of steps that ask for none in particular.
     pub default_network_none: bool,
+    /// Warn of files of contexts that look as if they held keys.
+    pub key_warnings: bool,
 }
 
 /// A RUN failed.
@@ -278,6 +280,8 @@ pub struct Ran {
     pub upper: PathBuf,
     /// When the step's processes were gone.
     pub ended: Instant,
+    /// What the layer cannot hold.
+    pub lost: Vec<LostAttribute>,
 }
 
 /// Makes sure that the platform's programs can run here.
@@ -443,16 +447,17 @@ fn execute_once(
         }
         Status::Signal(signal) => return Err(RunError::Signal { signal }),
     }
+    let mut lost = Vec::new();
     let changes = match &spec.rootfs {
-        Rootfs::Overlay { .. } => upper::scan_upper(&upper, &flat, workspace.ownership, &recorded)?,
+        Rootfs::Overlay { .. } => upper::scan_upper(&upper, &flat, workspace.ownership, &recorded, &mut lost)?,
         Rootfs::Plain { dir } => {
-            let changes = copied::changes(dir, &flat, workspace.ownership, &recorded)?;
+            let changes = copied::changes(dir, &flat, workspace.ownership, &recorded, &mut lost)?;
             copied::write_upper(&changes, &upper, workspace.sources.write).map_err(RunError::Copied)?;
             changes
         }
     };
     let changes = crate::op::copy::with_parents(&changes, &flat);
-    Ok(Ran { changes, upper, ended })
+    Ok(Ran { changes, upper, ended, lost })
 }
 
 /// The most layers that are stacked one by one: overlayfs takes 500, and a look-up that finds nothing asks each of them.

@@ -362,7 +362,7 @@ fn wait(
 /// Kills and collects what the step left behind, where no pid namespace does that.
 fn sweep() {
     loop {
-        for pid in children() {
+        for (pid, _) in children() {
             _ = rustix::process::kill_process(pid, Signal::KILL);
         }
         match rustix::process::wait(WaitOptions::empty()) {
@@ -372,20 +372,43 @@ fn sweep() {
     }
 }
 
-/// Processes whose parent is this one.
-fn children() -> Vec<Pid> {
+/// Kills and collects what a supervisor that was killed has left of its step, which this process has inherited: all
+/// that is in another session than this process's own helpers.
+pub(super) fn sweep_inherited() {
+    let own = parent_and_session("self").map(|(_, session)| session);
+    loop {
+        let left: Vec<Pid> =
+            children().into_iter().filter(|(_, session)| Some(*session) != own).map(|(pid, _)| pid).collect();
+        if left.is_empty() {
+            return;
+        }
+        for pid in left {
+            _ = rustix::process::kill_process(pid, Signal::KILL);
+            // Its own children are inherited when it is gone.
+            _ = rustix::process::waitpid(Some(pid), WaitOptions::empty());
+        }
+    }
+}
+
+/// Processes whose parent is this one, and their sessions.
+fn children() -> Vec<(Pid, i32)> {
     let own = rustix::process::getpid().as_raw_pid();
     let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
     let numbers = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    numbers
-        .filter(|pid| {
-            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-            // The command's name is in parentheses and may hold anything.
-            let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
-            fields.split_whitespace().nth(1).and_then(|parent| parent.parse().ok()) == Some(own)
-        })
-        .filter_map(Pid::from_raw)
-        .collect()
+    let child = |pid: i32| {
+        let (parent, session) = parent_and_session(&pid.to_string())?;
+        (parent == own).then_some((Pid::from_raw(pid)?, session))
+    };
+    numbers.filter_map(child).collect()
+}
+
+/// Parent and session of a process in /proc; 0 is one outside of its pid namespace.
+fn parent_and_session(process: &str) -> Option<(i32, i32)> {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    // The command's name is in parentheses and may hold anything. Then: state, parent, process group, session.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(1);
+    let parent = fields.next()?.parse().ok()?;
+    Some((parent, fields.nth(1)?.parse().ok()?))
 }
 
 /// Sends the report of the step, which is all it ever says.

@@ -496,6 +496,10 @@ pub fn run_for(
     command.stdin(channel).stdout(Stdio::piped()).stderr(Stdio::piped());
     // A Ctrl-C at the terminal is for the builder alone; it decides what happens to its steps.
     command.process_group(0);
+    // Where a step shares the pid namespace, it can kill its supervisor; what is left of it comes here then.
+    rustix::process::set_child_subreaper(rustix::process::Pid::from_raw(1))
+        .call(|| "prctl(PR_SET_CHILD_SUBREAPER)".into())
+        .map_err(prepare("keep hold of the step's processes"))?;
     let mut supervisor = command
         .spawn()
         .call(|| format!("execve({:?}, {SANDBOX_ARGUMENT})", command.get_program()))
@@ -544,8 +548,11 @@ fn forward(
 ) -> sys::Result<bool> {
     let mut buffer = vec![0; 64 << 10];
     let (mut told, mut in_time) = (false, true);
+    // Without it, only a supervisor that is killed by its step is noticed late.
+    let mut handle = rustix::process::pidfd_open(supervisor, rustix::process::PidfdFlags::empty()).ok();
     while !streams.is_empty() {
         let mut polled: Vec<_> = streams.iter().map(|(_, fd)| PollFd::new(fd, PollFlags::IN)).collect();
+        polled.extend(handle.iter().map(|handle| PollFd::new(handle, PollFlags::IN)));
         if !told {
             polled.push(PollFd::new(&cancel.inner.event, PollFlags::IN));
         }
@@ -557,6 +564,14 @@ fn forward(
         }
         let late = left.is_some() && deadline.is_some_and(|deadline| deadline <= Instant::now());
         let ready: Vec<bool> = polled.iter().map(|fd| !fd.revents().is_empty()).collect();
+        drop(polled);
+        if handle.is_some() && ready[streams.len()] {
+            handle = None;
+            if was_killed(supervisor) {
+                // Whoever holds the streams open would be waited for.
+                init::sweep_inherited();
+            }
+        }
         if !told && (late || cancel.is_cancelled()) {
             (told, in_time) = (true, !late);
             // It cannot have been waited for yet, so the number is still its own.
@@ -579,6 +594,13 @@ fn forward(
         }
     }
     Ok(in_time)
+}
+
+/// Returns whether a process that has ended, and was not waited for yet, was killed.
+fn was_killed(pid: rustix::process::Pid) -> bool {
+    use rustix::process::{WaitId, WaitIdOptions, waitid};
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT | WaitIdOptions::NOHANG;
+    waitid(WaitId::Pid(pid), options).ok().flatten().is_some_and(|status| !status.exited())
 }
 
 /// Returns an anonymous file in memory with `content`, positioned at its start.

@@ -67,7 +67,8 @@ const MASKED: [&str; 11] = [
     "/proc/timer_stats",
     "/sys/firmware",
 ];
-const MASKED_TOO: [&str; 1] = ["/sys/devices/virtual/powercap"];
+/// To read `hot_add` of zram-control, which root can, makes a device.
+const MASKED_TOO: [&str; 3] = ["/sys/devices/virtual/powercap", "/proc/dynamic_debug", "/sys/class/zram-control"];
 const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
 /// Looked up in when the environment has no PATH.
@@ -523,8 +524,9 @@ fn prepare_process(spec: &RunSpec, report: KeptFd) -> Result<Option<OwnedFd>, Fa
     if switch {
         own_streams(spec.uid);
     }
+    let allowed = capabilities(spec);
     if !spec.insecure {
-        drop_bounding_set().doing(|| "drop capabilities".into())?;
+        drop_bounding_set(allowed).doing(|| "drop capabilities".into())?;
     }
     let emulate = spec.emulation.as_ref().map(|emulation| emulation.scope);
     let filter = seccomp::filter(Profile { insecure: spec.insecure, emulate });
@@ -553,7 +555,7 @@ fn prepare_process(spec: &RunSpec, report: KeptFd) -> Result<Option<OwnedFd>, Fa
         rustix::thread::set_thread_res_gid(gid, gid, gid).call(|| format!("setresgid({})", spec.gid)).doing(doing)?;
         rustix::thread::set_thread_res_uid(uid, uid, uid).call(|| format!("setresuid({})", spec.uid)).doing(doing)?;
     }
-    reduce_capabilities(spec).doing(|| "drop capabilities".into())?;
+    reduce_capabilities(spec, allowed).doing(|| "drop capabilities".into())?;
     if !entered {
         rustix::process::chdir(&spec.cwd)
             .call(|| format!("chdir({:?})", spec.cwd))
@@ -635,10 +637,22 @@ fn own_streams(uid: u32) {
     }
 }
 
-fn drop_bounding_set() -> sys::Result<()> {
+/// The capabilities of a step. CAP_NET_RAW is one of a container because that has a network of its own: where it holds
+/// for the host's, which it does for real root, whoever has it reads all that the host receives.
+fn capabilities(spec: &RunSpec) -> CapabilitySet {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, socket_with};
+    // The kernel knows to whom the network belongs. A socket for sending only, it receives nothing.
+    let holds = || socket_with(AddressFamily::INET, SocketType::RAW, SocketFlags::CLOEXEC, Some(ipproto::RAW)).is_ok();
+    match spec.network == Net::Host && holds() {
+        true => CAPABILITIES.difference(CapabilitySet::NET_RAW),
+        false => CAPABILITIES,
+    }
+}
+
+fn drop_bounding_set(allowed: CapabilitySet) -> sys::Result<()> {
     for number in 0..64 {
         let capability = CapabilitySet::from_bits_retain(1 << number);
-        if CAPABILITIES.contains(capability) {
+        if allowed.contains(capability) {
             continue;
         }
         match rustix::thread::remove_capability_from_bounding_set(capability) {
@@ -651,12 +665,12 @@ fn drop_bounding_set() -> sys::Result<()> {
     Ok(())
 }
 
-fn reduce_capabilities(spec: &RunSpec) -> sys::Result<()> {
+fn reduce_capabilities(spec: &RunSpec, allowed: CapabilitySet) -> sys::Result<()> {
     // Ambient capabilities would survive the change of user. Kernels without them have none to lose.
     _ = rustix::thread::clear_ambient_capability_set();
     let mut sets = rustix::thread::capabilities(None).call(|| "capget()".into())?;
     if !spec.insecure {
-        sets.permitted &= CAPABILITIES;
+        sets.permitted &= allowed;
         sets.effective = sets.permitted;
     }
     sets.inheritable = CapabilitySet::empty();

@@ -5,11 +5,13 @@
 
 use super::lookup::{Wanted, add_parent};
 use super::{Build, Event, Phase, Span, StepLog, Stream, VertexError};
+use crate::key_patterns::KeyKind;
 use crate::leak::{Leak, LeakStream};
 use crate::op::file::{FileOp, Recipe, Value};
 use crate::op::run::{self, RunError};
 use crate::snapshot::{Layer, Made, Snapshot, SnapshotError};
 use crate::tree::{Entry, Kind, Node, Tree, index};
+use crate::upper::LostAttribute;
 use nacre_frontend::llb::{RunOp, Vertex, VertexId};
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
@@ -115,6 +117,9 @@ impl Build<'_> {
             }
             self.tell(Event::Started { id: id.0 });
             let before = self.explain(id, reason, &parts, selection.as_ref());
+            if let Some(selection) = selection.as_ref().filter(|_| self.request.host.key_warnings) {
+                self.warn_of_keys(vertex, recipe.keys_in(selection));
+            }
             // As large as the layer itself, and only of use to caches that are to be written.
             let selection = selection.filter(|_| self.request.collect);
             self.span(id, Phase::LookUp, None, started, 0);
@@ -149,6 +154,44 @@ impl Build<'_> {
                 }
             }
         }
+    }
+
+    /// Says which files of the context look as if they held keys.
+    fn warn_of_keys(&self, vertex: &Vertex, found: Vec<(String, KeyKind)>) {
+        const AT_MOST: usize = 10;
+        for (path, key) in found.iter().take(AT_MOST) {
+            let message = format!(
+                "{}: `{path}` looks as if it held {}, which everybody who has the image could read: leave it out by \
+                 .dockerignore, or use it with RUN --mount=type=secret (--no-secret-warnings turns this off)",
+                vertex.name,
+                key.name()
+            );
+            self.tell(Event::Warning { message });
+        }
+        if let Some(more @ 1..) = found.len().checked_sub(AT_MOST) {
+            self.tell(Event::Warning { message: format!("{}: {more} more files look like that", vertex.name) });
+        }
+    }
+
+    /// Says which attributes a step has set in vain.
+    fn warn_of_attributes(&self, vertex: &Vertex, lost: &[LostAttribute]) {
+        let Some(first) = lost.first() else { return };
+        let (path, name) = (String::from_utf8_lossy(&first.path), String::from_utf8_lossy(&first.name));
+        let what = match &*name {
+            "system.posix_acl_access" | "system.posix_acl_default" => "access control list",
+            name => &format!("attribute {name}"),
+        };
+        let more = match lost.len() - 1 {
+            0 => String::new(),
+            1 => ", nor the one of another file".to_owned(),
+            more => format!(", nor those of {more} more files"),
+        };
+        let message = format!(
+            "{}: the {what} of `/{path}` does not become part of the image{more}: of extended attributes, layers \
+             hold file capabilities only, as BuildKit's",
+            vertex.name
+        );
+        self.tell(Event::Warning { message });
     }
 
     /// A result that the inputs' own keys lead to, without the files of `read`.
@@ -251,6 +294,7 @@ impl Build<'_> {
                 return Err(Leak { secret, place: "what the step printed".to_owned(), form }.into());
             }
             let ran = ran?;
+            self.warn_of_attributes(vertex, &ran.lost);
             self.check_for_secrets(&ran.changes)?;
             let (phase, duration) = (Phase::Run, ran.ended - running);
             self.tell(Event::Span(Span { id: Some(id.0), layer: None, phase, started: running, duration, bytes: 0 }));

@@ -6,6 +6,7 @@
 
 use rustix::io::Errno;
 use std::collections::HashMap;
+use std::sync::Arc;
 
 /// "Leave it as it is."
 pub(super) const KEEP: u32 = u32::MAX;
@@ -181,9 +182,16 @@ impl Credentials {
 /// All credentials that were seen, by number. Number 0 is root.
 #[derive(Debug)]
 pub(super) struct Registry {
-    all: Vec<Credentials>,
-    numbers: HashMap<Credentials, usize>,
+    all: Vec<Arc<Credentials>>,
+    numbers: HashMap<Arc<Credentials>, usize>,
+    /// Groups in all of them.
+    groups: usize,
 }
+
+/// How many credentials are remembered, and groups in them, which cost memory of a process that no limit of the step
+/// counts for.
+const MAX_CREDENTIALS: usize = 1 << 18;
+const MAX_GROUPS_IN_ALL: usize = 1 << 22;
 
 /// Number of those that the step's first process has.
 pub(crate) const FIRST: u64 = 1;
@@ -191,10 +199,11 @@ pub(crate) const FIRST: u64 = 1;
 impl Registry {
     /// With root and the credentials of the step's first process, [`FIRST`].
     pub(super) fn new(first: Credentials) -> Registry {
-        let all = vec![Credentials::default(), first];
+        let groups = first.groups.len();
+        let all = vec![Arc::new(Credentials::default()), Arc::new(first)];
         // The first number counts where both are root.
         let numbers = all.iter().cloned().enumerate().rev().map(|(number, one)| (one, number)).collect();
-        Registry { all, numbers }
+        Registry { all, numbers, groups }
     }
 
     /// Those of a number; a limit that nobody has set means root.
@@ -202,14 +211,20 @@ impl Registry {
         usize::try_from(number).ok().and_then(|number| self.all.get(number)).unwrap_or(&self.all[0])
     }
 
-    /// The number of `credentials`.
-    pub(super) fn number(&mut self, credentials: Credentials) -> u64 {
-        let next = self.all.len();
-        let number = *self.numbers.entry(credentials.clone()).or_insert(next);
-        if number == next {
-            self.all.push(credentials);
+    /// The number of `credentials`; ENOMEM when there have been too many different ones.
+    pub(super) fn number(&mut self, credentials: Credentials) -> Result<u64, Errno> {
+        if let Some(number) = self.numbers.get(&credentials) {
+            return Ok(*number as u64);
         }
-        number as u64
+        let groups = self.groups + credentials.groups.len();
+        if self.all.len() >= MAX_CREDENTIALS || groups > MAX_GROUPS_IN_ALL {
+            return Err(Errno::NOMEM);
+        }
+        let (number, credentials) = (self.all.len(), Arc::new(credentials));
+        self.groups = groups;
+        self.numbers.insert(credentials.clone(), number);
+        self.all.push(credentials);
+        Ok(number as u64)
     }
 }
 
@@ -288,9 +303,21 @@ mod tests {
         let mut registry = Registry::new(Credentials::new(7, 7, vec![]));
         assert_eq!(registry.find(u64::MAX), &Credentials::default());
         assert_eq!(registry.find(FIRST).user.real, 7);
-        let number = registry.number(Credentials::new(1, 2, vec![3]));
-        assert_eq!((number, registry.number(Credentials::new(1, 2, vec![3]))), (2, 2));
-        assert_eq!((registry.number(Credentials::default()), registry.number(Credentials::new(7, 7, vec![]))), (0, 1));
+        let mut number = |uid, gid, groups| registry.number(Credentials::new(uid, gid, groups));
+        assert_eq!((number(1, 2, vec![3]), number(1, 2, vec![3])), (Ok(2), Ok(2)));
+        assert_eq!((number(0, 0, vec![]), number(7, 7, vec![])), (Ok(0), Ok(1)));
         assert_eq!(Registry::new(Credentials::default()).find(FIRST), &Credentials::default());
+    }
+
+    #[test]
+    fn memory_for_credentials_is_limited() {
+        let mut registry = Registry::new(Credentials::default());
+        let lists = (0..).map(|first| (first..first + MAX_GROUPS as u32).collect());
+        let numbered = lists.map_while(|groups| registry.number(Credentials::new(0, 0, groups)).ok()).count();
+        assert_eq!(numbered, MAX_GROUPS_IN_ALL / MAX_GROUPS);
+        assert_eq!(registry.number(Credentials::new(0, 0, (0..MAX_GROUPS as u32).collect())), Ok(2));
+        let numbered = (1..).map_while(|uid| registry.number(Credentials::new(uid, 0, vec![])).ok()).count();
+        assert_eq!(numbered, MAX_CREDENTIALS - 2 - MAX_GROUPS_IN_ALL / MAX_GROUPS);
+        assert_eq!(registry.number(Credentials::new(5, 0, vec![])), Ok(70));
     }
 }

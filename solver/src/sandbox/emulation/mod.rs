@@ -360,7 +360,7 @@ impl Emulator {
     ) -> Result<Answer, Errno> {
         let mut own = self.credentials(call)?.clone();
         let value = change(&mut own)?;
-        let number = self.registry.number(own);
+        let number = self.registry.number(own)?;
         notify::set_locks_limit(call.thread, number).map_err(|error| errno(&error))?;
         Ok(Answer::Value(value))
     }
@@ -432,7 +432,7 @@ impl Emulator {
             );
         }
         if after != own {
-            let number = self.registry.number(after);
+            let number = self.registry.number(after)?;
             self.still_waiting(call)?;
             notify::set_locks_limit(call.thread, number).map_err(|error| errno(&error))?;
         }
