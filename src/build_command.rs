@@ -13,7 +13,7 @@ use crate::timings::Recorder;
 use nacre_frontend::check::{IgnoreRules, Warning};
 use nacre_frontend::diagnostic::Diagnostic;
 use nacre_frontend::instruction::{Dockerfile, InstructionKind};
-use nacre_frontend::llb::{Definition, ImageSource, Network, Platform};
+use nacre_frontend::llb::{Definition, ImageSource, Network, Op, Platform};
 use nacre_frontend::lower::{self, BaseConfigs, BaseImage, Lowered, NamedContext};
 use nacre_frontend::parser::ParseFailure;
 use nacre_frontend::reference::Reference;
@@ -27,13 +27,14 @@ use nacre_solver::op::file::LocalContext;
 use nacre_solver::op::run::{Host, RunError};
 use nacre_solver::op::source::{Progress, PullPolicy, ResolvedImage, SourceContext, SourceError, resolve_image};
 use nacre_solver::registry::Client;
+use nacre_solver::sandbox::cgroup::{Exceeded, Limits};
 use nacre_solver::sandbox::foreign::{self, Emulators};
 use nacre_solver::sandbox::{self, Cancel};
 use nacre_solver::snapshot::Workspace;
 use nacre_solver::solve::{self, Event, SolveError, VertexError};
 use nacre_solver::store::Store;
 use nacre_solver::tree::ignore::IgnoreError;
-use nacre_solver::tree::layer::Limits;
+use nacre_solver::tree::layer;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::ExitCode;
@@ -345,7 +346,7 @@ pub(crate) fn workspace(
         client,
         pull: if request.pull { PullPolicy::Always } else { PullPolicy::Missing },
         offline: false,
-        limits: Limits::default(),
+        limits: layer::Limits::default(),
         write: WriteOptions { ownership },
         progress,
     };
@@ -389,6 +390,12 @@ fn build(
         let mut options = options(request, platform)?;
         options.ignored = contexts.get("context").and_then(|local| ignored(local.context()?));
         let (definition, images) = lowered(&dockerfile, &options, &workspace, events, &mut found.warnings)?;
+        // A build that runs nothing has nothing to limit. One that finds its steps cached fails all the same: whether
+        // limits can be had does not depend on the cache.
+        if host.group.is_none() && definition.vertices.iter().any(|vertex| matches!(vertex.op, Op::Run(_))) {
+            let prepared = request.limits.prepare();
+            host.group = prepared.map_err(|error| failure(Exit::Host, &error.to_string(), Some(error.help())))?;
+        }
         let solve_request = solve::Request {
             contexts: contexts.clone(),
             images,
@@ -404,7 +411,7 @@ fn build(
             let _ = local.save();
         }
         let steps = blame::Steps { dockerfile: &dockerfile, definition: &definition, contexts: &contexts };
-        let solved = solved.map_err(|error| solve_error(error, &steps))?;
+        let solved = solved.map_err(|error| solve_error(error, &steps, &request.limits))?;
         all.push(Built::new(definition.image, solved));
     }
     let live = Live { events, stop: &|| cancel.is_cancelled() };
@@ -579,7 +586,29 @@ fn host(request: &BuildRequest, agents: &SshAgents) -> Result<Host, CommandError
     Ok(host)
 }
 
-fn solve_error(error: SolveError, steps: &blame::Steps<'_>) -> CommandError {
+/// What a step's limits had to do with its end.
+fn limit_notes(exceeded: &Exceeded, limits: &Limits) -> Vec<String> {
+    let mut notes = Vec::new();
+    if exceeded.killed > 0 {
+        let memory = limits.memory_bytes.filter(|_| exceeded.own_memory);
+        notes.push(match memory {
+            Some(bytes) => format!("killed: over --memory {}", binary_size(bytes)),
+            None => "killed: the machine, or a control group above the step's, ran out of memory".to_owned(),
+        });
+    }
+    if let (Some(most), 1..) = (limits.processes, exceeded.refused_processes) {
+        notes.push(format!("new processes were refused: over --pids-limit {most}"));
+    }
+    notes
+}
+
+/// A size as it is typed: `64m`.
+fn binary_size(bytes: u64) -> String {
+    let unit = [(1 << 30, "g"), (1 << 20, "m"), (1 << 10, "k")].into_iter().find(|(size, _)| bytes % size == 0);
+    unit.map_or_else(|| bytes.to_string(), |(size, unit)| format!("{}{unit}", bytes / size))
+}
+
+fn solve_error(error: SolveError, steps: &blame::Steps<'_>, limits: &Limits) -> CommandError {
     match error {
         SolveError::Interrupted => CommandError::Interrupted,
         SolveError::Result { source } => CommandError::new(Exit::Dockerfile, &source, None),
@@ -588,14 +617,17 @@ fn solve_error(error: SolveError, steps: &blame::Steps<'_>) -> CommandError {
             let source = steps.dockerfile.source.clone();
             let place = lines.map(|lines| Place { source, lines, word: found.word });
             let outcome = match &*cause {
-                VertexError::Run(RunError::Exit { code, program, disk_full }) => {
-                    Some((StepOutcome::Exit { code: *code, disk_full: *disk_full }, program.clone()))
+                VertexError::Run(RunError::Exit { code, program, disk_full, exceeded }) => {
+                    Some((StepOutcome::Exit { code: *code, disk_full: *disk_full }, program.clone(), exceeded))
                 }
-                VertexError::Run(RunError::Signal { signal }) => Some((StepOutcome::Signal(*signal), String::new())),
+                VertexError::Run(RunError::Signal { signal, exceeded }) => {
+                    Some((StepOutcome::Signal(*signal), String::new(), exceeded))
+                }
                 _ => None,
             };
-            if let Some((outcome, program)) = outcome {
-                let failure = StepFailure { name, stage, program, outcome, place, tail, log };
+            if let Some((outcome, program, exceeded)) = outcome {
+                let limits = limit_notes(exceeded, limits);
+                let failure = StepFailure { name, stage, program, outcome, limits, place, tail, log };
                 return CommandError::Step(Box::new(failure));
             }
             let exit = match &*cause {

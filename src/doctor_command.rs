@@ -24,6 +24,7 @@ fn words(right: Right) -> (&'static str, &'static str) {
             "system call notification",
             "owners cannot be emulated and device nodes not made: RUN steps work only as root",
         ),
+        Right::Limits => ("limits of steps", "--memory, --cpu-quota and the other limits end the build with an error"),
     }
 }
 
@@ -78,6 +79,29 @@ fn cure(right: Right, place: Surroundings, reason: &str) -> Option<&'static str>
              container) and not on NFS"
         }
         (Right::NetworkNamespace, _) => "sysctl -w user.max_net_namespaces=15000",
+        (Right::Limits, Surroundings::Docker) => {
+            "docker run --memory … --cpus … limits the build as a whole; for limits of single steps: docker run --privileged \
+             --cgroupns=private …"
+        }
+        (Right::Limits, Surroundings::Podman) => {
+            "podman run --memory … --cpus … limits the build as a whole; for limits of single steps: podman run \
+             --cgroupns=private --security-opt unmask=ALL …"
+        }
+        (Right::Limits, Surroundings::Kubernetes) => {
+            "resources: {limits: {memory: …, cpu: …}} in the container limits the build as a whole"
+        }
+        (Right::Limits, Surroundings::GitLab) => {
+            "in the runner's config.toml: memory and cpus in [runners.docker], or memory_limit and cpu_limit in \
+             [runners.kubernetes], limit the job as a whole"
+        }
+        (Right::Limits, Surroundings::GitHub) => {
+            "without `container:` in the job: sudo systemd-run --scope -p Delegate=yes --uid=$USER nacre build …; with it: \
+             container.options: --memory … --cpus … limits the job as a whole"
+        }
+        (Right::Limits, Surroundings::Machine) => {
+            "systemd-run --user --scope -p Delegate=yes nacre build … (as root without --user), on a machine with control \
+             groups of version 2 alone (systemd.unified_cgroup_hierarchy=1)"
+        }
         (Right::ManyIds, _) => {
             "as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER, and install newuidmap (package \
              uidmap or shadow-utils); only for speed"
@@ -162,6 +186,7 @@ mod tests {
             Right::NetworkNamespace,
             Right::Seccomp,
             Right::Notification,
+            Right::Limits,
         ];
         for place in places {
             let refused = |right: &Right| (*right, Verdict::Refused("why".to_owned()));

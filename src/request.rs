@@ -12,6 +12,7 @@ use nacre_frontend::reference::Reference;
 use nacre_frontend::units;
 use nacre_solver::cache::import::CacheSource;
 use nacre_solver::registry::{ClientOptions, Mirror, Proxies};
+use nacre_solver::sandbox::cgroup::{Limits, Swap};
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -107,7 +108,9 @@ pub(crate) struct BuildRequest {
     pub(crate) ulimits: Vec<(String, i64, i64)>,
     /// `--shm-size`.
     pub(crate) shm_size_bytes: Option<u64>,
-    /// `--cgroup-parent`.
+    /// `--memory` and its like.
+    pub(crate) limits: Limits,
+    /// `--cgroup-parent`, which is also one of the limits.
     pub(crate) cgroup_parent: Option<String>,
     /// Value of the SOURCE_DATE_EPOCH build arg, in seconds.
     pub(crate) source_date_epoch: Option<i64>,
@@ -906,7 +909,8 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
     };
     let allow = rights(&args.allow, &mut notices)?;
     let ulimits = args.ulimits.iter().map(|text| ulimit(text)).collect::<Result<_, _>>()?;
-    let shm_size_bytes = args.shm_size.as_deref().map(size_bytes).transpose()?;
+    let shm_size_bytes = args.shm_size.as_deref().map(|text| size_bytes("--shm-size", text)).transpose()?;
+    let limits = limits(&args)?;
     let progress = progress_mode(&args, env)?;
     let mut registry = env.registry(&args.registry);
     for output in outputs.iter().filter(|output| output.insecure) {
@@ -962,7 +966,8 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
         allow,
         ulimits,
         shm_size_bytes,
-        cgroup_parent: args.cgroup_parent.filter(|parent| !parent.is_empty()),
+        cgroup_parent: limits.parent.clone(),
+        limits,
         source_date_epoch,
         progress,
         quiet: args.quiet,
@@ -1522,9 +1527,76 @@ fn ulimit(text: &str) -> Result<(String, i64, i64), RequestError> {
     Ok((name.to_owned(), soft, hard))
 }
 
-fn size_bytes(text: &str) -> Result<u64, RequestError> {
+/// The least that docker accepts: with less, no process starts.
+const LEAST_MEMORY_BYTES: u64 = 6 << 20;
+
+fn limits(args: &BuildArgs) -> Result<Limits, RequestError> {
+    let bad = |flag, value: &str, expected| RequestError::BadValue { flag, value: value.to_owned(), expected };
+    // Zero is no limit, as docker has it.
+    let number = |flag, text: &Option<String>, range: std::ops::RangeInclusive<u64>, expected| match text.as_deref() {
+        None | Some("" | "0") => Ok(None),
+        Some(text) => {
+            let value = text.parse().ok().filter(|value| range.contains(value));
+            value.map(Some).ok_or_else(|| bad(flag, text, expected))
+        }
+    };
+    let list = |flag, text: &Option<String>| match text.as_deref() {
+        None | Some("") => Ok(None),
+        Some(text) if text.bytes().all(|byte| byte.is_ascii_digit() || byte == b',' || byte == b'-') => {
+            Ok(Some(text.to_owned()))
+        }
+        Some(text) => Err(bad(flag, text, "expected numbers such as 0-1,3")),
+    };
+    let memory_bytes = match args.memory.as_deref() {
+        None | Some("") => None,
+        Some(text) => match size_bytes("--memory", text)? {
+            0 => None,
+            bytes if bytes < LEAST_MEMORY_BYTES => return Err(bad("--memory", text, "expected 6m or more")),
+            bytes => Some(bytes),
+        },
+    };
+    let swap = match (args.memory_swap.as_deref(), memory_bytes) {
+        (None | Some("" | "0"), _) => Swap::AsMemory,
+        (Some(text), None) => return Err(bad("--memory-swap", text, "it goes with --memory")),
+        (Some("-1"), Some(_)) => Swap::Unlimited,
+        (Some(text), Some(memory)) => {
+            let swap = size_bytes("--memory-swap", text)?.checked_sub(memory);
+            let expected = "expected memory and swap together, so no less than --memory";
+            Swap::Bytes(swap.ok_or_else(|| bad("--memory-swap", text, expected))?)
+        }
+    };
+    let unlimited = |text: &Option<String>| text.clone().filter(|text| text != "-1");
+    Ok(Limits {
+        memory_bytes,
+        swap,
+        cpu_period_us: number(
+            "--cpu-period",
+            &args.cpu_period,
+            1_000..=1_000_000,
+            "expected microseconds from 1000 to 1000000",
+        )?,
+        cpu_quota_us: number(
+            "--cpu-quota",
+            &unlimited(&args.cpu_quota),
+            1_000..=u64::MAX / 1_000,
+            "expected microseconds from 1000 on, or -1",
+        )?,
+        cpu_shares: number("--cpu-shares", &args.cpu_shares, 2..=262_144, "expected a number from 2 to 262144")?,
+        cpuset_cpus: list("--cpuset-cpus", &args.cpuset_cpus)?,
+        cpuset_mems: list("--cpuset-mems", &args.cpuset_mems)?,
+        processes: number(
+            "--pids-limit",
+            &unlimited(&args.pids_limit),
+            1..=4_194_304,
+            "expected a number of processes, or -1",
+        )?,
+        parent: args.cgroup_parent.clone().filter(|parent| !parent.is_empty()),
+    })
+}
+
+fn size_bytes(flag: &'static str, text: &str) -> Result<u64, RequestError> {
     units::parse_size(text).ok().and_then(|size| u64::try_from(size).ok()).ok_or_else(|| RequestError::BadValue {
-        flag: "--shm-size",
+        flag,
         value: text.to_owned(),
         expected: "expected a size such as 64m or 1g",
     })

@@ -26,6 +26,7 @@ mod disk;
 mod escape;
 mod interrupt;
 mod kill;
+mod limits;
 mod mistakes;
 mod output;
 mod ownership;

@@ -8,6 +8,7 @@ use crate::op::file::Value;
 use crate::op::owners::{self, Caches};
 use crate::op::user::{self, UserError};
 use crate::plan::cache_key::{Key, Parts};
+use crate::sandbox::cgroup::{Exceeded, StepGroup};
 use crate::sandbox::emulation::{Identity, Owner, Records, Scope};
 use crate::sandbox::foreign::{self, EmulatorError, Emulators};
 use crate::sandbox::{self, Cancel, Net, Outcome, Rootfs, RunSpec, SandboxError, SetupMount, Status, Stream};
@@ -41,6 +42,8 @@ pub struct Host {
     pub step_timeout: Option<Duration>,
     /// Emulators for steps of other platforms.
     pub emulators: Emulators,
+    /// Control group of every step, with limits.
+    pub group: Option<StepGroup>,
     /// Network of steps that ask for none in particular.
     pub default_network_none: bool,
 }
@@ -94,12 +97,16 @@ pub enum RunError {
         program: String,
         /// The step's files are on a file system that has no room left, which may be why.
         disk_full: bool,
+        /// What the step's limits did.
+        exceeded: Exceeded,
     },
     /// A signal ended the program.
     #[error("killed by signal {signal}")]
     Signal {
         /// Its number.
         signal: i32,
+        /// What the step's limits did.
+        exceeded: Exceeded,
     },
     /// It took longer than allowed.
     #[error("stopped after {}", humane(.after))]
@@ -415,6 +422,7 @@ fn execute_once(
         insecure: op.security == Security::Insecure,
         shm_size_bytes: op.shm_size_bytes.unwrap_or(64 << 20),
         ulimits: op.ulimits.clone(),
+        group: host.group.clone(),
         umask: 0o022,
         scratch_dir: directory("files")?,
         emulation,
@@ -435,13 +443,18 @@ fn execute_once(
         return Err(RunError::Interrupted);
     }
     match outcome.status {
+        Status::Exit(0) if outcome.exceeded.killed > 0 => {
+            let notice = "nacre: the kernel killed a process of this step for want of memory, and the step went on\n";
+            log(Stream::Stderr, notice.as_bytes());
+        }
         Status::Exit(0) => {}
         Status::Exit(code) => {
             // Asked now: the caller throws the step's files away.
             let disk_full = sys::is_full(&upper);
-            return Err(RunError::Exit { code, program: op.args.first().cloned().unwrap_or_default(), disk_full });
+            let program = op.args.first().cloned().unwrap_or_default();
+            return Err(RunError::Exit { code, program, disk_full, exceeded: outcome.exceeded });
         }
-        Status::Signal(signal) => return Err(RunError::Signal { signal }),
+        Status::Signal(signal) => return Err(RunError::Signal { signal, exceeded: outcome.exceeded }),
     }
     let changes = match &spec.rootfs {
         Rootfs::Overlay { .. } => upper::scan_upper(&upper, &flat, workspace.ownership, &recorded)?,

@@ -9,6 +9,7 @@
 //! the step, waits for it, and removes unused mount points. SIGTERM means "kill the step"; the kernel sends the same
 //! when the builder dies.
 
+use super::cgroup::Group;
 use super::emulation::Emulator;
 use super::points::{self, Traces};
 use super::{Failure, FailureKind, Order, Outcome, Rootfs, RunSpec, Status, probe, step};
@@ -75,13 +76,15 @@ fn supervise(spec: &RunSpec) -> Result<Outcome, Failure> {
     let rootfs = mount_rootfs(spec)?;
     let terminate =
         sys::signal_fd(&[libc::SIGTERM]).map_err(|error| Failure::setup("watch for cancellation", error))?;
-    let (mut progress, mut status) = run_step(spec, &rootfs, &terminate, false)?;
+    let group = spec.group.as_ref().map(|group| group.make()).transpose()?;
+    let (mut progress, mut status) = run_step(spec, &rootfs, group.as_ref(), &terminate, false)?;
     let masked =
         |progress: &Progress| progress.failure.as_ref().is_some_and(|failure| failure.kind == FailureKind::MaskedProc);
     let shared_proc = masked(&progress);
     if shared_proc {
-        (progress, status) = run_step(spec, &rootfs, &terminate, true)?;
+        (progress, status) = run_step(spec, &rootfs, group.as_ref(), &terminate, true)?;
     }
+    let exceeded = group.map(|group| group.exceeded()).unwrap_or_default();
     let created_mountpoints = points::remove_unused(&rootfs, &progress.traces);
     drop(rootfs);
     if let Rootfs::Overlay { upper, .. } = &spec.rootfs
@@ -91,7 +94,7 @@ fn supervise(spec: &RunSpec) -> Result<Outcome, Failure> {
     }
     match progress.failure {
         Some(failure) => Err(failure),
-        None => Ok(Outcome { status, created_mountpoints, shared_proc }),
+        None => Ok(Outcome { status, created_mountpoints, shared_proc, exceeded }),
     }
 }
 
@@ -211,6 +214,7 @@ fn overlay_in_one_string(
 fn run_step(
     spec: &RunSpec,
     rootfs: &OwnedFd,
+    group: Option<&Group>,
     terminate: &OwnedFd,
     shared_proc: bool,
 ) -> Result<(Progress, Status), Failure> {
@@ -228,7 +232,7 @@ fn run_step(
     let pid = match sys::fork(namespaces).map_err(doing("start the step"))? {
         Fork::Child => {
             drop(read);
-            step::main(spec, rootfs, write, shared_proc)
+            step::main(spec, rootfs, group, write, shared_proc)
         }
         Fork::Parent(pid) => pid,
     };

@@ -27,10 +27,12 @@
 //! | close_range with CLOEXEC | 5.11 | no descriptor reaches the step | error |
 //! | binfmt_misc in a user namespace | 6.7 | emulators for other processors' programs | those that root registered |
 //! | a procfs that is not masked | – | fresh /proc, pid namespace | the outer /proc, processes swept up after the step |
+//! | control groups, version 2; their `cgroup.kill` | 4.5; 5.14 | limits, when asked for | error; the pid namespace kills |
 //!
 //! Device nodes on the root file system and on mounts cannot be opened (`nodev`): that replaces the devices
-//! cgroup, so no cgroup is needed even when the builder is really root.
+//! cgroup, so no cgroup is needed without limits even when the builder is really root.
 
+pub mod cgroup;
 pub mod emulation;
 pub mod foreign;
 pub mod idmap;
@@ -94,6 +96,8 @@ pub struct RunSpec {
     pub shm_size_bytes: u64,
     /// Limits: name as in `--ulimit`, soft, hard; -1 is unlimited.
     pub ulimits: Vec<(String, i64, i64)>,
+    /// A control group for the step, with limits.
+    pub group: Option<cgroup::StepGroup>,
     /// File mode creation mask of the command; Dockerfiles expect 0o022.
     pub umask: u32,
     /// An empty directory that only this step uses, as a place for mounts. It is empty again afterwards.
@@ -238,6 +242,8 @@ pub struct Outcome {
     pub created_mountpoints: Vec<String>,
     /// /proc could not be mounted afresh, so the step saw the builder's processes.
     pub shared_proc: bool,
+    /// What the step's limits did.
+    pub exceeded: cgroup::Exceeded,
 }
 
 /// Exit status of a command.

@@ -2,6 +2,7 @@
 //!
 //! The tries need namespaces of their own, so they are made by a process of their own, as a supervisor is.
 
+use super::cgroup::Limits;
 use super::emulation::Scope;
 use super::seccomp::{self, Profile};
 use super::{SANDBOX_ARGUMENT, SandboxError, idmap};
@@ -33,6 +34,8 @@ pub enum Right {
     Seccomp,
     /// To answer system calls of other processes.
     Notification,
+    /// To limit steps by control groups.
+    Limits,
 }
 
 /// How a try ended.
@@ -114,6 +117,7 @@ fn try_out(dir: &Path) -> Probe {
             Right::NetworkNamespace,
             Right::Seccomp,
             Right::Notification,
+            Right::Limits,
         ];
         tries.extend(rest.map(|right| (right, Verdict::NotTried)));
         return Probe { tries };
@@ -130,6 +134,7 @@ fn try_out(dir: &Path) -> Probe {
         sys::notify::install_filter_with_listener(&filter).map(drop)
     };
     note(Right::Notification, in_child(0, listen));
+    note(Right::Limits, Limits::probe().map_err(|error| error.cause.to_string()));
     Probe { tries }
 }
 

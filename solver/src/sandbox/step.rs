@@ -5,6 +5,7 @@
 //! under the container runtimes; capabilities last. Before the working directory is entered, every descriptor is
 //! closed, so that no path can lead through one to the host.
 
+use super::cgroup::Group;
 use super::init::{self, Progress};
 use super::points::{Kind, Root, Traces};
 use super::seccomp::{self, Profile};
@@ -92,11 +93,13 @@ pub(super) fn check(spec: &RunSpec) -> Result<(), Failure> {
 
 /// Becomes the command. Runs in the child of the supervisor, as process 1 of a new pid namespace (unless
 /// `shared_proc`).
-pub(super) fn main(spec: &RunSpec, rootfs: &OwnedFd, report: OwnedFd, shared_proc: bool) -> ! {
+pub(super) fn main(spec: &RunSpec, rootfs: &OwnedFd, group: Option<&Group>, report: OwnedFd, shared_proc: bool) -> ! {
     // Takes the place of the order, which is of no use here and holds secrets.
     let Ok(report) = sys::move_fd(report, REPORT, true) else { sys::exit_now(NOT_EXECUTABLE) };
     let mut traces = Traces::default();
     let prepared = die_with_supervisor(report)
+        // Before the step has a namespace of groups, whose root this one becomes.
+        .and_then(|()| group.map_or(Ok(()), Group::join))
         .and_then(|()| set_up(spec, rootfs, shared_proc, &mut traces))
         .and_then(|()| prepare_process(spec, report));
     let ready = prepared.is_ok();
