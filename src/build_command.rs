@@ -7,7 +7,9 @@ use crate::input::{self, Fetcher, Files, Input};
 use crate::interrupt::{Signals, last_words};
 use crate::progress::{Screen, ScreenOptions};
 use crate::report::{CommandError, Exit, Failure, Place, StepFailure, StepOutcome, Style, disk_help, with_causes};
-use crate::request::{BuildRequest, CacheUse, Call, Environment, NamedSource, OwnershipChoice, ProgressMode};
+use crate::request::{
+    self, BuildRequest, CacheUse, Call, Environment, NamedSource, OutputKind, OwnershipChoice, ProgressMode,
+};
 use crate::ssh_agents::SshAgents;
 use crate::timings::Recorder;
 use nacre_frontend::check::{IgnoreRules, Warning};
@@ -29,7 +31,7 @@ use nacre_solver::op::source::{Progress, PullPolicy, ResolvedImage, SourceContex
 use nacre_solver::registry::Client;
 use nacre_solver::sandbox::cgroup::{Exceeded, Limits};
 use nacre_solver::sandbox::foreign::{self, Emulators};
-use nacre_solver::sandbox::{self, Cancel};
+use nacre_solver::sandbox::{self, Cancel, Isolation};
 use nacre_solver::snapshot::Workspace;
 use nacre_solver::solve::{self, Event, SolveError, VertexError};
 use nacre_solver::store::Store;
@@ -58,7 +60,8 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
     // Before any thread exists, and before standard input is read: an ordinary user's build goes on in a process inside
     // of a user namespace.
     let foreign = foreign_platforms(request, known.as_ref().map(|(dockerfile, _)| dockerfile))?;
-    let Some(place) = enter(known.as_ref().map(|(dockerfile, _)| dockerfile), &foreign, request)? else {
+    let dockerfile = known.as_ref().map(|(dockerfile, _)| dockerfile);
+    let Some(place) = enter(dockerfile, &foreign, request, env.starts_over())? else {
         return Ok(());
     };
     let host_error = |error: &(dyn std::error::Error + 'static)| CommandError::new(Exit::Host, error, None);
@@ -87,6 +90,9 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
     let work = || build(request, known, place, env, &cancel, (&sink, progress), &mut found);
     let result = signals.watched(&cancel, last_words(env.color), work);
     screen.finish();
+    if found.triggers {
+        return Err(CommandError::new(Exit::Host, &sandbox::idmap::start_over(request::STARTS_OVER), None));
+    }
     if let (Some(source), ProgressMode::Plain | ProgressMode::Tty) = (&found.source, request.progress) {
         let style = Style { color: env.color };
         crate::print_error(&crate::call_command::in_build(source, &found.warnings, style));
@@ -112,6 +118,8 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
 struct Findings {
     source: Option<SourceFile>,
     warnings: BTreeSet<Warning>,
+    /// A base image has triggers that run, and this process is where nothing can: the build has to start over.
+    triggers: bool,
 }
 
 /// Answers a `--call` other than build.
@@ -151,6 +159,8 @@ struct Surroundings {
     refused: Option<CommandError>,
     /// In a user namespace that was made for this build.
     own_namespace: bool,
+    /// In none, as nothing in the file needs one.
+    without: bool,
 }
 
 /// Platforms that are asked for, or named by FROM, and are not this machine's.
@@ -186,13 +196,16 @@ fn has_runs(dockerfile: &Dockerfile) -> bool {
 /// Goes into a user namespace if the file needs one and we are not root; a file that is not known yet may. `None` when
 /// a process inside has done the work.
 ///
+/// Where nothing runs, no namespace is asked for: what runs in a base image's triggers makes the build start over.
+///
 /// For foreign platforms root goes there, too: emulators are registered in a namespace of the build's own.
 fn enter(
     dockerfile: Option<&Dockerfile>,
     foreign: &[Platform],
     build: &BuildRequest,
+    starts_over: bool,
 ) -> Result<Option<Surroundings>, CommandError> {
-    let runs = dockerfile.is_some_and(has_runs);
+    let runs = starts_over || dockerfile.is_some_and(has_runs);
     // A base may have triggers that run, and its files have owners.
     let bases = dockerfile.is_none_or(|dockerfile| {
         dockerfile.instructions.iter().any(|instruction| match &instruction.kind {
@@ -201,9 +214,22 @@ fn enter(
             _ => false,
         })
     });
-    let place = |ownership| Surroundings { ownership, refused: None, own_namespace: false };
+    let place = |ownership| Surroundings { ownership, refused: None, own_namespace: false, without: false };
     if !runs && !bases {
         return Ok(Some(place(Ownership::SingleId)));
+    }
+    if build.isolation == Isolation::Chroot {
+        return chroot(build, runs).map(place).map(Some);
+    }
+    // Files of bases have owners on disk only where they are written to.
+    let writes_files = build.outputs.iter().any(|output| matches!(output.kind, OutputKind::Local { .. }));
+    let ownership = sandbox::idmap::ownership();
+    if !runs && dockerfile.is_some() && (ownership == sandbox::Ownership::Native || !writes_files) {
+        let ownership = match ownership {
+            sandbox::Ownership::Native => Ownership::Native,
+            sandbox::Ownership::SingleId => Ownership::SingleId,
+        };
+        return Ok(Some(Surroundings { without: true, ..place(ownership) }));
     }
     let best = match build.ownership {
         OwnershipChoice::Emulate => sandbox::idmap::EnterRequest::SingleId,
@@ -228,15 +254,50 @@ fn enter(
         }
         // Without RUN nothing needs a namespace but the owners of a base's files, which the index holds.
         Err(error) => {
-            let error = CommandError::new(Exit::Host, &error, None);
+            let error = CommandError::new(Exit::Host, &error, Some(without_namespaces()));
             if runs {
                 Err(error)
             } else {
                 let ownership = Ownership::SingleId;
-                Ok(Some(Surroundings { ownership, refused: Some(error), own_namespace: false }))
+                Ok(Some(Surroundings { refused: Some(error), ..place(ownership) }))
             }
         }
     }
+}
+
+/// What else there is where no namespace can be had.
+fn without_namespaces() -> String {
+    match sandbox::idmap::chroot_refusal() {
+        None => "--isolation=chroot runs steps without namespaces: they then share the processes, network and rights of this \
+                 container; `nacre doctor` tells more"
+            .to_owned(),
+        Some(_) => "`nacre doctor` tells more; Dockerfiles without RUN build all the same".to_owned(),
+    }
+}
+
+/// Steps are to have another root directory, and no namespace.
+fn chroot(build: &BuildRequest, runs: bool) -> Result<Ownership, CommandError> {
+    if let Some(reason) = sandbox::idmap::chroot_refusal() {
+        // Without steps there is nothing to isolate.
+        return match runs {
+            false => Ok(Ownership::SingleId),
+            true => Err(failure(
+                Exit::Host,
+                &format!("--isolation=chroot: {reason}"),
+                Some("leave it out to have namespaces; `nacre doctor` tells whether they can be had".to_owned()),
+            )),
+        };
+    }
+    if build.ownership == OwnershipChoice::Emulate {
+        let help = "leave one of them out".to_owned();
+        return Err(failure(Exit::Usage, "--isolation=chroot and --ownership=emulate exclude each other", Some(help)));
+    }
+    if runs && !build.quiet && matches!(build.progress, ProgressMode::Plain | ProgressMode::Tty) {
+        crate::print_error(
+            "notice: --isolation=chroot: steps share processes, network, ipc and rights with whatever runs here as root\n",
+        );
+    }
+    Ok(Ownership::Native)
 }
 
 /// Whether files have owners on disk; says so if they are emulated without having been asked for.
@@ -390,9 +451,14 @@ fn build(
         let mut options = options(request, platform)?;
         options.ignored = contexts.get("context").and_then(|local| ignored(local.context()?));
         let (definition, images) = lowered(&dockerfile, &options, &workspace, events, &mut found.warnings)?;
+        let runs = definition.vertices.iter().any(|vertex| matches!(vertex.op, Op::Run(_)));
+        if runs && place.without {
+            found.triggers = true;
+            return Err(CommandError::Interrupted);
+        }
         // A build that runs nothing has nothing to limit. One that finds its steps cached fails all the same: whether
         // limits can be had does not depend on the cache.
-        if host.group.is_none() && definition.vertices.iter().any(|vertex| matches!(vertex.op, Op::Run(_))) {
+        if host.group.is_none() && runs {
             let prepared = request.limits.prepare();
             host.group = prepared.map_err(|error| failure(Exit::Host, &error.to_string(), Some(error.help())))?;
         }
@@ -574,6 +640,7 @@ fn host(request: &BuildRequest, agents: &SshAgents) -> Result<Host, CommandError
         resolv_conf: std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
         default_network_none: request.network == Network::None,
         step_timeout: request.step_timeout,
+        isolation: request.isolation,
         ..Host::default()
     };
     for secret in &request.secrets {

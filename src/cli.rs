@@ -188,6 +188,10 @@ pub(crate) struct BuildArgs {
     /// How files get owners: auto, subid (real ones; needs root or subordinate ids), emulate (needs neither)
     #[arg(long, value_name = "HOW", help_heading = "Steps")]
     pub(crate) ownership: Option<String>,
+    /// What keeps steps from the rest of the machine: auto, userns (namespaces), chroot (root's last resort in a container
+    /// that may make none: steps share its processes, network and rights)
+    #[arg(long, value_name = "HOW", help_heading = "Steps")]
+    pub(crate) isolation: Option<String>,
     /// Line in the steps' /etc/hosts
     #[arg(long = "add-host", value_name = "NAME:ADDRESS", help_heading = "Steps")]
     pub(crate) add_hosts: Vec<String>,
@@ -265,8 +269,6 @@ struct DockerOnlyArgs {
     debug: Option<bool>,
     #[arg(long, hide = true)]
     builder: Option<String>,
-    #[arg(long, hide = true)]
-    isolation: Option<String>,
     #[arg(long, hide = true)]
     security_opt: Vec<String>,
     #[arg(long, hide = true)]
@@ -565,9 +567,6 @@ impl BuildArgs {
         let mut notices = Vec::new();
         if docker.squash == Some(true) {
             notices.push("--squash does nothing: layers stay as they are".to_owned());
-        }
-        if docker.isolation.as_deref().is_some_and(|value| value != "default") {
-            notices.push("--isolation does nothing: there is one kind of sandbox".to_owned());
         }
         if !docker.security_opt.is_empty() {
             notices.push("--security-opt does nothing: steps always run with the default profile".to_owned());

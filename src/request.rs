@@ -12,6 +12,7 @@ use nacre_frontend::reference::Reference;
 use nacre_frontend::units;
 use nacre_solver::cache::import::CacheSource;
 use nacre_solver::registry::{ClientOptions, Mirror, Proxies};
+use nacre_solver::sandbox::Isolation;
 use nacre_solver::sandbox::cgroup::{Limits, Swap};
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -100,6 +101,8 @@ pub(crate) struct BuildRequest {
     pub(crate) step_timeout: Option<Duration>,
     /// `--ownership`.
     pub(crate) ownership: OwnershipChoice,
+    /// `--isolation`.
+    pub(crate) isolation: Isolation,
     /// `--add-host`: name and address.
     pub(crate) extra_hosts: Vec<(String, String)>,
     /// `--allow`.
@@ -448,6 +451,9 @@ pub(crate) enum Surroundings {
     Machine,
 }
 
+/// Set for a build that starts over because of a base image's triggers.
+pub(crate) const STARTS_OVER: &str = "NACRE_STARTS_OVER";
+
 impl Environment {
     /// Takes in the process's own.
     #[expect(clippy::disallowed_methods, reason = "the one place where the environment is read")]
@@ -474,6 +480,11 @@ impl Environment {
             () if Path::new("/.dockerenv").exists() => Surroundings::Docker,
             () => Surroundings::Machine,
         }
+    }
+
+    /// Returns whether this build has begun without a namespace and needs one.
+    pub(crate) fn starts_over(&self) -> bool {
+        self.get(STARTS_OVER).is_some()
     }
 
     /// Returns a variable that is set and not empty.
@@ -747,6 +758,9 @@ pub(crate) enum RequestError {
     /// Not a way to have owners.
     #[error("unknown ownership `{0}`")]
     UnknownOwnership(String),
+    /// Not a kind of sandbox.
+    #[error("unknown isolation `{0}`")]
+    UnknownIsolation(String),
     /// Not a right.
     #[error("unknown right `{0}` in --allow")]
     UnknownRight(String),
@@ -816,6 +830,10 @@ impl RequestError {
             Self::UnknownNetwork(_) => "there are default, none and host".to_owned(),
             Self::BadTimeout(_) => "write it as 90s, 10m or 1h30m".to_owned(),
             Self::UnknownOwnership(_) => "there are auto, subid and emulate".to_owned(),
+            Self::UnknownIsolation(kind) if kind == "process" || kind == "hyperv" => {
+                "that is for Windows; on Linux there are auto (docker's default), userns and chroot".to_owned()
+            }
+            Self::UnknownIsolation(_) => "there are auto, userns and chroot".to_owned(),
             Self::UnknownRight(_) => "there are network.host and security.insecure".to_owned(),
             Self::UnknownCall(_) => "there are build, check, outline and targets".to_owned(),
             Self::UnknownProgress { .. } => "there are auto, tty, plain, rawjson and quiet".to_owned(),
@@ -907,6 +925,11 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
         Some("emulate") => OwnershipChoice::Emulate,
         Some(other) => return Err(RequestError::UnknownOwnership(other.to_owned())),
     };
+    let isolation = match args.isolation.as_deref() {
+        None | Some("" | "auto" | "default" | "userns") => Isolation::Namespaces,
+        Some("chroot") => Isolation::Chroot,
+        Some(other) => return Err(RequestError::UnknownIsolation(other.to_owned())),
+    };
     let allow = rights(&args.allow, &mut notices)?;
     let ulimits = args.ulimits.iter().map(|text| ulimit(text)).collect::<Result<_, _>>()?;
     let shm_size_bytes = args.shm_size.as_deref().map(|text| size_bytes("--shm-size", text)).transpose()?;
@@ -962,6 +985,7 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
         allow_secret_leak: args.allow_secret_leak,
         step_timeout,
         ownership,
+        isolation,
         extra_hosts: args.add_hosts.iter().map(|text| extra_host(text)).collect::<Result<_, _>>()?,
         allow,
         ulimits,
@@ -1985,9 +2009,45 @@ mod tests {
             ("--call", "me"),
             ("--call", "check,format=xml"),
             ("--progress", "loud"),
+            ("--isolation", "hyperv"),
+            ("--memory", "1m"),
+            ("--memory", "much"),
+            ("--memory-swap", "1g"),
+            ("--cpu-period", "10"),
+            ("--cpu-quota", "-2"),
+            ("--cpu-shares", "1"),
+            ("--cpuset-cpus", "all"),
+            ("--pids-limit", "-7"),
         ] {
             refused(&[flag, value, "."], "");
         }
+    }
+
+    #[test]
+    fn limits_are_those_of_docker() {
+        assert!(ok(&["."]).limits.is_empty());
+        let none =
+            ["-m0", "--memory-swap=0", "--cpu-quota=-1", "--cpu-shares=0", "--pids-limit=-1", "--cpuset-cpus=", "."];
+        assert!(ok(&none).limits.is_empty());
+        let limits =
+            ok(&["-m", "64m", "--memory-swap", "96m", "-c512", "--cpu-quota=50000", "--cpuset-mems=0-1,3", "."]).limits;
+        assert_eq!((limits.memory_bytes, limits.swap), (Some(64 << 20), Swap::Bytes(32 << 20)));
+        assert_eq!((limits.cpu_shares, limits.cpu_quota_us), (Some(512), Some(50_000)));
+        assert_eq!(limits.cpuset_mems.as_deref(), Some("0-1,3"));
+        assert_eq!(ok(&["-m", "64m", "--memory-swap=-1", "."]).limits.swap, Swap::Unlimited);
+        refused(&["-m", "64m", "--memory-swap", "32m", "."], "--memory-swap");
+        let parent = ok(&["--cgroup-parent=/jobs", "."]);
+        assert_eq!(parent.limits.parent.as_deref(), Some("/jobs"));
+        assert!(!parent.limits.is_empty());
+    }
+
+    #[test]
+    fn kinds_of_isolation() {
+        for name in ["", "auto", "default", "userns"] {
+            assert_eq!(ok(&[&format!("--isolation={name}"), "."]).isolation, Isolation::Namespaces, "{name}");
+        }
+        assert_eq!(ok(&["--isolation=chroot", "."]).isolation, Isolation::Chroot);
+        refused(&["--isolation=process", "."], "isolation");
     }
 
     #[test]

@@ -177,6 +177,7 @@ impl Fixture {
 
     fn spec(&self, args: &[&str]) -> RunSpec {
         RunSpec {
+            isolation: sandbox::Isolation::Namespaces,
             group: None,
             rootfs: Rootfs::Overlay { lowers: vec![self.layer.clone()], upper: self.dir(), work: self.dir() },
             mounts: Vec::new(),

@@ -28,6 +28,7 @@ mod interrupt;
 mod kill;
 mod limits;
 mod mistakes;
+mod nested;
 mod output;
 mod ownership;
 mod platforms;

@@ -11,7 +11,9 @@ use crate::plan::cache_key::{Key, Parts};
 use crate::sandbox::cgroup::{Exceeded, StepGroup};
 use crate::sandbox::emulation::{Identity, Owner, Records, Scope};
 use crate::sandbox::foreign::{self, EmulatorError, Emulators};
-use crate::sandbox::{self, Cancel, Net, Outcome, Rootfs, RunSpec, SandboxError, SetupMount, Status, Stream};
+use crate::sandbox::{
+    self, Cancel, Isolation, Net, Outcome, Rootfs, RunSpec, SandboxError, SetupMount, Status, Stream,
+};
 use crate::snapshot::{Layer, Made, Snapshot, SnapshotError, Workspace};
 use crate::store::StoreError;
 use crate::sys;
@@ -42,6 +44,8 @@ pub struct Host {
     pub step_timeout: Option<Duration>,
     /// Emulators for steps of other platforms.
     pub emulators: Emulators,
+    /// What keeps steps from the rest of the machine.
+    pub isolation: Isolation,
     /// Control group of every step, with limits.
     pub group: Option<StepGroup>,
     /// Network of steps that ask for none in particular.
@@ -312,6 +316,9 @@ pub fn execute(
     cancel: &Cancel,
     log: &mut dyn FnMut(Stream, &[u8]),
 ) -> Result<Ran, RunError> {
+    if host.isolation == Isolation::Chroot {
+        workspace.copies.store(true, Ordering::Relaxed);
+    }
     if !workspace.copies.load(Ordering::Relaxed) {
         match execute_once(workspace, op, inputs, host, cancel, log, false) {
             Err(RunError::Sandbox(SandboxError::Overlay { source, .. })) => {
@@ -373,6 +380,7 @@ fn execute_once(
     let mut locks = Vec::new();
     let caches = lock_caches(workspace, &op.mounts, cancel, &mut locks)?;
     let scope = match workspace.ownership {
+        _ if host.isolation == Isolation::Chroot => None,
         Ownership::SingleId => Some(Scope::SingleId),
         // The kernel lets nobody but the first namespace's root make device nodes.
         Ownership::Native => (!sandbox::idmap::is_initial_namespace()).then_some(Scope::Devices),
@@ -403,6 +411,7 @@ fn execute_once(
     let prepare = |scope| owners::prepare(scope, below, copied, &caches, &scratch);
     let emulation = scope.map(prepare).transpose().map_err(owners_failed)?;
     let spec = RunSpec {
+        isolation: host.isolation,
         rootfs,
         mounts,
         args: op.args.clone(),

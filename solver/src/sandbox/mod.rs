@@ -33,6 +33,7 @@
 //! cgroup, so no cgroup is needed without limits even when the builder is really root.
 
 pub mod cgroup;
+mod chroot;
 pub mod emulation;
 pub mod foreign;
 pub mod idmap;
@@ -63,9 +64,21 @@ use std::time::{Duration, Instant};
 /// First argument of a nacre process that is to be the supervisor of a step: `nacre __sandbox`.
 pub const SANDBOX_ARGUMENT: &str = "__sandbox";
 
+/// What keeps a step from the rest of the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum Isolation {
+    /// Namespaces of its own.
+    #[default]
+    Namespaces,
+    /// Another root directory, and fewer capabilities. Only for a [`Rootfs::Plain`] and for root.
+    Chroot,
+}
+
 /// Everything about one step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RunSpec {
+    /// What keeps it from the rest of the machine.
+    pub isolation: Isolation,
     /// The root file system.
     pub rootfs: Rootfs,
     /// Mounts, in the order in which they are made; parents before what lies in them.
@@ -354,6 +367,9 @@ pub enum SpecProblem {
     /// What is to be mounted does not exist.
     #[error("mount source {0:?} does not exist")]
     NoSource(String),
+    /// Something that cannot be had without namespaces.
+    #[error("{0} cannot be had with --isolation=chroot")]
+    NeedsNamespaces(String),
     /// Started in a directory that is not below the root.
     #[error("working directory {0:?} is outside of the root file system")]
     CwdOutside(String),

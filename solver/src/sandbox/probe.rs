@@ -36,6 +36,8 @@ pub enum Right {
     Notification,
     /// To limit steps by control groups.
     Limits,
+    /// To run steps with another root directory alone.
+    Chroot,
 }
 
 /// How a try ended.
@@ -95,6 +97,8 @@ fn try_out(dir: &Path) -> Probe {
     };
     let why = |error: CallError| format!("{error}: {}", error.source);
     let has_root = idmap::can_mount();
+    // Before this process is in a namespace of its own, too.
+    let chroot = idmap::chroot_refusal().map_or(Verdict::Works, Verdict::Refused);
     let entered = || -> sys::Result<()> {
         let ids = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
         sys::unshare(libc::CLONE_NEWUSER | libc::CLONE_NEWNS)?;
@@ -120,6 +124,7 @@ fn try_out(dir: &Path) -> Probe {
             Right::Limits,
         ];
         tries.extend(rest.map(|right| (right, Verdict::NotTried)));
+        tries.push((Right::Chroot, chroot));
         return Probe { tries };
     }
     note(Right::ManyIds, ids);
@@ -135,6 +140,7 @@ fn try_out(dir: &Path) -> Probe {
     };
     note(Right::Notification, in_child(0, listen));
     note(Right::Limits, Limits::probe().map_err(|error| error.cause.to_string()));
+    tries.push((Right::Chroot, chroot));
     Probe { tries }
 }
 

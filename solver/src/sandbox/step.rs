@@ -9,7 +9,7 @@ use super::cgroup::Group;
 use super::init::{self, Progress};
 use super::points::{Kind, Root, Traces};
 use super::seccomp::{self, Profile};
-use super::{Doing, Failure, FailureKind, Net, RunSpec, SetupMount, SpecProblem, emulation};
+use super::{Doing, Failure, FailureKind, Isolation, Net, RunSpec, SetupMount, SpecProblem, emulation};
 use crate::sys::{self, Call, CallError, KeptFd, Param};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
@@ -45,7 +45,7 @@ pub(super) const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
 
 /// Devices that every container has.
 const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
-const DEVICE_LINKS: [(&str, &str); 6] = [
+pub(super) const DEVICE_LINKS: [(&str, &str); 6] = [
     ("fd", "/proc/self/fd"),
     ("stdin", "/proc/self/fd/0"),
     ("stdout", "/proc/self/fd/1"),
@@ -85,6 +85,22 @@ pub(super) fn check(spec: &RunSpec) -> Result<(), Failure> {
     if spec.args.first().is_none_or(|program| program.is_empty()) {
         return Err(Failure::spec(SpecProblem::NoCommand));
     }
+    if spec.isolation == Isolation::Chroot {
+        let needs = |what: String| Err(Failure::spec(SpecProblem::NeedsNamespaces(what)));
+        if spec.network != Net::Host {
+            return needs("a network of the step's own".to_owned());
+        }
+        for mount in &spec.mounts {
+            match mount {
+                SetupMount::Inline { .. } => {}
+                SetupMount::Bind { target, .. }
+                | SetupMount::OverlayBind { target, .. }
+                | SetupMount::Tmpfs { target, .. }
+                | SetupMount::Secret { target, .. }
+                | SetupMount::Socket { target, .. } => return needs(format!("the mount of {target:?}")),
+            }
+        }
+    }
     spec.ulimits.iter().try_for_each(|(name, ..)| match resource(name) {
         Some(_) => Ok(()),
         None => Err(Failure::spec(SpecProblem::UnknownLimit(name.clone()))),
@@ -100,7 +116,10 @@ pub(super) fn main(spec: &RunSpec, rootfs: &OwnedFd, group: Option<&Group>, repo
     let prepared = die_with_supervisor(report)
         // Before the step has a namespace of groups, whose root this one becomes.
         .and_then(|()| group.map_or(Ok(()), Group::join))
-        .and_then(|()| set_up(spec, rootfs, shared_proc, &mut traces))
+        .and_then(|()| match spec.isolation {
+            Isolation::Namespaces => set_up(spec, rootfs, shared_proc, &mut traces),
+            Isolation::Chroot => change_root(rootfs).doing(|| "enter the root file system".into()),
+        })
         .and_then(|()| prepare_process(spec, report));
     let ready = prepared.is_ok();
     // Stays open until the command starts: the supervisor takes a copy.
@@ -464,6 +483,14 @@ fn enter_root(root: &OwnedFd) -> sys::Result<()> {
     rustix::process::chdir("/").call(|| "chdir(\"/\")".into())
 }
 
+/// Makes `root` the root directory of this process alone. No descriptor of a directory outside is left open when the
+/// command starts.
+fn change_root(root: &OwnedFd) -> sys::Result<()> {
+    rustix::process::fchdir(root).call(|| "fchdir(root)".into())?;
+    rustix::process::chroot(".").call(|| "chroot(\".\")".into())?;
+    rustix::process::chdir("/").call(|| "chdir(\"/\")".into())
+}
+
 /// Covers what a step must not see, and makes read-only what it must not write.
 fn mask() -> sys::Result<()> {
     for path in READ_ONLY.map(Path::new) {
@@ -527,7 +554,7 @@ fn prepare_process(spec: &RunSpec, report: KeptFd) -> Result<Option<OwnedFd>, Fa
         own_streams(spec.uid);
     }
     if !spec.insecure {
-        drop_bounding_set().doing(|| "drop capabilities".into())?;
+        drop_bounding_set(capabilities(spec)).doing(|| "drop capabilities".into())?;
     }
     let emulate = spec.emulation.as_ref().map(|emulation| emulation.scope);
     let filter = seccomp::filter(Profile { insecure: spec.insecure, emulate });
@@ -546,7 +573,7 @@ fn prepare_process(spec: &RunSpec, report: KeptFd) -> Result<Option<OwnedFd>, Fa
             false => Failure::setup(doing(), error),
         })?);
     } else if !filter.is_empty() {
-        sys::install_filter(&filter).doing(doing)?;
+        install_filter(spec, &filter).doing(doing)?;
     }
     if switch {
         let doing = || "switch to the user".to_owned();
@@ -567,6 +594,21 @@ fn prepare_process(spec: &RunSpec, report: KeptFd) -> Result<Option<OwnedFd>, Fa
     die_with_supervisor(report)?;
     _ = rustix::process::umask(Mode::from_raw_mode(spec.umask));
     Ok(listener)
+}
+
+/// Installs the filter. Without CAP_SYS_ADMIN that takes a promise never to gain privileges again, with which set-uid
+/// programs would be plain ones; so where a container's filter acts already, which forbids namespaces, it is left at that.
+fn install_filter(spec: &RunSpec, filter: &[sys::FilterInstruction]) -> sys::Result<()> {
+    match sys::install_filter(filter) {
+        Err(error) if spec.isolation == Isolation::Chroot && error.is(Errno::ACCESS) => {
+            if super::idmap::is_filtered() {
+                return Ok(());
+            }
+            rustix::thread::set_no_new_privs(true).call(|| "prctl(PR_SET_NO_NEW_PRIVS)".into())?;
+            sys::install_filter(filter)
+        }
+        result => result,
+    }
 }
 
 /// Enters the working directory, making it when it does not exist. Returns false when the command's own user may be
@@ -638,10 +680,23 @@ fn own_streams(uid: u32) {
     }
 }
 
-fn drop_bounding_set() -> sys::Result<()> {
+/// Capabilities of the step.
+fn capabilities(spec: &RunSpec) -> CapabilitySet {
+    match spec.isolation {
+        Isolation::Namespaces => CAPABILITIES,
+        // With it, a root directory can be left.
+        Isolation::Chroot => CAPABILITIES.difference(CapabilitySet::SYS_CHROOT),
+    }
+}
+
+fn drop_bounding_set(kept: CapabilitySet) -> sys::Result<()> {
     for number in 0..64 {
         let capability = CapabilitySet::from_bits_retain(1 << number);
-        if CAPABILITIES.contains(capability) {
+        if kept.contains(capability) {
+            continue;
+        }
+        // A container may have none left to drop, nor the right to.
+        if rustix::thread::capability_is_in_bounding_set(capability) == Ok(false) {
             continue;
         }
         match rustix::thread::remove_capability_from_bounding_set(capability) {
@@ -659,7 +714,7 @@ fn reduce_capabilities(spec: &RunSpec) -> sys::Result<()> {
     _ = rustix::thread::clear_ambient_capability_set();
     let mut sets = rustix::thread::capabilities(None).call(|| "capget()".into())?;
     if !spec.insecure {
-        sets.permitted &= CAPABILITIES;
+        sets.permitted &= capabilities(spec);
         sets.effective = sets.permitted;
     }
     sets.inheritable = CapabilitySet::empty();
