@@ -15,7 +15,7 @@ use crate::timings::Recorder;
 use nacre_frontend::check::{IgnoreRules, Warning};
 use nacre_frontend::diagnostic::Diagnostic;
 use nacre_frontend::instruction::{Dockerfile, InstructionKind};
-use nacre_frontend::llb::{Definition, ImageSource, Network, Op, Platform};
+use nacre_frontend::llb::{Definition, ImageSource, Network, Op, Platform, Vertex};
 use nacre_frontend::lower::{self, BaseConfigs, BaseImage, Lowered, NamedContext};
 use nacre_frontend::parser::ParseFailure;
 use nacre_frontend::reference::Reference;
@@ -31,6 +31,7 @@ use nacre_solver::op::source::{Progress, PullPolicy, ResolvedImage, SourceContex
 use nacre_solver::registry::Client;
 use nacre_solver::sandbox::cgroup::{Exceeded, Limits};
 use nacre_solver::sandbox::foreign::{self, Emulators};
+use nacre_solver::sandbox::network::Pasta;
 use nacre_solver::sandbox::{self, Cancel, Isolation};
 use nacre_solver::snapshot::Workspace;
 use nacre_solver::solve::{self, Event, SolveError, VertexError};
@@ -446,6 +447,7 @@ fn build(
     found.source = Some(input.source.clone());
     let contexts = contexts(request, &input, &workspace.store)?;
     let mut all = Vec::new();
+    let mut pasta = None;
     let collect = !request.cache_from.is_empty() || !request.cache_to.is_empty();
     for platform in platforms(request)? {
         let mut options = options(request, platform)?;
@@ -461,6 +463,14 @@ fn build(
         if host.group.is_none() && runs {
             let prepared = request.limits.prepare();
             host.group = prepared.map_err(|error| failure(Exit::Host, &error.to_string(), Some(error.help())))?;
+        }
+        let networked = |vertex: &Vertex| matches!(&vertex.op, Op::Run(op) if op.network == Network::Default);
+        if request.pasta && pasta.is_none() && definition.vertices.iter().any(networked) {
+            let started = Pasta::start(&env.program_directories());
+            let started =
+                started.map_err(|error| failure(Exit::Host, &with_causes(&error), Some(error.help().to_owned())))?;
+            host.default_network = Some(started.namespace());
+            pasta = Some(started);
         }
         let solve_request = solve::Request {
             contexts: contexts.clone(),
@@ -635,9 +645,24 @@ fn base_error(error: &SourceError, dockerfile: &Dockerfile, span: Span) -> Comma
     CommandError::Failure(Box::new(Failure { exit: Exit::Source, message, place, help }))
 }
 
+/// Name servers for steps. A network of their own has another loopback than the one that a resolver of this machine
+/// listens on; systemd says whom that one asks.
+fn resolv_conf(own_loopback: bool) -> String {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let text = read("/etc/resolv.conf");
+    let local = |line: &str| line.strip_prefix("nameserver").is_some_and(|server| server.trim().starts_with("127."));
+    if own_loopback && text.lines().any(local) {
+        let behind = read("/run/systemd/resolve/resolv.conf");
+        if !behind.is_empty() {
+            return behind;
+        }
+    }
+    text
+}
+
 fn host(request: &BuildRequest, agents: &SshAgents) -> Result<Host, CommandError> {
     let mut host = Host {
-        resolv_conf: std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
+        resolv_conf: resolv_conf(request.pasta),
         default_network_none: request.network == Network::None,
         step_timeout: request.step_timeout,
         isolation: request.isolation,
@@ -671,7 +696,8 @@ fn limit_notes(exceeded: &Exceeded, limits: &Limits) -> Vec<String> {
 
 /// A size as it is typed: `64m`.
 fn binary_size(bytes: u64) -> String {
-    let unit = [(1 << 30, "g"), (1 << 20, "m"), (1 << 10, "k")].into_iter().find(|(size, _)| bytes % size == 0);
+    let unit =
+        [(1 << 30, "g"), (1 << 20, "m"), (1 << 10, "k")].into_iter().find(|(size, _)| bytes.is_multiple_of(*size));
     unit.map_or_else(|| bytes.to_string(), |(size, unit)| format!("{}{unit}", bytes / size))
 }
 

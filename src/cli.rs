@@ -179,7 +179,7 @@ pub(crate) struct BuildArgs {
     /// Agent or keys for RUN --mount=type=ssh: default, or ID=SOCKET or ID=KEY[,KEY]
     #[arg(long = "ssh", value_name = "AGENT", help_heading = "Steps")]
     pub(crate) ssh: Vec<String>,
-    /// Network of RUN steps: default, none, host
+    /// Network of RUN steps: default (the host's), none, host, pasta (one of their own, connected by the program pasta)
     #[arg(long, value_name = "MODE", help_heading = "Steps")]
     pub(crate) network: Option<String>,
     /// How long a step may take, as 90s or 1h30m

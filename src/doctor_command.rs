@@ -25,6 +25,7 @@ fn words(right: Right) -> (&'static str, &'static str) {
             "owners cannot be emulated and device nodes not made: RUN steps work only as root",
         ),
         Right::Chroot => ("chroot", "--isolation=chroot does not work, which is only needed where namespaces do not"),
+        Right::Tun => ("tun device", "--network=pasta does not work"),
         Right::Limits => ("limits of steps", "--memory, --cpu-quota and the other limits end the build with an error"),
     }
 }
@@ -113,6 +114,18 @@ fn cure(right: Right, place: Surroundings, reason: &str) -> Option<&'static str>
         }
         (Right::Chroot, Surroundings::GitHub) => "container.options: --user 0",
         (Right::Chroot, Surroundings::Machine) => "sudo",
+        (Right::Tun, Surroundings::Docker) => "docker run --device /dev/net/tun …",
+        (Right::Tun, Surroundings::Podman) => "podman run --device /dev/net/tun …",
+        (Right::Tun, Surroundings::Kubernetes) => {
+            "a device plugin that gives the container /dev/net/tun, which a hostPath volume alone does not"
+        }
+        (Right::Tun, Surroundings::GitLab) => {
+            "in the runner's config.toml: [runners.docker] devices = [\"/dev/net/tun\"]"
+        }
+        (Right::Tun, Surroundings::GitHub) => {
+            "without `container:` in the job: sudo chmod 666 /dev/net/tun; with it: container.options: --device /dev/net/tun"
+        }
+        (Right::Tun, Surroundings::Machine) => "as root: modprobe tun && chmod 666 /dev/net/tun",
         (Right::ManyIds, _) => {
             "as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER, and install newuidmap (package \
              uidmap or shadow-utils); only for speed"
@@ -223,6 +236,7 @@ mod tests {
             Right::NetworkNamespace,
             Right::Seccomp,
             Right::Notification,
+            Right::Tun,
             Right::Limits,
             Right::Chroot,
         ];

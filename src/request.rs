@@ -95,6 +95,8 @@ pub(crate) struct BuildRequest {
     pub(crate) ssh: Vec<SshAgent>,
     /// `--network`.
     pub(crate) network: Network,
+    /// `--network=pasta`: what is the default is pasta's.
+    pub(crate) pasta: bool,
     /// `--allow-secret-leak`.
     pub(crate) allow_secret_leak: bool,
     /// `--step-timeout`.
@@ -827,7 +829,7 @@ impl RequestError {
             Self::ReadSecret { .. } => "a secret is given as id=ID,src=FILE or id=ID,env=VARIABLE".to_owned(),
             Self::SecretTooLarge { .. } => "large files come in through a build context: --build-context".to_owned(),
             Self::NoSshAgent(_) => "start ssh-agent, or name a key: --ssh default=$HOME/.ssh/id_ed25519".to_owned(),
-            Self::UnknownNetwork(_) => "there are default, none and host".to_owned(),
+            Self::UnknownNetwork(_) => "there are default, none, host and pasta".to_owned(),
             Self::BadTimeout(_) => "write it as 90s, 10m or 1h30m".to_owned(),
             Self::UnknownOwnership(_) => "there are auto, subid and emulate".to_owned(),
             Self::UnknownIsolation(kind) if kind == "process" || kind == "hyperv" => {
@@ -913,7 +915,7 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
     let secrets = secrets(&args.secrets, env)?;
     let ssh = ssh_agents(&args.ssh, env)?;
     let network = match args.network.as_deref() {
-        None | Some("" | "default" | "bridge") => Network::Default,
+        None | Some("" | "default" | "bridge" | "pasta") => Network::Default,
         Some("none") => Network::None,
         Some("host") => Network::Host,
         Some(other) => return Err(RequestError::UnknownNetwork(other.to_owned())),
@@ -982,6 +984,7 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
         secrets,
         ssh,
         network,
+        pasta: args.network.as_deref() == Some("pasta"),
         allow_secret_leak: args.allow_secret_leak,
         step_timeout,
         ownership,

@@ -91,7 +91,7 @@ fn the_doctor_tells_what_works() {
     let json = doctor(&["--format=json"]);
     let value: serde_json::Value = serde_json::from_slice(&json.stdout).expect("JSON");
     let rights = value["rights"].as_array().expect("a list");
-    assert_eq!(rights.len(), 9);
+    assert_eq!(rights.len(), 10);
     assert_eq!(value["isolation"], "userns");
     assert!(rights.iter().all(|right| right["state"] != "refused" || right["reason"].is_string()));
     assert!(!dir.path().join("no").exists(), "it leaves nothing");

@@ -29,6 +29,7 @@ mod kill;
 mod limits;
 mod mistakes;
 mod nested;
+mod network;
 mod output;
 mod ownership;
 mod platforms;

@@ -48,8 +48,10 @@ pub struct Host {
     pub isolation: Isolation,
     /// Control group of every step, with limits.
     pub group: Option<StepGroup>,
-    /// Network of steps that ask for none in particular.
+    /// Network of steps that ask for none in particular: none, else the one of `default_network`.
     pub default_network_none: bool,
+    /// A network namespace for them; without one, they have the host's.
+    pub default_network: Option<PathBuf>,
 }
 
 /// A RUN failed.
@@ -426,7 +428,8 @@ fn execute_once(
         network: match op.network {
             Network::None => Net::None,
             Network::Default if host.default_network_none => Net::None,
-            Network::Default | Network::Host => Net::Host,
+            Network::Default => host.default_network.clone().map_or(Net::Host, Net::Join),
+            Network::Host => Net::Host,
         },
         insecure: op.security == Security::Insecure,
         shm_size_bytes: op.shm_size_bytes.unwrap_or(64 << 20),

@@ -204,7 +204,6 @@ impl<'a> Furniture<'a> {
 
 fn modified(dir: &OwnedFd) -> sys::Result<Timespec> {
     let stat = sys::stat_fd(dir)?;
-    #[expect(clippy::unnecessary_cast, reason = "other architectures have other widths")]
     Ok(Timespec { tv_sec: stat.st_mtime as i64, tv_nsec: stat.st_mtime_nsec as _ })
 }
 

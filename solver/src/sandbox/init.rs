@@ -13,7 +13,9 @@ use super::cgroup::{Group, StepGroup};
 use super::chroot::Furniture;
 use super::emulation::Emulator;
 use super::points::{self, Traces};
-use super::{Failure, FailureKind, Isolation, Order, Outcome, Rootfs, RunSpec, SpecProblem, Status, probe, step};
+use super::{
+    Failure, FailureKind, Isolation, Order, Outcome, Rootfs, RunSpec, SpecProblem, Status, network, probe, step,
+};
 use crate::sys::{self, Call, CallError, Fork, Param};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fd::{AsFd, OwnedFd};
@@ -39,6 +41,7 @@ pub(super) struct Progress {
 pub fn sandbox_main() -> ! {
     let code = match std::env::args_os().nth(1 + 1) {
         Some(word) if word == probe::ARGUMENT => probe::main(),
+        Some(word) if word == network::ARGUMENT => network::main(),
         _ => main(),
     };
     sys::exit_now(code)

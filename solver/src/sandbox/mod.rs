@@ -38,6 +38,7 @@ pub mod emulation;
 pub mod foreign;
 pub mod idmap;
 pub mod init;
+pub mod network;
 mod points;
 mod probe;
 pub mod seccomp;

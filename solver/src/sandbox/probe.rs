@@ -34,6 +34,8 @@ pub enum Right {
     Seccomp,
     /// To answer system calls of other processes.
     Notification,
+    /// To connect a network namespace with the host's network.
+    Tun,
     /// To limit steps by control groups.
     Limits,
     /// To run steps with another root directory alone.
@@ -121,6 +123,7 @@ fn try_out(dir: &Path) -> Probe {
             Right::NetworkNamespace,
             Right::Seccomp,
             Right::Notification,
+            Right::Tun,
             Right::Limits,
         ];
         tries.extend(rest.map(|right| (right, Verdict::NotTried)));
@@ -139,6 +142,8 @@ fn try_out(dir: &Path) -> Probe {
         sys::notify::install_filter_with_listener(&filter).map(drop)
     };
     note(Right::Notification, in_child(0, listen));
+    let tun = || super::network::open_tun().map(drop).map_err(|error| format!("open(\"/dev/net/tun\"): {error}"));
+    note(Right::Tun, tun());
     note(Right::Limits, Limits::probe().map_err(|error| error.cause.to_string()));
     tries.push((Right::Chroot, chroot));
     Probe { tries }
