@@ -147,7 +147,7 @@ fn machine(init: &str) -> String {
     });
     let start = Instant::now();
     while machine.try_wait().expect("a child of ours").is_none() {
-        if start.elapsed() > Duration::from_secs(200) {
+        if start.elapsed() > Duration::from_secs(600) {
             _ = machine.kill();
         }
         std::thread::sleep(Duration::from_millis(50));
@@ -157,6 +157,10 @@ fn machine(init: &str) -> String {
 
 #[test]
 fn the_kernel_keeps_limits() {
+    // The machine is the same whoever starts it, and CI has root do so, too.
+    if std::env::var_os("CI").is_some() && !crate::nested::is_root() {
+        return;
+    }
     let text = machine(INIT);
     assert!(text.contains("== end"), "the machine did not come to the end:\n{text}");
     let section = |name: &str| {

@@ -266,7 +266,7 @@ fn builds_in_namespaces(container: &Container) -> String {
     container.section("id-auto").trim().to_owned()
 }
 
-fn is_root() -> bool {
+pub(crate) fn is_root() -> bool {
     fs::metadata("/proc/self").is_ok_and(|metadata| std::os::unix::fs::MetadataExt::uid(&metadata) == 0)
 }
 
