@@ -138,6 +138,8 @@ fn spawn(directory: &Path) {
                 path
             };
             let spec = RunSpec {
+                isolation: sandbox::Isolation::Namespaces,
+                group: None,
                 rootfs: Rootfs::Overlay { lowers: vec![lower.clone()], upper: part("upper"), work: part("work") },
                 mounts: Vec::new(),
                 args: vec!["/bin/busybox".into(), "true".into()],

@@ -8,14 +8,15 @@ use crate::interrupt::{Signals, last_words};
 use crate::progress::{Screen, ScreenOptions};
 use crate::report::{CommandError, Exit, Failure, Place, StepFailure, StepOutcome, Style, disk_help, with_causes};
 use crate::request::{
-    BuildRequest, CacheUse, Call, Destination, Environment, NamedSource, Output, OwnershipChoice, ProgressMode,
+    self, BuildRequest, CacheUse, Call, Destination, Environment, NamedSource, Output, OutputKind, OwnershipChoice,
+    ProgressMode,
 };
 use crate::ssh_agents::SshAgents;
 use crate::timings::Recorder;
 use nacre_frontend::check::{IgnoreRules, Warning};
 use nacre_frontend::diagnostic::Diagnostic;
 use nacre_frontend::instruction::{Dockerfile, InstructionKind};
-use nacre_frontend::llb::{Definition, ImageSource, Network, Platform};
+use nacre_frontend::llb::{Definition, ImageSource, Network, Op, Platform, Vertex};
 use nacre_frontend::lower::{self, BaseConfigs, BaseImage, Lowered, NamedContext};
 use nacre_frontend::parser::ParseFailure;
 use nacre_frontend::reference::Reference;
@@ -29,13 +30,15 @@ use nacre_solver::op::file::LocalContext;
 use nacre_solver::op::run::{Host, RunError};
 use nacre_solver::op::source::{Progress, PullPolicy, ResolvedImage, SourceContext, SourceError, Warn, resolve_image};
 use nacre_solver::registry::Client;
+use nacre_solver::sandbox::cgroup::{Exceeded, Limits};
 use nacre_solver::sandbox::foreign::{self, Emulators};
-use nacre_solver::sandbox::{self, Cancel};
+use nacre_solver::sandbox::network::Pasta;
+use nacre_solver::sandbox::{self, Cancel, Isolation};
 use nacre_solver::snapshot::Workspace;
 use nacre_solver::solve::{self, Event, SolveError, VertexError};
 use nacre_solver::store::Store;
 use nacre_solver::tree::ignore::IgnoreError;
-use nacre_solver::tree::layer::Limits;
+use nacre_solver::tree::layer;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::ExitCode;
@@ -59,7 +62,8 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
     // Before any thread exists, and before standard input is read: an ordinary user's build goes on in a process inside
     // of a user namespace.
     let foreign = foreign_platforms(request, known.as_ref().map(|(dockerfile, _)| dockerfile))?;
-    let Some(place) = enter(known.as_ref().map(|(dockerfile, _)| dockerfile), &foreign, request)? else {
+    let dockerfile = known.as_ref().map(|(dockerfile, _)| dockerfile);
+    let Some(place) = enter(dockerfile, &foreign, request, env.starts_over())? else {
         return Ok(());
     };
     let host_error = |error: &(dyn std::error::Error + 'static)| CommandError::new(Exit::Host, error, None);
@@ -90,6 +94,9 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
     let work = || build(request, known, place, env, &cancel, (&sink, progress, warn), &mut found);
     let result = signals.watched(&cancel, last_words(env.color), work);
     screen.finish();
+    if found.triggers {
+        return Err(CommandError::new(Exit::Host, &sandbox::idmap::start_over(request::STARTS_OVER), None));
+    }
     if let (Some(source), ProgressMode::Plain | ProgressMode::Tty) = (&found.source, request.progress) {
         let style = Style { color: env.color };
         crate::print_error(&crate::call_command::in_build(source, &found.warnings, style));
@@ -115,6 +122,8 @@ pub(crate) fn run(request: &BuildRequest, env: &Environment, signalled: &Arc<Ato
 struct Findings {
     source: Option<SourceFile>,
     warnings: BTreeSet<Warning>,
+    /// A base image has triggers that run, and this process is where nothing can: the build has to start over.
+    triggers: bool,
 }
 
 /// Answers a `--call` other than build.
@@ -154,6 +163,8 @@ struct Surroundings {
     refused: Option<CommandError>,
     /// In a user namespace that was made for this build.
     own_namespace: bool,
+    /// In none, as nothing in the file needs one.
+    without: bool,
 }
 
 /// Platforms that are asked for, or named by FROM, and are not this machine's.
@@ -189,13 +200,16 @@ fn has_runs(dockerfile: &Dockerfile) -> bool {
 /// Goes into a user namespace if the file needs one and we are not root; a file that is not known yet may. `None` when
 /// a process inside has done the work.
 ///
+/// Where nothing runs, no namespace is asked for: what runs in a base image's triggers makes the build start over.
+///
 /// For foreign platforms root goes there, too: emulators are registered in a namespace of the build's own.
 fn enter(
     dockerfile: Option<&Dockerfile>,
     foreign: &[Platform],
     build: &BuildRequest,
+    starts_over: bool,
 ) -> Result<Option<Surroundings>, CommandError> {
-    let runs = dockerfile.is_some_and(has_runs);
+    let runs = starts_over || dockerfile.is_some_and(has_runs);
     // A base may have triggers that run, and its files have owners.
     let bases = dockerfile.is_none_or(|dockerfile| {
         dockerfile.instructions.iter().any(|instruction| match &instruction.kind {
@@ -204,9 +218,22 @@ fn enter(
             _ => false,
         })
     });
-    let place = |ownership| Surroundings { ownership, refused: None, own_namespace: false };
+    let place = |ownership| Surroundings { ownership, refused: None, own_namespace: false, without: false };
     if !runs && !bases {
         return Ok(Some(place(Ownership::SingleId)));
+    }
+    if build.isolation == Isolation::Chroot {
+        return chroot(build, runs).map(place).map(Some);
+    }
+    // Files of bases have owners on disk only where they are written to.
+    let writes_files = build.outputs.iter().any(|output| matches!(output.kind, OutputKind::Local { .. }));
+    let ownership = sandbox::idmap::ownership();
+    if !runs && dockerfile.is_some() && (ownership == sandbox::Ownership::Native || !writes_files) {
+        let ownership = match ownership {
+            sandbox::Ownership::Native => Ownership::Native,
+            sandbox::Ownership::SingleId => Ownership::SingleId,
+        };
+        return Ok(Some(Surroundings { without: true, ..place(ownership) }));
     }
     let best = match build.ownership {
         OwnershipChoice::Emulate => sandbox::idmap::EnterRequest::SingleId,
@@ -231,15 +258,50 @@ fn enter(
         }
         // Without RUN nothing needs a namespace but the owners of a base's files, which the index holds.
         Err(error) => {
-            let error = CommandError::new(Exit::Host, &error, None);
+            let error = CommandError::new(Exit::Host, &error, Some(without_namespaces()));
             if runs {
                 Err(error)
             } else {
                 let ownership = Ownership::SingleId;
-                Ok(Some(Surroundings { ownership, refused: Some(error), own_namespace: false }))
+                Ok(Some(Surroundings { refused: Some(error), ..place(ownership) }))
             }
         }
     }
+}
+
+/// What else there is where no namespace can be had.
+fn without_namespaces() -> String {
+    match sandbox::idmap::chroot_refusal() {
+        None => "--isolation=chroot runs steps without namespaces: they then share the processes, network and rights of this \
+                 container; `nacre doctor` tells more"
+            .to_owned(),
+        Some(_) => "`nacre doctor` tells more; Dockerfiles without RUN build all the same".to_owned(),
+    }
+}
+
+/// Steps are to have another root directory, and no namespace.
+fn chroot(build: &BuildRequest, runs: bool) -> Result<Ownership, CommandError> {
+    if let Some(reason) = sandbox::idmap::chroot_refusal() {
+        // Without steps there is nothing to isolate.
+        return match runs {
+            false => Ok(Ownership::SingleId),
+            true => Err(failure(
+                Exit::Host,
+                &format!("--isolation=chroot: {reason}"),
+                Some("leave it out to have namespaces; `nacre doctor` tells whether they can be had".to_owned()),
+            )),
+        };
+    }
+    if build.ownership == OwnershipChoice::Emulate {
+        let help = "leave one of them out".to_owned();
+        return Err(failure(Exit::Usage, "--isolation=chroot and --ownership=emulate exclude each other", Some(help)));
+    }
+    if runs && !build.quiet && matches!(build.progress, ProgressMode::Plain | ProgressMode::Tty) {
+        crate::print_error(
+            "notice: --isolation=chroot: steps share processes, network, ipc and rights with whatever runs here as root\n",
+        );
+    }
+    Ok(Ownership::Native)
 }
 
 /// Whether files have owners on disk; says so if they are emulated without having been asked for.
@@ -350,7 +412,7 @@ pub(crate) fn workspace(
         client,
         pull: if request.pull { PullPolicy::Always } else { PullPolicy::Missing },
         offline: false,
-        limits: Limits::default(),
+        limits: layer::Limits::default(),
         write: WriteOptions { ownership },
         progress,
         warn,
@@ -391,11 +453,31 @@ fn build(
     let contexts = contexts(request, &input, &workspace.store)?;
     let mut plans = Vec::new();
     let mut all = Vec::new();
+    let mut pasta = None;
     let collect = !request.cache_from.is_empty() || !request.cache_to.is_empty();
     for platform in platforms(request)? {
         let mut options = options(request, platform)?;
         options.ignored = contexts.get("context").and_then(|local| ignored(local.context()?));
         let (definition, images) = lowered(&dockerfile, &options, &workspace, events, &mut found.warnings)?;
+        let runs = definition.vertices.iter().any(|vertex| matches!(vertex.op, Op::Run(_)));
+        if runs && place.without {
+            found.triggers = true;
+            return Err(CommandError::Interrupted);
+        }
+        // A build that runs nothing has nothing to limit. One that finds its steps cached fails all the same: whether
+        // limits can be had does not depend on the cache.
+        if host.group.is_none() && runs {
+            let prepared = request.limits.prepare();
+            host.group = prepared.map_err(|error| failure(Exit::Host, &error.to_string(), Some(error.help())))?;
+        }
+        let networked = |vertex: &Vertex| matches!(&vertex.op, Op::Run(op) if op.network == Network::Default);
+        if request.pasta && pasta.is_none() && definition.vertices.iter().any(networked) {
+            let started = Pasta::start(&env.program_directories());
+            let started =
+                started.map_err(|error| failure(Exit::Host, &with_causes(&error), Some(error.help().to_owned())))?;
+            host.default_network = Some(started.namespace());
+            pasta = Some(started);
+        }
         let solve_request = solve::Request {
             contexts: contexts.clone(),
             images,
@@ -405,7 +487,7 @@ fn build(
             project: input.project.clone(),
         };
         check_for_secrets(&definition, &solve_request.host)?;
-        all.push(solved(&dockerfile, &definition, &workspace, &solve_request, cancel, events)?);
+        all.push(solved(&dockerfile, &definition, &workspace, &solve_request, &request.limits, cancel, events)?);
         plans.push((definition, solve_request));
     }
     let live = Live { events, stop: &|| cancel.is_cancelled() };
@@ -419,7 +501,7 @@ fn build(
             return Err(error);
         }
         for (one, (definition, solve_request)) in all.iter_mut().zip(&plans) {
-            *one = solved(&dockerfile, definition, &workspace, solve_request, cancel, events)?;
+            *one = solved(&dockerfile, definition, &workspace, solve_request, &request.limits, cancel, events)?;
         }
     }
     cache_command::keep_imported(&workspace, &all)?;
@@ -437,6 +519,7 @@ fn solved(
     definition: &Definition,
     workspace: &Workspace,
     request: &solve::Request,
+    limits: &Limits,
     cancel: &Cancel,
     events: &(dyn Fn(Event) + Sync),
 ) -> Result<Built, CommandError> {
@@ -447,7 +530,7 @@ fn solved(
         let _ = local.save();
     }
     let steps = blame::Steps { dockerfile, definition, contexts };
-    let solved = solved.map_err(|error| solve_error(error, &steps))?;
+    let solved = solved.map_err(|error| solve_error(error, &steps, limits))?;
     Ok(Built::new(definition.image.clone(), solved))
 }
 
@@ -595,12 +678,28 @@ fn base_error(error: &SourceError, dockerfile: &Dockerfile, span: Span) -> Comma
     CommandError::Failure(Box::new(Failure { exit: Exit::Source, message, place, help }))
 }
 
+/// Name servers for steps. A network of their own has another loopback than the one that a resolver of this machine
+/// listens on; systemd says whom that one asks.
+fn resolv_conf(own_loopback: bool) -> String {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let text = read("/etc/resolv.conf");
+    let local = |line: &str| line.strip_prefix("nameserver").is_some_and(|server| server.trim().starts_with("127."));
+    if own_loopback && text.lines().any(local) {
+        let behind = read("/run/systemd/resolve/resolv.conf");
+        if !behind.is_empty() {
+            return behind;
+        }
+    }
+    text
+}
+
 fn host(request: &BuildRequest, agents: &SshAgents) -> Result<Host, CommandError> {
     let mut host = Host {
-        resolv_conf: std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
+        resolv_conf: resolv_conf(request.pasta),
         default_network_none: request.network == Network::None,
         step_timeout: request.step_timeout,
         key_warnings: !request.no_secret_warnings,
+        isolation: request.isolation,
         ..Host::default()
     };
     for secret in &request.secrets {
@@ -613,7 +712,30 @@ fn host(request: &BuildRequest, agents: &SshAgents) -> Result<Host, CommandError
     Ok(host)
 }
 
-fn solve_error(error: SolveError, steps: &blame::Steps<'_>) -> CommandError {
+/// What a step's limits had to do with its end.
+fn limit_notes(exceeded: &Exceeded, limits: &Limits) -> Vec<String> {
+    let mut notes = Vec::new();
+    if exceeded.killed > 0 {
+        let memory = limits.memory_bytes.filter(|_| exceeded.own_memory);
+        notes.push(match memory {
+            Some(bytes) => format!("killed: over --memory {}", binary_size(bytes)),
+            None => "killed: the machine, or a control group above the step's, ran out of memory".to_owned(),
+        });
+    }
+    if let (Some(most), 1..) = (limits.processes, exceeded.refused_processes) {
+        notes.push(format!("new processes were refused: over --pids-limit {most}"));
+    }
+    notes
+}
+
+/// A size as it is typed: `64m`.
+fn binary_size(bytes: u64) -> String {
+    let unit =
+        [(1 << 30, "g"), (1 << 20, "m"), (1 << 10, "k")].into_iter().find(|(size, _)| bytes.is_multiple_of(*size));
+    unit.map_or_else(|| bytes.to_string(), |(size, unit)| format!("{}{unit}", bytes / size))
+}
+
+fn solve_error(error: SolveError, steps: &blame::Steps<'_>, limits: &Limits) -> CommandError {
     match error {
         SolveError::Interrupted => CommandError::Interrupted,
         SolveError::Result { source } => CommandError::new(Exit::Dockerfile, &source, None),
@@ -622,14 +744,17 @@ fn solve_error(error: SolveError, steps: &blame::Steps<'_>) -> CommandError {
             let source = steps.dockerfile.source.clone();
             let place = lines.map(|lines| Place { source, lines, word: found.word });
             let outcome = match &*cause {
-                VertexError::Run(RunError::Exit { code, program, disk_full }) => {
-                    Some((StepOutcome::Exit { code: *code, disk_full: *disk_full }, program.clone()))
+                VertexError::Run(RunError::Exit { code, program, disk_full, exceeded }) => {
+                    Some((StepOutcome::Exit { code: *code, disk_full: *disk_full }, program.clone(), exceeded))
                 }
-                VertexError::Run(RunError::Signal { signal }) => Some((StepOutcome::Signal(*signal), String::new())),
+                VertexError::Run(RunError::Signal { signal, exceeded }) => {
+                    Some((StepOutcome::Signal(*signal), String::new(), exceeded))
+                }
                 _ => None,
             };
-            if let Some((outcome, program)) = outcome {
-                let failure = StepFailure { name, stage, program, outcome, place, tail, log };
+            if let Some((outcome, program, exceeded)) = outcome {
+                let limits = limit_notes(exceeded, limits);
+                let failure = StepFailure { name, stage, program, outcome, limits, place, tail, log };
                 return CommandError::Step(Box::new(failure));
             }
             let exit = match &*cause {

@@ -34,9 +34,8 @@ Environment:
   HTTP_PROXY, HTTPS_PROXY, NO_PROXY   for nacre's own requests";
 
 const IGNORED_FLAGS: &str = "\
-Accepted for docker build's sake, without effect: --rm, --force-rm, --compress, --squash, --builder, --isolation, \
---disable-content-trust, --security-opt, --memory, --memory-swap, --cpu-period, --cpu-quota, --cpu-shares, \
---cpuset-cpus, --cpuset-mems, --debug. --sbom, --provenance and --attest may be switched off.";
+Accepted for docker build's sake, without effect: --rm, --force-rm, --compress, --squash, --builder, \
+--disable-content-trust, --security-opt, --debug. --sbom, --provenance and --attest may be switched off.";
 
 /// Builds container images from Dockerfiles: no root, no daemon, cached by content.
 #[derive(Debug, Parser)]
@@ -183,7 +182,7 @@ pub(crate) struct BuildArgs {
     /// Agent or keys for RUN --mount=type=ssh: default, or ID=SOCKET or ID=KEY[,KEY]
     #[arg(long = "ssh", value_name = "AGENT", help_heading = "Steps")]
     pub(crate) ssh: Vec<String>,
-    /// Network of RUN steps: default, none, host
+    /// Network of RUN steps: default (the host's), none, host, pasta (one of their own, connected by the program pasta)
     #[arg(long, value_name = "MODE", help_heading = "Steps")]
     pub(crate) network: Option<String>,
     /// How long a step may take, as 90s or 1h30m
@@ -192,6 +191,10 @@ pub(crate) struct BuildArgs {
     /// How files get owners: auto, subid (real ones; needs root or subordinate ids), emulate (needs neither)
     #[arg(long, value_name = "HOW", help_heading = "Steps")]
     pub(crate) ownership: Option<String>,
+    /// What keeps steps from the rest of the machine: auto, userns (namespaces), chroot (root's last resort in a container
+    /// that may make none: steps share its processes, network and rights)
+    #[arg(long, value_name = "HOW", help_heading = "Steps")]
+    pub(crate) isolation: Option<String>,
     /// Line in the steps' /etc/hosts
     #[arg(long = "add-host", value_name = "NAME:ADDRESS", help_heading = "Steps")]
     pub(crate) add_hosts: Vec<String>,
@@ -204,8 +207,33 @@ pub(crate) struct BuildArgs {
     /// Size of /dev/shm, as 64m
     #[arg(long, value_name = "SIZE", help_heading = "Steps")]
     pub(crate) shm_size: Option<String>,
-    /// Cgroup above the steps' own
-    #[arg(long, value_name = "CGROUP", help_heading = "Steps")]
+
+    /// Most memory of a step, as 512m; needs control groups of version 2, as all limits here
+    #[arg(short = 'm', long, value_name = "SIZE", help_heading = "Limits of steps")]
+    pub(crate) memory: Option<String>,
+    /// Most memory and swap of a step together, -1 for any amount of swap [default: twice --memory]
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true, help_heading = "Limits of steps")]
+    pub(crate) memory_swap: Option<String>,
+    /// Length of a period that --cpu-quota is for, in microseconds [default: 100000]
+    #[arg(long, value_name = "US", help_heading = "Limits of steps")]
+    pub(crate) cpu_period: Option<String>,
+    /// CPU time that a step gets in a period, in microseconds; 200000 are two processors
+    #[arg(long, value_name = "US", allow_hyphen_values = true, help_heading = "Limits of steps")]
+    pub(crate) cpu_quota: Option<String>,
+    /// Weight of a step where CPU time is short; 1024 is everybody's
+    #[arg(short = 'c', long, value_name = "WEIGHT", help_heading = "Limits of steps")]
+    pub(crate) cpu_shares: Option<String>,
+    /// Processors that steps may use, as 0-1,3
+    #[arg(long, value_name = "LIST", help_heading = "Limits of steps")]
+    pub(crate) cpuset_cpus: Option<String>,
+    /// Memory nodes that steps may use, as 0-1
+    #[arg(long, value_name = "LIST", help_heading = "Limits of steps")]
+    pub(crate) cpuset_mems: Option<String>,
+    /// Most processes and threads of a step
+    #[arg(long, value_name = "NUMBER", allow_hyphen_values = true, help_heading = "Limits of steps")]
+    pub(crate) pids_limit: Option<String>,
+    /// Control group to make the steps' own in: from the root with a slash in front, else below nacre's own
+    #[arg(long, value_name = "CGROUP", help_heading = "Limits of steps")]
     pub(crate) cgroup_parent: Option<String>,
 
     /// How to show what happens: auto, tty, plain, rawjson, quiet
@@ -245,23 +273,7 @@ struct DockerOnlyArgs {
     #[arg(long, hide = true)]
     builder: Option<String>,
     #[arg(long, hide = true)]
-    isolation: Option<String>,
-    #[arg(long, hide = true)]
     security_opt: Vec<String>,
-    #[arg(short = 'm', long, hide = true)]
-    memory: Option<String>,
-    #[arg(long, hide = true, allow_hyphen_values = true)]
-    memory_swap: Option<String>,
-    #[arg(long, hide = true)]
-    cpu_period: Option<String>,
-    #[arg(long, hide = true, allow_hyphen_values = true)]
-    cpu_quota: Option<String>,
-    #[arg(short = 'c', long, hide = true)]
-    cpu_shares: Option<String>,
-    #[arg(long, hide = true)]
-    cpuset_cpus: Option<String>,
-    #[arg(long, hide = true)]
-    cpuset_mems: Option<String>,
     #[arg(long, hide = true)]
     sbom: Option<String>,
     #[arg(long, hide = true)]
@@ -556,25 +568,8 @@ impl BuildArgs {
     pub(crate) fn without_meaning(&self) -> Vec<String> {
         let docker = &self.docker;
         let mut notices = Vec::new();
-        let limits = [
-            ("--memory", &docker.memory),
-            ("--memory-swap", &docker.memory_swap),
-            ("--cpu-period", &docker.cpu_period),
-            ("--cpu-quota", &docker.cpu_quota),
-            ("--cpu-shares", &docker.cpu_shares),
-            ("--cpuset-cpus", &docker.cpuset_cpus),
-            ("--cpuset-mems", &docker.cpuset_mems),
-        ];
-        for (flag, value) in limits {
-            if value.is_some() {
-                notices.push(format!("{flag} is not enforced: steps run in the caller's cgroup"));
-            }
-        }
         if docker.squash == Some(true) {
             notices.push("--squash does nothing: layers stay as they are".to_owned());
-        }
-        if docker.isolation.as_deref().is_some_and(|value| value != "default") {
-            notices.push("--isolation does nothing: there is one kind of sandbox".to_owned());
         }
         if !docker.security_opt.is_empty() {
             notices.push("--security-opt does nothing: steps always run with the default profile".to_owned());
@@ -685,8 +680,8 @@ mod tests {
     fn flags_without_meaning_are_named() {
         let quiet = build("build --rm --force-rm --sbom=false --provenance=false --builder x --isolation default .");
         assert_eq!(quiet.without_meaning(), Vec::<String>::new());
-        let loud = build("build --squash --sbom=true --provenance=mode=max -m 1g --security-opt x .");
-        assert_eq!(loud.without_meaning().len(), 5, "{:?}", loud.without_meaning());
+        let loud = build("build --squash --sbom=true --provenance=mode=max --security-opt x .");
+        assert_eq!(loud.without_meaning().len(), 4, "{:?}", loud.without_meaning());
     }
 
     #[test]

@@ -16,7 +16,7 @@ fn words(right: Right) -> (&'static str, &'static str) {
             "RUN steps cannot work; Dockerfiles without RUN build all the same, and so does `COPY --from`",
         ),
         Right::ManyIds => ("many ids", "owners and users of RUN steps are emulated: same layers, a little slower"),
-        Right::Overlay => ("overlay on the store", "RUN steps cannot work with this store"),
+        Right::Overlay => ("overlay on the store", "RUN steps work on copies, which takes time"),
         Right::FreshProc => ("fresh /proc", "steps see the processes of this container"),
         Right::NetworkNamespace => ("network namespace", "--network=none does not work"),
         Right::Seccomp => ("system call filter", "RUN steps cannot work but with --security=insecure"),
@@ -24,6 +24,9 @@ fn words(right: Right) -> (&'static str, &'static str) {
             "system call notification",
             "owners cannot be emulated and device nodes not made: RUN steps work only as root",
         ),
+        Right::Chroot => ("chroot", "--isolation=chroot does not work, which is only needed where namespaces do not"),
+        Right::Tun => ("tun device", "--network=pasta does not work"),
+        Right::Limits => ("limits of steps", "--memory, --cpu-quota and the other limits end the build with an error"),
     }
 }
 
@@ -78,6 +81,51 @@ fn cure(right: Right, place: Surroundings, reason: &str) -> Option<&'static str>
              container) and not on NFS"
         }
         (Right::NetworkNamespace, _) => "sysctl -w user.max_net_namespaces=15000",
+        (Right::Limits, Surroundings::Docker) => {
+            "docker run --memory … --cpus … limits the build as a whole; for limits of single steps: docker run --privileged \
+             --cgroupns=private …"
+        }
+        (Right::Limits, Surroundings::Podman) => {
+            "podman run --memory … --cpus … limits the build as a whole; for limits of single steps: podman run \
+             --cgroupns=private --security-opt unmask=ALL …"
+        }
+        (Right::Limits, Surroundings::Kubernetes) => {
+            "resources: {limits: {memory: …, cpu: …}} in the container limits the build as a whole"
+        }
+        (Right::Limits, Surroundings::GitLab) => {
+            "in the runner's config.toml: memory and cpus in [runners.docker], or memory_limit and cpu_limit in \
+             [runners.kubernetes], limit the job as a whole"
+        }
+        (Right::Limits, Surroundings::GitHub) => {
+            "without `container:` in the job: sudo systemd-run --scope -p Delegate=yes --uid=$USER nacre build …; with it: \
+             container.options: --memory … --cpus … limits the job as a whole"
+        }
+        (Right::Limits, Surroundings::Machine) => {
+            "systemd-run --user --scope -p Delegate=yes nacre build … (as root without --user), on a machine with control \
+             groups of version 2 alone (systemd.unified_cgroup_hierarchy=1)"
+        }
+        (Right::Chroot, Surroundings::Docker) => "docker run --user 0 …, without --cap-drop",
+        (Right::Chroot, Surroundings::Podman) => "podman run --user 0 --cap-add SYS_CHROOT,MKNOD …",
+        (Right::Chroot, Surroundings::Kubernetes) => {
+            "in the container's securityContext: runAsUser: 0, capabilities: {add: [SYS_CHROOT, MKNOD]}"
+        }
+        (Right::Chroot, Surroundings::GitLab) => {
+            "an image whose user is root, or user = \"root\" in [runners.docker] of the runner's config.toml"
+        }
+        (Right::Chroot, Surroundings::GitHub) => "container.options: --user 0",
+        (Right::Chroot, Surroundings::Machine) => "sudo",
+        (Right::Tun, Surroundings::Docker) => "docker run --device /dev/net/tun …",
+        (Right::Tun, Surroundings::Podman) => "podman run --device /dev/net/tun …",
+        (Right::Tun, Surroundings::Kubernetes) => {
+            "a device plugin that gives the container /dev/net/tun, which a hostPath volume alone does not"
+        }
+        (Right::Tun, Surroundings::GitLab) => {
+            "in the runner's config.toml: [runners.docker] devices = [\"/dev/net/tun\"]"
+        }
+        (Right::Tun, Surroundings::GitHub) => {
+            "without `container:` in the job: sudo chmod 666 /dev/net/tun; with it: container.options: --device /dev/net/tun"
+        }
+        (Right::Tun, Surroundings::Machine) => "as root: modprobe tun && chmod 666 /dev/net/tun",
         (Right::ManyIds, _) => {
             "as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER, and install newuidmap (package \
              uidmap or shadow-utils); only for speed"
@@ -97,10 +145,35 @@ pub(crate) fn run(args: &DoctorArgs, env: &Environment) -> Result<(), CommandErr
         ListFormat::Json => json_text(&probe, place, dir),
     };
     crate::print_result(&text)?;
-    let needed = [Right::UserNamespace, Right::Overlay, Right::Seccomp];
-    match needed.iter().all(|right| *probe.verdict(*right) == Verdict::Works) {
+    let works = |right: &Right| *probe.verdict(*right) == Verdict::Works;
+    let help = works(&Right::Chroot).then(|| "--isolation=chroot runs them with less protection".to_owned());
+    match has_namespaces(&probe) {
         true => Ok(()),
-        false => Err(failure(Exit::Host, "RUN steps cannot work here", None)),
+        false => Err(failure(Exit::Host, "RUN steps cannot work here", help)),
+    }
+}
+
+/// Whether steps can run in namespaces; without overlayfs they work on copies.
+fn has_namespaces(probe: &Probe) -> bool {
+    [Right::UserNamespace, Right::Seccomp].iter().all(|right| *probe.verdict(*right) == Verdict::Works)
+}
+
+/// One line: what builds do here with what they may.
+fn chosen(probe: &Probe) -> &'static str {
+    let works = |right| *probe.verdict(right) == Verdict::Works;
+    match (has_namespaces(probe), works(Right::FreshProc), works(Right::Overlay)) {
+        (true, true, true) => "RUN steps have namespaces, and a /proc of their own",
+        (true, true, false) => {
+            "RUN steps have namespaces, and a /proc of their own; they work on copies, which takes time"
+        }
+        (true, false, true) => "RUN steps have namespaces, but see the processes of this container",
+        (true, false, false) => {
+            "RUN steps have namespaces, but see the processes of this container, and work on copies"
+        }
+        (false, ..) if works(Right::Chroot) => {
+            "RUN steps need --isolation=chroot, which does not keep them from what runs here; Dockerfiles without RUN build"
+        }
+        (false, ..) => "RUN steps cannot work; Dockerfiles without RUN build",
     }
 }
 
@@ -119,6 +192,7 @@ fn table(probe: &Probe, place: Surroundings) -> String {
             }
         }
     }
+    text.push_str(&format!("so: {}\n", chosen(probe)));
     text
 }
 
@@ -136,7 +210,7 @@ fn json_text(probe: &Probe, place: Surroundings, dir: &Path) -> String {
     let rights: Vec<_> = probe.tries.iter().map(entry).collect();
     format!(
         "{:#}\n",
-        json!({"surroundings": format!("{place:?}").to_lowercase(), "store": dir.display().to_string(), "rights": rights})
+        json!({"surroundings": format!("{place:?}").to_lowercase(), "store": dir.display().to_string(), "isolation": has_namespaces(probe).then_some("userns"), "chosen": chosen(probe), "rights": rights})
     )
 }
 
@@ -162,6 +236,9 @@ mod tests {
             Right::NetworkNamespace,
             Right::Seccomp,
             Right::Notification,
+            Right::Tun,
+            Right::Limits,
+            Right::Chroot,
         ];
         for place in places {
             let refused = |right: &Right| (*right, Verdict::Refused("why".to_owned()));
@@ -171,7 +248,8 @@ mod tests {
         }
         assert_eq!(cure(Right::UserNamespace, Surroundings::Docker, "allow some with: sysctl -w x=1"), None);
         let works = Probe { tries: vec![(Right::Overlay, Verdict::Works), (Right::Seccomp, Verdict::NotTried)] };
-        let expected = "works    overlay on the store\nunknown  system call filter: it needs what is refused above\n";
+        let expected = "works    overlay on the store\nunknown  system call filter: it needs what is refused above\n\
+                        so: RUN steps cannot work; Dockerfiles without RUN build\n";
         assert_eq!(table(&works, Surroundings::Machine), expected);
     }
 }

@@ -120,6 +120,8 @@ pub(crate) struct StepFailure {
     pub(crate) program: String,
     /// How it ended.
     pub(crate) outcome: StepOutcome,
+    /// What its limits had to do with that.
+    pub(crate) limits: Vec<String>,
     /// Where it stands; `None` for triggers of a base image.
     pub(crate) place: Option<Place>,
     /// Last lines of its output; at most [`TAIL_LINES`] are shown.
@@ -329,7 +331,9 @@ impl Style {
             }
             StepOutcome::Signal(signal) => format!("{} was killed by {}", step.name, signal_name(*signal)),
         };
-        let message = format!("{outcome} (stage {})", step.stage);
+        // A limit that was reached is why, whatever the shell made of it.
+        let limit: String = step.limits.iter().map(|limit| format!(", {limit}")).collect();
+        let message = format!("{outcome}{limit} (stage {})", step.stage);
         let mut notes = Vec::new();
         if matches!(step.outcome, StepOutcome::Exit { code: 126 | 127, .. }) {
             notes
@@ -344,6 +348,7 @@ impl Style {
         let place = step.place.as_ref().map(|place| (&place.source, place.span()));
         let help = match step.outcome {
             StepOutcome::Exit { disk_full: true, .. } => Some(MAKE_ROOM),
+            _ if !step.limits.is_empty() => Some("give the step more, or let it do less at once"),
             StepOutcome::Signal(9) => Some(OUT_OF_MEMORY),
             StepOutcome::Exit { .. } | StepOutcome::Signal(_) => None,
         };
@@ -567,6 +572,7 @@ help: comments start with `#`
             stage: "builder".to_owned(),
             program: "/bin/sh".to_owned(),
             outcome: StepOutcome::Exit { code: 127, disk_full: false },
+            limits: Vec::new(),
             place: Some(Place { source, lines: (2, 3), word: None }),
             tail: (0..30).map(|n| format!("error: line {n}\u{1b}[2J")).collect(),
             log: Some("/store/logs/1".into()),
@@ -602,6 +608,7 @@ note: all of its output is in /store/logs/1
                 stage: "0".into(),
                 program: "x".into(),
                 outcome,
+                limits: vec![],
                 place: None,
                 tail: vec![],
                 log: None,
@@ -609,6 +616,25 @@ note: all of its output is in /store/logs/1
             let text = PLAIN.error(&CommandError::Step(Box::new(step)));
             assert!(text.starts_with("error: RUN x ") && text.contains(words), "{text}");
         }
+    }
+
+    #[test]
+    fn a_limit_is_named() {
+        let step = StepFailure {
+            name: "RUN x".into(),
+            stage: "0".into(),
+            program: "x".into(),
+            outcome: StepOutcome::Exit { code: 137, disk_full: false },
+            limits: vec!["killed: over --memory 64m".into()],
+            place: None,
+            tail: vec![],
+            log: None,
+        };
+        assert_eq!(
+            PLAIN.error(&CommandError::Step(Box::new(step))),
+            "error: RUN x failed with exit code 137 (killed by SIGKILL), killed: over --memory 64m (stage 0)\n\
+             help: give the step more, or let it do less at once\n"
+        );
     }
 
     #[test]

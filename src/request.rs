@@ -12,6 +12,8 @@ use nacre_frontend::reference::Reference;
 use nacre_frontend::units;
 use nacre_solver::cache::import::CacheSource;
 use nacre_solver::registry::{ClientOptions, Mirror, Proxies};
+use nacre_solver::sandbox::Isolation;
+use nacre_solver::sandbox::cgroup::{Limits, Swap};
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -93,6 +95,8 @@ pub(crate) struct BuildRequest {
     pub(crate) ssh: Vec<SshAgent>,
     /// `--network`.
     pub(crate) network: Network,
+    /// `--network=pasta`: what is the default is pasta's.
+    pub(crate) pasta: bool,
     /// `--allow-secret-leak`.
     pub(crate) allow_secret_leak: bool,
     /// `--no-secret-warnings`.
@@ -101,6 +105,8 @@ pub(crate) struct BuildRequest {
     pub(crate) step_timeout: Option<Duration>,
     /// `--ownership`.
     pub(crate) ownership: OwnershipChoice,
+    /// `--isolation`.
+    pub(crate) isolation: Isolation,
     /// `--add-host`: name and address.
     pub(crate) extra_hosts: Vec<(String, String)>,
     /// `--allow`.
@@ -109,7 +115,9 @@ pub(crate) struct BuildRequest {
     pub(crate) ulimits: Vec<(String, i64, i64)>,
     /// `--shm-size`.
     pub(crate) shm_size_bytes: Option<u64>,
-    /// `--cgroup-parent`.
+    /// `--memory` and its like.
+    pub(crate) limits: Limits,
+    /// `--cgroup-parent`, which is also one of the limits.
     pub(crate) cgroup_parent: Option<String>,
     /// Value of the SOURCE_DATE_EPOCH build arg, in seconds.
     pub(crate) source_date_epoch: Option<i64>,
@@ -447,6 +455,9 @@ pub(crate) enum Surroundings {
     Machine,
 }
 
+/// Set for a build that starts over because of a base image's triggers.
+pub(crate) const STARTS_OVER: &str = "NACRE_STARTS_OVER";
+
 impl Environment {
     /// Takes in the process's own.
     #[expect(clippy::disallowed_methods, reason = "the one place where the environment is read")]
@@ -473,6 +484,11 @@ impl Environment {
             () if Path::new("/.dockerenv").exists() => Surroundings::Docker,
             () => Surroundings::Machine,
         }
+    }
+
+    /// Returns whether this build has begun without a namespace and needs one.
+    pub(crate) fn starts_over(&self) -> bool {
+        self.get(STARTS_OVER).is_some()
     }
 
     /// Returns a variable that is set and not empty.
@@ -754,6 +770,9 @@ pub(crate) enum RequestError {
     /// Not a way to have owners.
     #[error("unknown ownership `{0}`")]
     UnknownOwnership(String),
+    /// Not a kind of sandbox.
+    #[error("unknown isolation `{0}`")]
+    UnknownIsolation(String),
     /// Not a right.
     #[error("unknown right `{0}` in --allow")]
     UnknownRight(String),
@@ -820,9 +839,13 @@ impl RequestError {
             Self::ReadSecret { .. } => "a secret is given as id=ID,src=FILE or id=ID,env=VARIABLE".to_owned(),
             Self::SecretTooLarge { .. } => "large files come in through a build context: --build-context".to_owned(),
             Self::NoSshAgent(_) => "start ssh-agent, or name a key: --ssh default=$HOME/.ssh/id_ed25519".to_owned(),
-            Self::UnknownNetwork(_) => "there are default, none and host".to_owned(),
+            Self::UnknownNetwork(_) => "there are default, none, host and pasta".to_owned(),
             Self::BadTimeout(_) => "write it as 90s, 10m or 1h30m".to_owned(),
             Self::UnknownOwnership(_) => "there are auto, subid and emulate".to_owned(),
+            Self::UnknownIsolation(kind) if kind == "process" || kind == "hyperv" => {
+                "that is for Windows; on Linux there are auto (docker's default), userns and chroot".to_owned()
+            }
+            Self::UnknownIsolation(_) => "there are auto, userns and chroot".to_owned(),
             Self::UnknownRight(_) => "there are network.host and security.insecure".to_owned(),
             Self::UnknownCall(_) => "there are build, check, outline and targets".to_owned(),
             Self::UnknownProgress { .. } => "there are auto, tty, plain, rawjson and quiet".to_owned(),
@@ -902,7 +925,7 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
     let secrets = secrets(&args.secrets, env)?;
     let ssh = ssh_agents(&args.ssh, env)?;
     let network = match args.network.as_deref() {
-        None | Some("" | "default" | "bridge") => Network::Default,
+        None | Some("" | "default" | "bridge" | "pasta") => Network::Default,
         Some("none") => Network::None,
         Some("host") => Network::Host,
         Some(other) => return Err(RequestError::UnknownNetwork(other.to_owned())),
@@ -914,9 +937,15 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
         Some("emulate") => OwnershipChoice::Emulate,
         Some(other) => return Err(RequestError::UnknownOwnership(other.to_owned())),
     };
+    let isolation = match args.isolation.as_deref() {
+        None | Some("" | "auto" | "default" | "userns") => Isolation::Namespaces,
+        Some("chroot") => Isolation::Chroot,
+        Some(other) => return Err(RequestError::UnknownIsolation(other.to_owned())),
+    };
     let allow = rights(&args.allow, &mut notices)?;
     let ulimits = args.ulimits.iter().map(|text| ulimit(text)).collect::<Result<_, _>>()?;
-    let shm_size_bytes = args.shm_size.as_deref().map(size_bytes).transpose()?;
+    let shm_size_bytes = args.shm_size.as_deref().map(|text| size_bytes("--shm-size", text)).transpose()?;
+    let limits = limits(&args)?;
     let progress = progress_mode(&args, env)?;
     let mut registry = env.registry(&args.registry);
     for output in outputs.iter().filter(|output| output.insecure) {
@@ -965,15 +994,18 @@ pub(crate) fn build_request(args: BuildArgs, env: &Environment) -> Result<BuildR
         secrets,
         ssh,
         network,
+        pasta: args.network.as_deref() == Some("pasta"),
         allow_secret_leak: args.allow_secret_leak,
         no_secret_warnings: args.no_secret_warnings,
         step_timeout,
         ownership,
+        isolation,
         extra_hosts: args.add_hosts.iter().map(|text| extra_host(text)).collect::<Result<_, _>>()?,
         allow,
         ulimits,
         shm_size_bytes,
-        cgroup_parent: args.cgroup_parent.filter(|parent| !parent.is_empty()),
+        cgroup_parent: limits.parent.clone(),
+        limits,
         source_date_epoch,
         progress,
         quiet: args.quiet,
@@ -1542,9 +1574,76 @@ fn ulimit(text: &str) -> Result<(String, i64, i64), RequestError> {
     Ok((name.to_owned(), soft, hard))
 }
 
-fn size_bytes(text: &str) -> Result<u64, RequestError> {
+/// The least that docker accepts: with less, no process starts.
+const LEAST_MEMORY_BYTES: u64 = 6 << 20;
+
+fn limits(args: &BuildArgs) -> Result<Limits, RequestError> {
+    let bad = |flag, value: &str, expected| RequestError::BadValue { flag, value: value.to_owned(), expected };
+    // Zero is no limit, as docker has it.
+    let number = |flag, text: &Option<String>, range: std::ops::RangeInclusive<u64>, expected| match text.as_deref() {
+        None | Some("" | "0") => Ok(None),
+        Some(text) => {
+            let value = text.parse().ok().filter(|value| range.contains(value));
+            value.map(Some).ok_or_else(|| bad(flag, text, expected))
+        }
+    };
+    let list = |flag, text: &Option<String>| match text.as_deref() {
+        None | Some("") => Ok(None),
+        Some(text) if text.bytes().all(|byte| byte.is_ascii_digit() || byte == b',' || byte == b'-') => {
+            Ok(Some(text.to_owned()))
+        }
+        Some(text) => Err(bad(flag, text, "expected numbers such as 0-1,3")),
+    };
+    let memory_bytes = match args.memory.as_deref() {
+        None | Some("") => None,
+        Some(text) => match size_bytes("--memory", text)? {
+            0 => None,
+            bytes if bytes < LEAST_MEMORY_BYTES => return Err(bad("--memory", text, "expected 6m or more")),
+            bytes => Some(bytes),
+        },
+    };
+    let swap = match (args.memory_swap.as_deref(), memory_bytes) {
+        (None | Some("" | "0"), _) => Swap::AsMemory,
+        (Some(text), None) => return Err(bad("--memory-swap", text, "it goes with --memory")),
+        (Some("-1"), Some(_)) => Swap::Unlimited,
+        (Some(text), Some(memory)) => {
+            let swap = size_bytes("--memory-swap", text)?.checked_sub(memory);
+            let expected = "expected memory and swap together, so no less than --memory";
+            Swap::Bytes(swap.ok_or_else(|| bad("--memory-swap", text, expected))?)
+        }
+    };
+    let unlimited = |text: &Option<String>| text.clone().filter(|text| text != "-1");
+    Ok(Limits {
+        memory_bytes,
+        swap,
+        cpu_period_us: number(
+            "--cpu-period",
+            &args.cpu_period,
+            1_000..=1_000_000,
+            "expected microseconds from 1000 to 1000000",
+        )?,
+        cpu_quota_us: number(
+            "--cpu-quota",
+            &unlimited(&args.cpu_quota),
+            1_000..=u64::MAX / 1_000,
+            "expected microseconds from 1000 on, or -1",
+        )?,
+        cpu_shares: number("--cpu-shares", &args.cpu_shares, 2..=262_144, "expected a number from 2 to 262144")?,
+        cpuset_cpus: list("--cpuset-cpus", &args.cpuset_cpus)?,
+        cpuset_mems: list("--cpuset-mems", &args.cpuset_mems)?,
+        processes: number(
+            "--pids-limit",
+            &unlimited(&args.pids_limit),
+            1..=4_194_304,
+            "expected a number of processes, or -1",
+        )?,
+        parent: args.cgroup_parent.clone().filter(|parent| !parent.is_empty()),
+    })
+}
+
+fn size_bytes(flag: &'static str, text: &str) -> Result<u64, RequestError> {
     units::parse_size(text).ok().and_then(|size| u64::try_from(size).ok()).ok_or_else(|| RequestError::BadValue {
-        flag: "--shm-size",
+        flag,
         value: text.to_owned(),
         expected: "expected a size such as 64m or 1g",
     })
@@ -1933,9 +2032,45 @@ mod tests {
             ("--call", "me"),
             ("--call", "check,format=xml"),
             ("--progress", "loud"),
+            ("--isolation", "hyperv"),
+            ("--memory", "1m"),
+            ("--memory", "much"),
+            ("--memory-swap", "1g"),
+            ("--cpu-period", "10"),
+            ("--cpu-quota", "-2"),
+            ("--cpu-shares", "1"),
+            ("--cpuset-cpus", "all"),
+            ("--pids-limit", "-7"),
         ] {
             refused(&[flag, value, "."], "");
         }
+    }
+
+    #[test]
+    fn limits_are_those_of_docker() {
+        assert!(ok(&["."]).limits.is_empty());
+        let none =
+            ["-m0", "--memory-swap=0", "--cpu-quota=-1", "--cpu-shares=0", "--pids-limit=-1", "--cpuset-cpus=", "."];
+        assert!(ok(&none).limits.is_empty());
+        let limits =
+            ok(&["-m", "64m", "--memory-swap", "96m", "-c512", "--cpu-quota=50000", "--cpuset-mems=0-1,3", "."]).limits;
+        assert_eq!((limits.memory_bytes, limits.swap), (Some(64 << 20), Swap::Bytes(32 << 20)));
+        assert_eq!((limits.cpu_shares, limits.cpu_quota_us), (Some(512), Some(50_000)));
+        assert_eq!(limits.cpuset_mems.as_deref(), Some("0-1,3"));
+        assert_eq!(ok(&["-m", "64m", "--memory-swap=-1", "."]).limits.swap, Swap::Unlimited);
+        refused(&["-m", "64m", "--memory-swap", "32m", "."], "--memory-swap");
+        let parent = ok(&["--cgroup-parent=/jobs", "."]);
+        assert_eq!(parent.limits.parent.as_deref(), Some("/jobs"));
+        assert!(!parent.limits.is_empty());
+    }
+
+    #[test]
+    fn kinds_of_isolation() {
+        for name in ["", "auto", "default", "userns"] {
+            assert_eq!(ok(&[&format!("--isolation={name}"), "."]).isolation, Isolation::Namespaces, "{name}");
+        }
+        assert_eq!(ok(&["--isolation=chroot", "."]).isolation, Isolation::Chroot);
+        refused(&["--isolation=process", "."], "isolation");
     }
 
     #[test]

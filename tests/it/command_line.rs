@@ -80,13 +80,19 @@ fn the_doctor_tells_what_works() {
     };
     let table = doctor(&[]);
     assert_eq!(table.code, Some(0), "{}{}", table.stdout(), table.stderr);
-    for line in ["works    user namespace\n", "works    overlay on the store\n", "works    system call filter\n"] {
+    for line in [
+        "works    user namespace\n",
+        "works    overlay on the store\n",
+        "works    system call filter\n",
+        "so: RUN steps have namespaces",
+    ] {
         assert!(table.stdout().contains(line), "{line} is not in {}", table.stdout());
     }
     let json = doctor(&["--format=json"]);
     let value: serde_json::Value = serde_json::from_slice(&json.stdout).expect("JSON");
     let rights = value["rights"].as_array().expect("a list");
-    assert_eq!(rights.len(), 7);
+    assert_eq!(rights.len(), 10);
+    assert_eq!(value["isolation"], "userns");
     assert!(rights.iter().all(|right| right["state"] != "refused" || right["reason"].is_string()));
     assert!(!dir.path().join("no").exists(), "it leaves nothing");
 }

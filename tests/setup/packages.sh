@@ -7,6 +7,7 @@ wanted=(
     busybox-static:busybox uidmap:newuidmap skopeo:skopeo umoci:umoci runc:runc podman:podman buildah:buildah
     mmdebstrap:mmdebstrap docker-registry:docker-registry zstd:zstd xz-utils:xz bzip2:bzip2 python3:python3 git:git
     curl:curl pigz:pigz qemu-user-static:qemu-aarch64-static openssl:openssl openssh-client:ssh-agent ca-certificates:update-ca-certificates
+    qemu-system-x86:qemu-system-x86_64 strace:strace passt:pasta iproute2:ip
 )
 PATH=$PATH:/usr/sbin:/sbin
 
@@ -37,6 +38,27 @@ if [ ! -x "$arm64" ] && [ "$(id -u)" -eq 0 ]; then
     fetch_arm64
 elif [ ! -x "$arm64" ]; then
     echo "tests need $arm64: run tests/setup/packages.sh as root" >&2
+    exit 1
+fi
+# A kernel for tests that this machine's own cannot have, started in an emulator: taken out of its package, not installed.
+linux=/var/cache/nacre-tests/linux
+fetch_linux() {
+    local dir package
+    dir=$(mktemp -d)
+    mkdir -p "$linux"
+    chmod 755 "$dir"
+    apt-get update -qq
+    package=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/.*Depends: \(linux-image-[0-9].*\)/\1/p')
+    (cd "$dir" && apt-get -o APT::Sandbox::User= download -qq "$package" && dpkg-deb -x ./*.deb unpacked)
+    install -m 644 "$dir"/unpacked/lib/modules/*/kernel/fs/overlayfs/overlay.ko "$linux/overlay.ko"
+    install -m 644 "$dir"/unpacked/boot/vmlinuz-* "$linux/vmlinuz"
+    rm -r "$dir"
+}
+if [ ! -e "$linux/vmlinuz" ] && [ "$(id -u)" -eq 0 ]; then
+    echo "fetching a kernel"
+    fetch_linux
+elif [ ! -e "$linux/vmlinuz" ]; then
+    echo "tests need $linux/vmlinuz: run tests/setup/packages.sh as root" >&2
     exit 1
 fi
 if [ ${#missing[@]} -eq 0 ]; then

@@ -8,9 +8,12 @@ use crate::op::file::Value;
 use crate::op::owners::{self, Caches};
 use crate::op::user::{self, UserError};
 use crate::plan::cache_key::{Key, Parts};
+use crate::sandbox::cgroup::{Exceeded, StepGroup};
 use crate::sandbox::emulation::{Identity, Owner, Records, Scope};
 use crate::sandbox::foreign::{self, EmulatorError, Emulators};
-use crate::sandbox::{self, Cancel, Net, Outcome, Rootfs, RunSpec, SandboxError, SetupMount, Status, Stream};
+use crate::sandbox::{
+    self, Cancel, Isolation, Net, Outcome, Rootfs, RunSpec, SandboxError, SetupMount, Status, Stream,
+};
 use crate::snapshot::{Layer, Made, Snapshot, SnapshotError, Workspace};
 use crate::store::StoreError;
 use crate::sys;
@@ -41,10 +44,16 @@ pub struct Host {
     pub step_timeout: Option<Duration>,
     /// Emulators for steps of other platforms.
     pub emulators: Emulators,
-    /// Network of steps that ask for none in particular.
+    /// What keeps steps from the rest of the machine.
+    pub isolation: Isolation,
+    /// Control group of every step, with limits.
+    pub group: Option<StepGroup>,
+    /// Network of steps that ask for none in particular: none, else the one of `default_network`.
     pub default_network_none: bool,
     /// Warn of files of contexts that look as if they held keys.
     pub key_warnings: bool,
+    /// A network namespace for them; without one, they have the host's.
+    pub default_network: Option<PathBuf>,
 }
 
 /// A RUN failed.
@@ -96,12 +105,16 @@ pub enum RunError {
         program: String,
         /// The step's files are on a file system that has no room left, which may be why.
         disk_full: bool,
+        /// What the step's limits did.
+        exceeded: Exceeded,
     },
     /// A signal ended the program.
     #[error("killed by signal {signal}")]
     Signal {
         /// Its number.
         signal: i32,
+        /// What the step's limits did.
+        exceeded: Exceeded,
     },
     /// It took longer than allowed.
     #[error("stopped after {}", humane(.after))]
@@ -309,6 +322,9 @@ pub fn execute(
     cancel: &Cancel,
     log: &mut dyn FnMut(Stream, &[u8]),
 ) -> Result<Ran, RunError> {
+    if host.isolation == Isolation::Chroot {
+        workspace.copies.store(true, Ordering::Relaxed);
+    }
     if !workspace.copies.load(Ordering::Relaxed) {
         match execute_once(workspace, op, inputs, host, cancel, log, false) {
             Err(RunError::Sandbox(SandboxError::Overlay { source, .. })) => {
@@ -370,6 +386,7 @@ fn execute_once(
     let mut locks = Vec::new();
     let caches = lock_caches(workspace, &op.mounts, cancel, &mut locks)?;
     let scope = match workspace.ownership {
+        _ if host.isolation == Isolation::Chroot => None,
         Ownership::SingleId => Some(Scope::SingleId),
         // The kernel lets nobody but the first namespace's root make device nodes.
         Ownership::Native => (!sandbox::idmap::is_initial_namespace()).then_some(Scope::Devices),
@@ -400,6 +417,7 @@ fn execute_once(
     let prepare = |scope| owners::prepare(scope, below, copied, &caches, &scratch);
     let emulation = scope.map(prepare).transpose().map_err(owners_failed)?;
     let spec = RunSpec {
+        isolation: host.isolation,
         rootfs,
         mounts,
         args: op.args.clone(),
@@ -414,11 +432,13 @@ fn execute_once(
         network: match op.network {
             Network::None => Net::None,
             Network::Default if host.default_network_none => Net::None,
-            Network::Default | Network::Host => Net::Host,
+            Network::Default => host.default_network.clone().map_or(Net::Host, Net::Join),
+            Network::Host => Net::Host,
         },
         insecure: op.security == Security::Insecure,
         shm_size_bytes: op.shm_size_bytes.unwrap_or(64 << 20),
         ulimits: op.ulimits.clone(),
+        group: host.group.clone(),
         umask: 0o022,
         scratch_dir: directory("files")?,
         emulation,
@@ -439,13 +459,18 @@ fn execute_once(
         return Err(RunError::Interrupted);
     }
     match outcome.status {
+        Status::Exit(0) if outcome.exceeded.killed > 0 => {
+            let notice = "nacre: the kernel killed a process of this step for want of memory, and the step went on\n";
+            log(Stream::Stderr, notice.as_bytes());
+        }
         Status::Exit(0) => {}
         Status::Exit(code) => {
             // Asked now: the caller throws the step's files away.
             let disk_full = sys::is_full(&upper);
-            return Err(RunError::Exit { code, program: op.args.first().cloned().unwrap_or_default(), disk_full });
+            let program = op.args.first().cloned().unwrap_or_default();
+            return Err(RunError::Exit { code, program, disk_full, exceeded: outcome.exceeded });
         }
-        Status::Signal(signal) => return Err(RunError::Signal { signal }),
+        Status::Signal(signal) => return Err(RunError::Signal { signal, exceeded: outcome.exceeded }),
     }
     let mut lost = Vec::new();
     let changes = match &spec.rootfs {

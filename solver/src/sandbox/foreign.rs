@@ -415,6 +415,8 @@ fn runs_in_sandbox(
     written.map_err(|source| EmulatorError::Write { path: root.clone(), source })?;
     let single_id = super::idmap::ownership() == super::Ownership::SingleId;
     let spec = RunSpec {
+        isolation: super::Isolation::Namespaces,
+        group: None,
         rootfs: Rootfs::Plain { dir: root },
         mounts: Vec::new(),
         args: vec!["/probe".to_owned()],

@@ -125,6 +125,19 @@ pub fn enter(request: EnterRequest) -> Result<Entered, SandboxError> {
     spawn_inside(request)
 }
 
+/// Replaces this process by the same program with the same arguments and `variable` set. Returns only when that failed.
+pub fn start_over(variable: &str) -> SandboxError {
+    // What this process has blocked would stay so.
+    sys::block_signals(&[]);
+    let mut args = std::env::args_os();
+    let mut command = Command::new("/proc/self/exe");
+    if let Some(name) = args.next() {
+        command.arg0(name);
+    }
+    let error = command.args(args).env(variable, "1").exec();
+    in_preparation("start over")(CallError::new("execve(\"/proc/self/exe\")", error))
+}
+
 /// Returns what owners are for this process: [`Ownership::Native`] for a root that has other ids to give away.
 pub fn ownership() -> Ownership {
     let enough = mapped_ids("/proc/self/uid_map") > 1 && mapped_ids("/proc/self/gid_map") > 1;
@@ -352,11 +365,43 @@ pub(super) fn refusal(error: &CallError) -> Refusal {
     if is("kernel/apparmor_restrict_unprivileged_userns", "1") {
         return Refusal::AppArmor;
     }
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    if status.lines().any(|line| line.strip_prefix("Seccomp:").is_some_and(|mode| mode.trim() == "2")) {
+    if is_filtered() {
         return Refusal::Seccomp;
     }
     if is_chroot() { Refusal::Chroot } else { Refusal::Unknown }
+}
+
+/// Returns whether a seccomp filter acts on this process.
+pub(super) fn is_filtered() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    status.lines().any(|line| line.strip_prefix("Seccomp:").is_some_and(|mode| mode.trim() == "2"))
+}
+
+/// Says why steps cannot be isolated by chroot(2) alone; nothing if they can.
+pub fn chroot_refusal() -> Option<String> {
+    let sets = rustix::thread::capabilities(None).unwrap_or(rustix::thread::CapabilitySets {
+        effective: CapabilitySet::empty(),
+        permitted: CapabilitySet::empty(),
+        inheritable: CapabilitySet::empty(),
+    });
+    let needed = [
+        (CapabilitySet::SYS_CHROOT, "CAP_SYS_CHROOT"),
+        (CapabilitySet::CHOWN, "CAP_CHOWN"),
+        (CapabilitySet::SETUID, "CAP_SETUID"),
+        (CapabilitySet::SETGID, "CAP_SETGID"),
+        (CapabilitySet::SETPCAP, "CAP_SETPCAP"),
+        (CapabilitySet::MKNOD, "CAP_MKNOD"),
+    ];
+    let missing: Vec<&str> =
+        needed.iter().filter(|(capability, _)| !sets.effective.contains(*capability)).map(|(_, name)| *name).collect();
+    if !rustix::process::geteuid().is_root() {
+        return Some("it takes root".to_owned());
+    }
+    if !missing.is_empty() {
+        return Some(format!("it takes {}, which this process has not", missing.join(", ")));
+    }
+    // Only the root that device nodes belong to may make them.
+    (!is_initial_namespace()).then(|| "it does not work in a user namespace".to_owned())
 }
 
 /// Returns whether the root directory is not the root of a mount, which it is except in a chroot.

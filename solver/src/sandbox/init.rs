@@ -9,9 +9,13 @@
 //! the step, waits for it, and removes unused mount points. SIGTERM means "kill the step"; the kernel sends the same
 //! when the builder dies.
 
+use super::cgroup::{Group, StepGroup};
+use super::chroot::Furniture;
 use super::emulation::Emulator;
 use super::points::{self, Traces};
-use super::{Failure, FailureKind, Order, Outcome, Rootfs, RunSpec, Status, probe, step};
+use super::{
+    Failure, FailureKind, Isolation, Order, Outcome, Rootfs, RunSpec, SpecProblem, Status, network, probe, step,
+};
 use crate::sys::{self, Call, CallError, Fork, Param};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fd::{AsFd, OwnedFd};
@@ -38,6 +42,7 @@ pub fn sandbox_main() -> ! {
     sys::forgo_huge_pages();
     let code = match std::env::args_os().nth(1 + 1) {
         Some(word) if word == probe::ARGUMENT => probe::main(),
+        Some(word) if word == network::ARGUMENT => network::main(),
         _ => main(),
     };
     sys::exit_now(code)
@@ -74,16 +79,21 @@ fn read_order(channel: &mut std::fs::File) -> std::io::Result<Order<RunSpec>> {
 
 fn supervise(spec: &RunSpec) -> Result<Outcome, Failure> {
     step::check(spec)?;
+    if spec.isolation == Isolation::Chroot {
+        return supervise_chroot(spec);
+    }
     let rootfs = mount_rootfs(spec)?;
     let terminate =
         sys::signal_fd(&[libc::SIGTERM]).map_err(|error| Failure::setup("watch for cancellation", error))?;
-    let (mut progress, mut status) = run_step(spec, &rootfs, &terminate, false)?;
+    let group = spec.group.as_ref().map(StepGroup::make).transpose()?;
+    let (mut progress, mut status) = run_step(spec, &rootfs, group.as_ref(), &terminate, false)?;
     let masked =
         |progress: &Progress| progress.failure.as_ref().is_some_and(|failure| failure.kind == FailureKind::MaskedProc);
     let shared_proc = masked(&progress);
     if shared_proc {
-        (progress, status) = run_step(spec, &rootfs, &terminate, true)?;
+        (progress, status) = run_step(spec, &rootfs, group.as_ref(), &terminate, true)?;
     }
+    let exceeded = group.map(|group| group.exceeded()).unwrap_or_default();
     let created_mountpoints = points::remove_unused(&rootfs, &progress.traces);
     drop(rootfs);
     if let Rootfs::Overlay { upper, .. } = &spec.rootfs
@@ -93,7 +103,29 @@ fn supervise(spec: &RunSpec) -> Result<Outcome, Failure> {
     }
     match progress.failure {
         Some(failure) => Err(failure),
-        None => Ok(Outcome { status, created_mountpoints, shared_proc }),
+        None => Ok(Outcome { status, created_mountpoints, shared_proc, exceeded }),
+    }
+}
+
+/// The same without namespaces and mounts.
+fn supervise_chroot(spec: &RunSpec) -> Result<Outcome, Failure> {
+    let Rootfs::Plain { dir } = &spec.rootfs else {
+        return Err(Failure::spec(SpecProblem::NeedsNamespaces("a stack of layers".to_owned())));
+    };
+    let doing = |error| Failure::setup("use the root file system", error);
+    let rootfs = sys::open_place(dir).map_err(doing)?;
+    let terminate =
+        sys::signal_fd(&[libc::SIGTERM]).map_err(|error| Failure::setup("watch for cancellation", error))?;
+    let group = spec.group.as_ref().map(StepGroup::make).transpose()?;
+    let copy = rootfs.try_clone().call(|| "dup(root)".into()).map_err(doing)?;
+    let furniture = Furniture::place(spec, copy)?;
+    let ran = run_step(spec, &rootfs, group.as_ref(), &terminate, true);
+    let exceeded = group.map(|group| group.exceeded()).unwrap_or_default();
+    let created_mountpoints = furniture.take_out();
+    let (progress, status) = ran?;
+    match progress.failure {
+        Some(failure) => Err(failure),
+        None => Ok(Outcome { status, created_mountpoints, shared_proc: true, exceeded }),
     }
 }
 
@@ -213,6 +245,7 @@ fn overlay_in_one_string(
 fn run_step(
     spec: &RunSpec,
     rootfs: &OwnedFd,
+    group: Option<&Group>,
     terminate: &OwnedFd,
     shared_proc: bool,
 ) -> Result<(Progress, Status), Failure> {
@@ -230,7 +263,7 @@ fn run_step(
     let pid = match sys::fork(namespaces).map_err(doing("start the step"))? {
         Fork::Child => {
             drop(read);
-            step::main(spec, rootfs, write, shared_proc)
+            step::main(spec, rootfs, group, write, shared_proc)
         }
         Fork::Parent(pid) => pid,
     };

@@ -27,14 +27,18 @@
 //! | close_range with CLOEXEC | 5.11 | no descriptor reaches the step | error |
 //! | binfmt_misc in a user namespace | 6.7 | emulators for other processors' programs | those that root registered |
 //! | a procfs that is not masked | – | fresh /proc, pid namespace | the outer /proc, processes swept up after the step |
+//! | control groups, version 2; their `cgroup.kill` | 4.5; 5.14 | limits, when asked for | error; the pid namespace kills |
 //!
 //! Device nodes on the root file system and on mounts cannot be opened (`nodev`): that replaces the devices
-//! cgroup, so no cgroup is needed even when the builder is really root.
+//! cgroup, so no cgroup is needed without limits even when the builder is really root.
 
+pub mod cgroup;
+mod chroot;
 pub mod emulation;
 pub mod foreign;
 pub mod idmap;
 pub mod init;
+pub mod network;
 mod points;
 mod probe;
 pub mod seccomp;
@@ -61,9 +65,21 @@ use std::time::{Duration, Instant};
 /// First argument of a nacre process that is to be the supervisor of a step: `nacre __sandbox`.
 pub const SANDBOX_ARGUMENT: &str = "__sandbox";
 
+/// What keeps a step from the rest of the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum Isolation {
+    /// Namespaces of its own.
+    #[default]
+    Namespaces,
+    /// Another root directory, and fewer capabilities. Only for a [`Rootfs::Plain`] and for root.
+    Chroot,
+}
+
 /// Everything about one step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RunSpec {
+    /// What keeps it from the rest of the machine.
+    pub isolation: Isolation,
     /// The root file system.
     pub rootfs: Rootfs,
     /// Mounts, in the order in which they are made; parents before what lies in them.
@@ -94,6 +110,8 @@ pub struct RunSpec {
     pub shm_size_bytes: u64,
     /// Limits: name as in `--ulimit`, soft, hard; -1 is unlimited.
     pub ulimits: Vec<(String, i64, i64)>,
+    /// A control group for the step, with limits.
+    pub group: Option<cgroup::StepGroup>,
     /// File mode creation mask of the command; Dockerfiles expect 0o022.
     pub umask: u32,
     /// An empty directory that only this step uses, as a place for mounts. It is empty again afterwards.
@@ -238,6 +256,8 @@ pub struct Outcome {
     pub created_mountpoints: Vec<String>,
     /// /proc could not be mounted afresh, so the step saw the builder's processes.
     pub shared_proc: bool,
+    /// What the step's limits did.
+    pub exceeded: cgroup::Exceeded,
 }
 
 /// Exit status of a command.
@@ -348,6 +368,9 @@ pub enum SpecProblem {
     /// What is to be mounted does not exist.
     #[error("mount source {0:?} does not exist")]
     NoSource(String),
+    /// Something that cannot be had without namespaces.
+    #[error("{0} cannot be had with --isolation=chroot")]
+    NeedsNamespaces(String),
     /// Started in a directory that is not below the root.
     #[error("working directory {0:?} is outside of the root file system")]
     CwdOutside(String),

@@ -2,6 +2,7 @@
 //!
 //! The tries need namespaces of their own, so they are made by a process of their own, as a supervisor is.
 
+use super::cgroup::Limits;
 use super::emulation::Scope;
 use super::seccomp::{self, Profile};
 use super::{SANDBOX_ARGUMENT, SandboxError, idmap};
@@ -33,6 +34,12 @@ pub enum Right {
     Seccomp,
     /// To answer system calls of other processes.
     Notification,
+    /// To connect a network namespace with the host's network.
+    Tun,
+    /// To limit steps by control groups.
+    Limits,
+    /// To run steps with another root directory alone.
+    Chroot,
 }
 
 /// How a try ended.
@@ -92,6 +99,8 @@ fn try_out(dir: &Path) -> Probe {
     };
     let why = |error: CallError| format!("{error}: {}", error.source);
     let has_root = idmap::can_mount();
+    // Before this process is in a namespace of its own, too.
+    let chroot = idmap::chroot_refusal().map_or(Verdict::Works, Verdict::Refused);
     let entered = || -> sys::Result<()> {
         let ids = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
         sys::unshare(libc::CLONE_NEWUSER | libc::CLONE_NEWNS)?;
@@ -114,8 +123,11 @@ fn try_out(dir: &Path) -> Probe {
             Right::NetworkNamespace,
             Right::Seccomp,
             Right::Notification,
+            Right::Tun,
+            Right::Limits,
         ];
         tries.extend(rest.map(|right| (right, Verdict::NotTried)));
+        tries.push((Right::Chroot, chroot));
         return Probe { tries };
     }
     note(Right::ManyIds, ids);
@@ -130,6 +142,10 @@ fn try_out(dir: &Path) -> Probe {
         sys::notify::install_filter_with_listener(&filter).map(drop)
     };
     note(Right::Notification, in_child(0, listen));
+    let tun = || super::network::open_tun().map(drop).map_err(|error| format!("open(\"/dev/net/tun\"): {error}"));
+    note(Right::Tun, tun());
+    note(Right::Limits, Limits::probe().map_err(|error| error.cause.to_string()));
+    tries.push((Right::Chroot, chroot));
     Probe { tries }
 }
 

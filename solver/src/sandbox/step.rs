@@ -5,10 +5,11 @@
 //! under the container runtimes; capabilities last. Before the working directory is entered, every descriptor is
 //! closed, so that no path can lead through one to the host.
 
+use super::cgroup::Group;
 use super::init::{self, Progress};
 use super::points::{Kind, Root, Traces};
 use super::seccomp::{self, Profile};
-use super::{Doing, Failure, FailureKind, Net, RunSpec, SetupMount, SpecProblem, emulation};
+use super::{Doing, Failure, FailureKind, Isolation, Net, RunSpec, SetupMount, SpecProblem, emulation};
 use crate::sys::{self, Call, CallError, KeptFd, Param};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
@@ -44,7 +45,7 @@ pub(super) const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
 
 /// Devices that every container has.
 const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
-const DEVICE_LINKS: [(&str, &str); 6] = [
+pub(super) const DEVICE_LINKS: [(&str, &str); 6] = [
     ("fd", "/proc/self/fd"),
     ("stdin", "/proc/self/fd/0"),
     ("stdout", "/proc/self/fd/1"),
@@ -85,6 +86,22 @@ pub(super) fn check(spec: &RunSpec) -> Result<(), Failure> {
     if spec.args.first().is_none_or(|program| program.is_empty()) {
         return Err(Failure::spec(SpecProblem::NoCommand));
     }
+    if spec.isolation == Isolation::Chroot {
+        let needs = |what: String| Err(Failure::spec(SpecProblem::NeedsNamespaces(what)));
+        if spec.network != Net::Host {
+            return needs("a network of the step's own".to_owned());
+        }
+        for mount in &spec.mounts {
+            match mount {
+                SetupMount::Inline { .. } => {}
+                SetupMount::Bind { target, .. }
+                | SetupMount::OverlayBind { target, .. }
+                | SetupMount::Tmpfs { target, .. }
+                | SetupMount::Secret { target, .. }
+                | SetupMount::Socket { target, .. } => return needs(format!("the mount of {target:?}")),
+            }
+        }
+    }
     spec.ulimits.iter().try_for_each(|(name, ..)| match resource(name) {
         Some(_) => Ok(()),
         None => Err(Failure::spec(SpecProblem::UnknownLimit(name.clone()))),
@@ -93,12 +110,17 @@ pub(super) fn check(spec: &RunSpec) -> Result<(), Failure> {
 
 /// Becomes the command. Runs in the child of the supervisor, as process 1 of a new pid namespace (unless
 /// `shared_proc`).
-pub(super) fn main(spec: &RunSpec, rootfs: &OwnedFd, report: OwnedFd, shared_proc: bool) -> ! {
+pub(super) fn main(spec: &RunSpec, rootfs: &OwnedFd, group: Option<&Group>, report: OwnedFd, shared_proc: bool) -> ! {
     // Takes the place of the order, which is of no use here and holds secrets.
     let Ok(report) = sys::move_fd(report, REPORT, true) else { sys::exit_now(NOT_EXECUTABLE) };
     let mut traces = Traces::default();
     let prepared = die_with_supervisor(report)
-        .and_then(|()| set_up(spec, rootfs, shared_proc, &mut traces))
+        // Before the step has a namespace of groups, whose root this one becomes.
+        .and_then(|()| group.map_or(Ok(()), Group::join))
+        .and_then(|()| match spec.isolation {
+            Isolation::Namespaces => set_up(spec, rootfs, shared_proc, &mut traces),
+            Isolation::Chroot => change_root(rootfs).doing(|| "enter the root file system".into()),
+        })
         .and_then(|()| prepare_process(spec, report));
     let ready = prepared.is_ok();
     // Stays open until the command starts: the supervisor takes a copy.
@@ -462,6 +484,14 @@ fn enter_root(root: &OwnedFd) -> sys::Result<()> {
     rustix::process::chdir("/").call(|| "chdir(\"/\")".into())
 }
 
+/// Makes `root` the root directory of this process alone. No descriptor of a directory outside is left open when the
+/// command starts.
+fn change_root(root: &OwnedFd) -> sys::Result<()> {
+    rustix::process::fchdir(root).call(|| "fchdir(root)".into())?;
+    rustix::process::chroot(".").call(|| "chroot(\".\")".into())?;
+    rustix::process::chdir("/").call(|| "chdir(\"/\")".into())
+}
+
 /// Covers what a step must not see, and makes read-only what it must not write.
 fn mask() -> sys::Result<()> {
     for path in READ_ONLY.map(Path::new) {
@@ -545,7 +575,7 @@ fn prepare_process(spec: &RunSpec, report: KeptFd) -> Result<Option<OwnedFd>, Fa
             false => Failure::setup(doing(), error),
         })?);
     } else if !filter.is_empty() {
-        sys::install_filter(&filter).doing(doing)?;
+        install_filter(spec, &filter).doing(doing)?;
     }
     if switch {
         let doing = || "switch to the user".to_owned();
@@ -566,6 +596,21 @@ fn prepare_process(spec: &RunSpec, report: KeptFd) -> Result<Option<OwnedFd>, Fa
     die_with_supervisor(report)?;
     _ = rustix::process::umask(Mode::from_raw_mode(spec.umask));
     Ok(listener)
+}
+
+/// Installs the filter. Without CAP_SYS_ADMIN that takes a promise never to gain privileges again, with which set-uid
+/// programs would be plain ones; so where a container's filter acts already, which forbids namespaces, it is left at that.
+fn install_filter(spec: &RunSpec, filter: &[sys::FilterInstruction]) -> sys::Result<()> {
+    match sys::install_filter(filter) {
+        Err(error) if spec.isolation == Isolation::Chroot && error.is(Errno::ACCESS) => {
+            if super::idmap::is_filtered() {
+                return Ok(());
+            }
+            rustix::thread::set_no_new_privs(true).call(|| "prctl(PR_SET_NO_NEW_PRIVS)".into())?;
+            sys::install_filter(filter)
+        }
+        result => result,
+    }
 }
 
 /// Enters the working directory, making it when it does not exist. Returns false when the command's own user may be
@@ -643,9 +688,14 @@ fn capabilities(spec: &RunSpec) -> CapabilitySet {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, socket_with};
     // The kernel knows to whom the network belongs. A socket for sending only, it receives nothing.
     let holds = || socket_with(AddressFamily::INET, SocketType::RAW, SocketFlags::CLOEXEC, Some(ipproto::RAW)).is_ok();
+    let capabilities = match spec.isolation {
+        Isolation::Namespaces => CAPABILITIES,
+        // With it, a root directory can be left.
+        Isolation::Chroot => CAPABILITIES.difference(CapabilitySet::SYS_CHROOT),
+    };
     match spec.network == Net::Host && holds() {
-        true => CAPABILITIES.difference(CapabilitySet::NET_RAW),
-        false => CAPABILITIES,
+        true => capabilities.difference(CapabilitySet::NET_RAW),
+        false => capabilities,
     }
 }
 
@@ -653,6 +703,10 @@ fn drop_bounding_set(allowed: CapabilitySet) -> sys::Result<()> {
     for number in 0..64 {
         let capability = CapabilitySet::from_bits_retain(1 << number);
         if allowed.contains(capability) {
+            continue;
+        }
+        // A container may have none left to drop, nor the right to.
+        if rustix::thread::capability_is_in_bounding_set(capability) == Ok(false) {
             continue;
         }
         match rustix::thread::remove_capability_from_bounding_set(capability) {
