@@ -71,7 +71,7 @@ fuzz_target!(|data: &[u8]| {
             Ok((Lowered::NeedsBases(missing), found)) => {
                 warnings(&file.source, &found);
                 assert!(!missing.is_empty(), "asks for nothing");
-                for request in missing {
+                for (request, _) in missing {
                     let mut config = ImageConfig::scratch(&host);
                     config.config.env = vec!["PATH=/bin".to_owned(), "A=b c".to_owned(), "=".to_owned()];
                     config.config.on_build = file.source.text.split('\0').skip(1).map(str::to_owned).collect();
