@@ -444,6 +444,7 @@ static HUGE_PAGES_BACK: AtomicBool = AtomicBool::new(false);
 
 /// Ends the use of huge pages for this process's memory, prctl(2), until [`exec`]: a supervisor lives for milliseconds, of
 /// which clearing one takes a tenth, and a builder's memory becomes a third larger by them. Errors do not matter.
+#[allow(clippy::disallowed_methods, reason = "a message from this program to itself, across execve")]
 pub fn forgo_huge_pages() {
     // SAFETY: no memory is involved.
     let disabled = unsafe { libc::prctl(libc::PR_GET_THP_DISABLE, 0, 0, 0, 0) };
