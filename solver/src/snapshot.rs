@@ -340,6 +340,13 @@ impl Workspace {
         crate::cache::decode_index(&bytes)
     }
 
+    /// Leaves what is in memory to the end of the process. To give back the pieces of large trees one by one would take a
+    /// tenth of a build that finds everything cached.
+    pub fn forget(&self) {
+        std::mem::forget(std::mem::take(&mut *self.layers.lock().unwrap_or_else(PoisonError::into_inner)));
+        std::mem::forget(std::mem::take(&mut *self.flats.lock().unwrap_or_else(PoisonError::into_inner)));
+    }
+
     /// The snapshot of a base image. Nothing is fetched yet.
     pub fn image(&self, image: &Arc<ResolvedImage>) -> Snapshot {
         let mut snapshot = Snapshot::scratch();

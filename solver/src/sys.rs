@@ -438,6 +438,14 @@ pub fn install_filter(instructions: &[FilterInstruction]) -> Result<()> {
     install(libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW).or_else(|_| install(0)).map(drop).call(describe)
 }
 
+/// Asks the kernel to begin to write this part of a file to disk, sync_file_range(2): what is synced later is then mostly
+/// there. Errors do not matter, since nothing is relied on.
+pub fn begin_to_write_out(file: impl AsFd, offset: u64, length: u64) {
+    let (Ok(offset), Ok(length)) = (libc::off64_t::try_from(offset), libc::off64_t::try_from(length)) else { return };
+    // SAFETY: no memory is involved, and the descriptor is borrowed for the call.
+    unsafe { libc::sync_file_range(file.as_fd().as_raw_fd(), offset, length, libc::SYNC_FILE_RANGE_WRITE) };
+}
+
 /// Names the variable that tells a supervisor, which inherits the setting, that its step is to have huge pages.
 pub const HUGE_PAGES: &str = "NACRE_HUGE_PAGES";
 static HUGE_PAGES_BACK: AtomicBool = AtomicBool::new(false);

@@ -4,6 +4,7 @@
 //! Two writers of one blob both succeed; the second rename puts the same bytes in place.
 
 use super::{Store, StoreError, hex};
+use crate::sys;
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -41,7 +42,12 @@ pub struct BlobWriter {
     /// `None` when whoever writes computes the digest.
     hasher: Option<Sha256>,
     size_bytes: u64,
+    /// How much of it is on its way to disk.
+    begun_bytes: u64,
 }
+
+/// What is written is sent to disk in pieces of this size, while the next ones are made: all of it is synced in the end.
+const WRITE_OUT_BYTES: u64 = 8 << 20;
 
 impl Write for BlobWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -51,6 +57,11 @@ impl Write for BlobWriter {
             hasher.update(&bytes[..count]);
         }
         self.size_bytes += count as u64;
+        let waiting = self.size_bytes - self.begun_bytes;
+        if waiting >= WRITE_OUT_BYTES {
+            sys::begin_to_write_out(file, self.begun_bytes, waiting);
+            self.begun_bytes = self.size_bytes;
+        }
         Ok(count)
     }
 
@@ -107,7 +118,14 @@ impl Store {
         let temporary = self.tmp_path()?;
         let file = File::create_new(&temporary).map_err(StoreError::io("create", &temporary))?;
         let blobs = self.root.join("blobs/sha256");
-        Ok(BlobWriter { blobs, temporary, file: Some(file), hasher: Some(Sha256::new()), size_bytes: 0 })
+        Ok(BlobWriter {
+            blobs,
+            temporary,
+            file: Some(file),
+            hasher: Some(Sha256::new()),
+            size_bytes: 0,
+            begun_bytes: 0,
+        })
     }
 
     /// Begins a blob whose digest is computed by whoever writes it, and must be given to [`BlobWriter::commit`].
