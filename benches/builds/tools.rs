@@ -159,7 +159,7 @@ impl Tool {
         self.daemon = Some(child);
         let started = Instant::now();
         loop {
-            if run(self.docker_program("docker").arg("-H").arg(self.socket()).arg("info")).is_ok() {
+            if run(self.docker().arg("info")).is_ok() {
                 return Ok(());
             }
             if started.elapsed() > Duration::from_secs(30) {
@@ -222,9 +222,8 @@ impl Tool {
                 command
             }
             ToolKind::Docker => {
-                let mut command = self.docker_program("docker");
-                command.env("DOCKER_BUILDKIT", "1").arg("-H").arg(self.socket());
-                command.args(["build", "-q", "--network=host"]);
+                let mut command = self.docker();
+                command.env("DOCKER_BUILDKIT", "1").args(["build", "-q", "--network=host"]);
                 match archive {
                     Some((path, codec)) if self.docker_root.is_some() => {
                         command.args(["--provenance=false", "-o"]);

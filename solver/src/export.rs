@@ -150,14 +150,14 @@ pub fn export(
     stdout: &mut dyn Write,
 ) -> Result<(), ExportError> {
     match output {
-        Output::Oci { dest, tar: true } => to_dest(dest, stdout, |out| write_archive(image, store, false, &[], out)),
+        Output::Oci { dest, tar: true } => to_dest(dest, stdout, |out| write_whole_archive(image, store, false, out)),
         Output::Oci { dest: Dest::Path(path), tar: false } => write_layout(image, store, path),
         Output::Oci { dest: Dest::Stdout, tar: false } => Err(ExportError::DirectoryToStdout),
         Output::Docker { dest } => {
             if image.images.len() != 1 {
                 return Err(ExportError::ManyPlatforms { count: image.images.len() });
             }
-            to_dest(dest, stdout, |out| write_archive(image, store, true, &[], out))
+            to_dest(dest, stdout, |out| write_whole_archive(image, store, true, out))
         }
         Output::Tar { dest, tree, open, options } => to_dest(dest, stdout, |out| {
             write_tar(tree, open, options, out).map_err(|error| match error {
@@ -195,6 +195,16 @@ enum Problem {
     Other(ExportError),
 }
 
+impl Problem {
+    /// Names the destination.
+    fn at(self, path: &Path) -> ExportError {
+        match self {
+            Problem::Write(source) => io_error("write", path)(source),
+            Problem::Other(error) => error,
+        }
+    }
+}
+
 impl From<io::Error> for Problem {
     fn from(error: io::Error) -> Self {
         Problem::Write(error)
@@ -228,10 +238,7 @@ fn to_dest(
             });
         }
     };
-    let named = |problem| match problem {
-        Problem::Write(source) => ExportError::Io { action: "write", path: path.clone(), source },
-        Problem::Other(error) => error,
-    };
+    let named = |problem: Problem| problem.at(path);
     // Through a symlink to where it points; a renamed file would take the link's place.
     let target = fs::canonicalize(path).unwrap_or_else(|_| path.clone());
     if fs::metadata(&target).is_ok_and(|metadata| !metadata.is_file()) {
@@ -311,7 +318,18 @@ fn layout_index(manifests: Vec<Descriptor>) -> Index {
     Index { schema_version: 2, media_type: media_type::OCI_INDEX.to_owned(), manifests, ..Index::default() }
 }
 
-/// Writes a layout as tar, for docker with its own manifest. Of the layers, the first `there` are in it already.
+/// Writes a layout as tar, for docker with its own manifest.
+fn write_whole_archive(
+    image: &ExportImage<'_>,
+    store: &Store,
+    docker: bool,
+    out: &mut dyn Write,
+) -> Result<(), Problem> {
+    out.write_all(&directories()?)?;
+    write_archive(image, store, docker, &[], out)
+}
+
+/// Writes what stands behind the directories in an archive. Of the layers, the first `there` are in it already.
 fn write_archive(
     image: &ExportImage<'_>,
     store: &Store,
@@ -320,9 +338,6 @@ fn write_archive(
     out: &mut dyn Write,
 ) -> Result<(), Problem> {
     let (root, documents, _) = parts(image)?;
-    if there.is_empty() {
-        out.write_all(&directories()?)?;
-    }
     let mut written: BTreeSet<&str> = there.iter().map(String::as_str).collect();
     for layer in image.images.iter().flat_map(|one| &one.layers) {
         if written.insert(&layer.digest) {
@@ -427,12 +442,7 @@ impl Archive {
         // What a layer left that did not come to its end.
         file.set_len(end).map_err(io_error("write", path))?;
         file.seek(io::SeekFrom::End(0)).map_err(io_error("write", path))?;
-        // The directories are in, too.
-        let there = if there.is_empty() { vec![String::new()] } else { there };
-        buffered(file, |out| write_archive(image, store, docker, &there, out)).map_err(|problem| match problem {
-            Problem::Write(source) => ExportError::Io { action: "write", path: path.clone(), source },
-            Problem::Other(error) => error,
-        })?;
+        buffered(file, |out| write_archive(image, store, docker, &there, out)).map_err(|problem| problem.at(path))?;
         self.temporary.persist(&self.target).map_err(|error| io_error("rename to", path)(error.error))?;
         Ok(())
     }
