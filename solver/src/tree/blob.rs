@@ -23,7 +23,7 @@ use super::tar_stream::padding;
 use super::{Kind, Node, Tree};
 
 /// Goes into the keys of the chunk cache. To be raised when a compressor's version changes the bytes.
-const CHUNK_FORMAT: &[u8] = b"nacre chunk 2\0";
+const CHUNK_FORMAT: &[u8] = b"nacre chunk 3\0";
 
 /// How a blob is compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -75,7 +75,7 @@ pub struct BlobOptions {
     pub tar: TarOptions,
     /// Compression.
     pub codec: Codec,
-    /// Compression level; `None` is the codec's default (gzip 5, but 1 for chunks that hardly compress; zstd 3).
+    /// Compression level; `None` is the codec's default (gzip 5, or less for chunks that it makes no smaller; zstd 3).
     pub level: Option<u32>,
     /// Threads that compress; at least one.
     pub threads: usize,
@@ -678,15 +678,25 @@ fn content_size(node: &Node) -> u64 {
 struct Method {
     codec: Codec,
     level: u32,
-    /// Nobody asked for a level: chunks that hardly compress are compressed at the lowest one.
+    /// Nobody asked for a level: each chunk gets the lowest one that makes it about as small as the usual one.
     adapts: bool,
 }
 
-/// A thread's compressors, kept for their memory.
+/// A thread's compressors, each made when first used and kept for its memory.
 #[derive(Default)]
-struct Compressors {
-    usual: Option<Compressor>,
-    quick: Option<Compressor>,
+struct Compressors(Vec<(u32, Compressor)>);
+
+impl Compressors {
+    fn of(&mut self, codec: Codec, level: u32) -> io::Result<&mut Compressor> {
+        let at = match self.0.iter().position(|(of, _)| *of == level) {
+            Some(at) => at,
+            None => {
+                self.0.push((level, Compressor::new(codec, level)?));
+                self.0.len() - 1
+            }
+        };
+        Ok(&mut self.0[at].1)
+    }
 }
 
 enum Compressor {
@@ -709,8 +719,49 @@ impl Method {
         *self.key_hasher().update(b"bytes\0").update(chunk).finalize().as_bytes()
     }
 
-    fn compressor(self, level: u32) -> io::Result<Compressor> {
-        Ok(match self.codec {
+    /// Compresses a chunk into `buffer`, which is made as long as the longest possible result; the length.
+    fn compress(self, compressors: &mut Compressors, buffer: &mut Vec<u8>, chunk: &[u8]) -> io::Result<usize> {
+        let level = if self.adapts { self.level_for(compressors, buffer, chunk)? } else { self.level };
+        compressors.of(self.codec, level)?.compress(chunk, buffer)
+    }
+
+    /// The lowest level that makes a chunk about as small as the usual one does. Archives, pictures and packages do not get
+    /// smaller at all, and bytes that are partly random are as small at level 1 as at level 5, in two thirds of the time.
+    ///
+    /// What is evenly spread is tried, on a sixteenth of it; text and programs, which need the effort, are known without.
+    /// All in whole numbers: every machine must decide alike.
+    fn level_for(self, compressors: &mut Compressors, buffer: &mut Vec<u8>, chunk: &[u8]) -> io::Result<u32> {
+        const PIECES: usize = 4;
+        const PIECE: usize = 16 << 10;
+        if !is_evenly_spread(chunk) {
+            return Ok(self.level);
+        }
+        let (mut plain, mut quick, mut usual) = (0, 0, 0);
+        for number in 0..PIECES {
+            // From the middle of each quarter: at the beginning of a chunk there may be a header, which compresses.
+            let start = chunk.len() / (2 * PIECES) * (2 * number + 1);
+            let piece = &chunk[start..chunk.len().min(start + PIECE)];
+            plain += piece.len();
+            quick += compressors.of(self.codec, QUICK)?.compress(piece, buffer)?;
+            usual += compressors.of(self.codec, self.level)?.compress(piece, buffer)?;
+        }
+        Ok(if quick >= plain {
+            STORED
+        } else if quick <= usual + usual / 200 {
+            QUICK
+        } else {
+            self.level
+        })
+    }
+}
+
+/// Levels of gzip that chunks get instead of the usual one.
+const STORED: u32 = 0;
+const QUICK: u32 = 1;
+
+impl Compressor {
+    fn new(codec: Codec, level: u32) -> io::Result<Compressor> {
+        Ok(match codec {
             Codec::Zstd => Compressor::Zstd(zstd::bulk::Compressor::new(level as i32)?),
             Codec::Gzip | Codec::None => {
                 let level = libdeflater::CompressionLvl::new(level as i32);
@@ -720,36 +771,28 @@ impl Method {
         })
     }
 
-    /// Compresses a chunk into `buffer`, which is made as long as the longest possible result; the length.
-    fn compress(self, compressors: &mut Compressors, buffer: &mut Vec<u8>, chunk: &[u8]) -> io::Result<usize> {
-        let quick = self.adapts && hardly_compresses(chunk);
-        let slot = if quick { &mut compressors.quick } else { &mut compressors.usual };
-        let compressor = match slot {
-            Some(compressor) => compressor,
-            None => slot.insert(self.compressor(if quick { 1 } else { self.level })?),
-        };
-        let bound = match compressor {
-            Compressor::Gzip(compressor) => compressor.gzip_compress_bound(chunk.len()),
-            Compressor::Zstd(_) => zstd::zstd_safe::compress_bound(chunk.len()),
+    /// Writes to the beginning of `buffer`, which grows to hold the longest possible result; the length.
+    fn compress(&mut self, plain: &[u8], buffer: &mut Vec<u8>) -> io::Result<usize> {
+        let bound = match self {
+            Compressor::Gzip(compressor) => compressor.gzip_compress_bound(plain.len()),
+            Compressor::Zstd(_) => zstd::zstd_safe::compress_bound(plain.len()),
         };
         if buffer.len() < bound {
             buffer.resize(bound, 0);
         }
-        match compressor {
-            Compressor::Gzip(compressor) => compressor.gzip_compress(chunk, buffer).map_err(io::Error::other),
-            Compressor::Zstd(compressor) => compressor.compress_to_buffer(chunk, buffer.as_mut_slice()),
+        match self {
+            Compressor::Gzip(compressor) => compressor.gzip_compress(plain, buffer).map_err(io::Error::other),
+            Compressor::Zstd(compressor) => compressor.compress_to_buffer(plain, buffer.as_mut_slice()),
         }
     }
 }
 
-/// Are the bytes so evenly spread that more effort gains nothing? Of what has been compressed before (archives, images,
-/// packages), level 1 makes a thousandth more than level 5, in two thirds of the time. Looks at a sixteenth of each MiB or so, in
-/// whole numbers: every machine must decide alike.
-fn hardly_compresses(chunk: &[u8]) -> bool {
+/// Do many values of a byte occur about as often as each other? Text has as many bits in a byte as 15 equally frequent values
+/// would give, programs fewer, base64 as 64, what has been compressed or encrypted as all 256. Looks at a sixteenth of a MiB.
+fn is_evenly_spread(chunk: &[u8]) -> bool {
     const PIECES: usize = 16;
     const PIECE: usize = 4096;
-    /// Of 256 values that are equally likely. Text has 15 or so, programs fewer, base64 64.
-    const VALUES: u64 = 80;
+    const VALUES: u64 = 40;
     let mut counts = [0_u64; 256];
     let mut total = 0_u64;
     for piece in 0..PIECES {
@@ -1025,11 +1068,10 @@ mod tests {
     fn effort_is_for_what_compresses() {
         let mut random = vec![0; 1 << 20];
         blake3::Hasher::new().update(b"random").finalize_xof().fill(&mut random);
-        assert!(hardly_compresses(&random));
-        assert!(!hardly_compresses(&content("text", 1 << 20)));
+        assert!(is_evenly_spread(&random));
+        assert!(!is_evenly_spread(&content("text", 1 << 20)));
         let half: Vec<u8> =
             random.iter().enumerate().map(|(at, &byte)| if at % 2 == 0 { byte } else { b' ' }).collect();
-        assert!(!hardly_compresses(&half));
         let blob = |level: Option<u32>, bytes: &[u8]| {
             let tree = Tree::from_nodes(vec![file("f", bytes, 0)]);
             let open = |_: &Node| -> io::Result<Box<dyn Read + Send>> { Ok(Box::new(io::Cursor::new(bytes.to_vec()))) };
@@ -1037,8 +1079,15 @@ mod tests {
             write_blob(&tree, &open, &BlobOptions { level, ..options(Codec::Gzip, 1) }, None, &mut out).unwrap();
             out
         };
-        assert!(blob(None, &random) == blob(Some(1), &random));
+        let stored = blob(None, &random);
+        assert!(stored.len() < random.len() + 4096 && stored.windows(1024).any(|window| window == &random[..1024]));
         assert!(blob(None, &half) == blob(Some(5), &half) && blob(None, &half) != blob(Some(1), &half));
+        // As uneven as programs are, but no smaller with more effort.
+        let words: Vec<&[u8]> = random[..16 << 10].chunks(16).collect();
+        let picked = random.chunks(2).map(|two| words[usize::from(u16::from_le_bytes([two[0], two[1]])) % words.len()]);
+        let pool: Vec<u8> = picked.flatten().copied().take(1 << 20).collect();
+        assert!(is_evenly_spread(&pool));
+        assert!(blob(None, &pool) == blob(Some(1), &pool));
     }
 
     #[test]
