@@ -19,6 +19,7 @@
 
 use crate::scan::{self, LIST_DIRECTORY, open_below};
 use crate::tree::layer::LayerSink;
+use crate::tree::stream::copy_buffered;
 use crate::tree::{self, Entry, Kind, Node, Origin, Tree};
 use rayon::prelude::*;
 use rustix::fs::{
@@ -29,7 +30,7 @@ use rustix::io::Errno;
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::CString;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, BufRead, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -129,7 +130,7 @@ pub struct TreeWriter {
 }
 
 impl LayerSink for TreeWriter {
-    fn file(&mut self, entry: &Entry, data: &mut dyn Read) -> io::Result<()> {
+    fn file(&mut self, entry: &Entry, data: &mut dyn BufRead) -> io::Result<()> {
         TreeWriter::file(self, entry, data).map_err(io::Error::other)
     }
 }
@@ -165,7 +166,7 @@ impl TreeWriter {
 
     /// Writes one file. Directories above it are made, and whatever stands in its way is removed, as a later entry of
     /// an archive replaces an earlier one.
-    pub fn file(&mut self, entry: &Entry, data: &mut dyn Read) -> Result<(), MaterializeError> {
+    pub fn file(&mut self, entry: &Entry, data: &mut dyn BufRead) -> Result<(), MaterializeError> {
         check_path(&entry.path)?;
         if self.last_dir.as_ref().is_none_or(|(path, _)| path != tree::parent(&entry.path)) {
             self.last_dir = None;
@@ -186,7 +187,7 @@ impl TreeWriter {
             self.written.retain(|path, _| !tree::is_within(path, &entry.path));
         }
         let mut file = self.create(dir.as_fd(), &entry.path)?;
-        let found = io::copy(data, &mut file)
+        let found = copy_buffered(data, &mut file)
             .map_err(|source| MaterializeError::Content { path: text(&entry.path), source })?;
         self.check_size(entry, found)?;
         self.set_metadata(file.as_fd(), entry)?;

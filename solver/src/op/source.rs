@@ -23,6 +23,7 @@ use crate::store::refs::{IMAGE_NAME, REF_NAME, RememberedReference};
 use crate::store::{Store, StoreError, hex};
 use crate::tree::blob::decompress;
 use crate::tree::layer::{LayerError, LayerSink, Limits, NoSink, read_tar};
+use crate::tree::stream::{Ahead, ahead, copy_buffered};
 use crate::tree::{ContentDigest, Entry, Kind, LayerId, Node, Tree};
 use nacre_frontend::diagnostic::did_you_mean;
 use nacre_frontend::image_config::ImageConfig;
@@ -31,7 +32,7 @@ use nacre_frontend::platform;
 use sha2::{Digest, Sha256};
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -956,8 +957,7 @@ enum Document {
 
 // ---- unpacking ----
 
-/// Digests and counts what is read, and keeps it if asked. Shared between the decompressor, which owns a reader, and
-/// the end of the unpacking, which reads what the decompressor left and takes the result.
+/// Digests and counts what is read, and keeps it if asked.
 struct Compressed {
     inner: Box<dyn Read + Send>,
     hasher: Sha256,
@@ -969,7 +969,7 @@ struct Compressed {
 }
 
 impl Compressed {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+    fn receive(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         // One byte more than announced is enough to know.
         let room = (self.limit + 1).saturating_sub(self.count);
         let length = buffer.len().min(usize::try_from(room).unwrap_or(usize::MAX));
@@ -983,22 +983,28 @@ impl Compressed {
     }
 }
 
-#[derive(Clone)]
-struct Shared(Arc<Mutex<Compressed>>);
-
-impl Read for Shared {
+impl Read for Compressed {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let mut this = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if this.failed.is_some() {
+        if self.failed.is_some() {
             return Ok(0);
         }
-        this.read(buffer).map_err(|error| {
+        self.receive(buffer).map_err(|error| {
             let kind = error.kind();
             if kind != io::ErrorKind::Interrupted {
-                this.failed = Some(error);
+                self.failed = Some(error);
             }
             kind.into()
         })
+    }
+}
+
+/// A reader that a decompressor owns and that is read on when the decompressor is gone.
+#[derive(Clone)]
+struct Shared(Arc<Mutex<Ahead>>);
+
+impl Read for Shared {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).read(buffer)
     }
 }
 
@@ -1009,12 +1015,25 @@ struct Digesting<R> {
     count: u64,
 }
 
-impl<R: Read> Read for Digesting<R> {
+impl<R: BufRead> Read for Digesting<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let count = self.inner.read(buffer)?;
-        self.hasher.update(&buffer[..count]);
-        self.count += count as u64;
+        let count = self.inner.fill_buf()?.read(buffer)?;
+        self.consume(count);
         Ok(count)
+    }
+}
+
+impl<R: BufRead> BufRead for Digesting<R> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        self.inner.fill_buf()
+    }
+
+    fn consume(&mut self, count: usize) {
+        if let (1.., Ok(bytes)) = (count, self.inner.fill_buf()) {
+            self.hasher.update(&bytes[..count]);
+            self.count += count as u64;
+            self.inner.consume(count);
+        }
     }
 }
 
@@ -1025,7 +1044,7 @@ struct Writing {
 }
 
 impl LayerSink for Writing {
-    fn file(&mut self, entry: &Entry, data: &mut dyn Read) -> io::Result<()> {
+    fn file(&mut self, entry: &Entry, data: &mut dyn BufRead) -> io::Result<()> {
         self.files += 1;
         self.writer.file(entry, data).map_err(io::Error::other)
     }
@@ -1039,12 +1058,12 @@ struct Spooling {
 }
 
 impl LayerSink for Spooling {
-    fn file(&mut self, _entry: &Entry, data: &mut dyn Read) -> io::Result<()> {
+    fn file(&mut self, _entry: &Entry, data: &mut dyn BufRead) -> io::Result<()> {
         let path = self.directory.join(self.count.to_string());
         self.count += 1;
         let mut hasher = blake3::Hasher::new();
         let mut file = File::create_new(&path)?;
-        blob::copy(data, &mut HashingWrite { inner: &mut file, hasher: &mut hasher })?;
+        copy_buffered(data, &mut HashingWrite { inner: &mut file, hasher: &mut hasher })?;
         self.by_digest.insert(*hasher.finalize().as_bytes(), path);
         Ok(())
     }
@@ -1181,28 +1200,27 @@ fn read_layer(
             }
         }
     };
-    let mut shared = Shared(Arc::new(Mutex::new(Compressed {
-        inner,
-        hasher: Sha256::new(),
-        count: 0,
-        limit: descriptor.size,
-        keep,
-        failed: None,
-    })));
-    let unpacked = decompress(shared.clone()).map_err(failed).and_then(|plain| {
-        let mut plain = Digesting { inner: plain, hasher: Sha256::new(), count: 0 };
-        let tree = read_tar(&mut plain, sink, &context.limits).map_err(|source| SourceError::Layer {
-            image: image.name.clone(),
-            digest: digest.clone(),
-            source,
+    let compressed = Compressed { inner, hasher: Sha256::new(), count: 0, limit: descriptor.size, keep, failed: None };
+    let (unpacked, drained, mut compressed) = std::thread::scope(|scope| {
+        let (received, receiving) = ahead(scope, compressed);
+        let mut shared = Shared(Arc::new(Mutex::new(received)));
+        let unpacked = decompress(shared.clone()).map_err(failed).and_then(|plain| {
+            let (plain, _) = ahead(scope, plain);
+            let mut plain = Digesting { inner: plain, hasher: Sha256::new(), count: 0 };
+            let tree = read_tar(&mut plain, sink, &context.limits).map_err(|source| SourceError::Layer {
+                image: image.name.clone(),
+                digest: digest.clone(),
+                source,
+            });
+            // The end of a tar may be followed by padding that is part of the diff ID.
+            tree.and_then(|tree| copy_buffered(&mut plain, &mut io::sink()).map_err(failed).map(|_| (tree, plain)))
         });
-        // The end of a tar may be followed by padding that is part of the diff ID.
-        tree.and_then(|tree| blob::copy(&mut plain, &mut io::sink()).map_err(failed).map(|_| (tree, plain)))
+        // Bytes behind the compressed stream belong to the blob. When unpacking failed, reading on tells whether that is
+        // because the blob is not the right one, which is the better message.
+        let drained = blob::copy(&mut shared, &mut io::sink());
+        let compressed = receiving.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        (unpacked, drained, compressed)
     });
-    // Bytes behind the compressed stream belong to the blob. When unpacking failed, reading on tells whether that is
-    // because the blob is not the right one, which is the better message.
-    let drained = blob::copy(&mut shared, &mut io::sink());
-    let mut compressed = shared.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     if let Some(error) = compressed.failed.take() {
         return Err(match (&image.origin, error.downcast::<RegistryError>()) {
             (_, Ok(error)) => error.into(),

@@ -7,7 +7,7 @@
 
 use std::cell::Cell;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufReader, Cursor, Read};
+use std::io::{self, BufRead, BufReader, Cursor, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -15,7 +15,8 @@ use std::sync::Arc;
 
 use super::blob::is_zstd;
 use super::layer::{LayerError, LayerSink, Limits, begins_tar, read_archive};
-use super::tar_stream::RatioExceeded;
+use super::stream::copy_buffered;
+use super::tar_stream::{BLOCK, RatioExceeded};
 use super::{Entry, Origin, Tree};
 
 /// Most memory that an xz stream may ask for; its strongest preset takes 65 MiB.
@@ -24,6 +25,8 @@ const XZ_MEMORY: u64 = 512 << 20;
 const RATIO_FROM: u64 = 1 << 30;
 /// Most bytes looked at to find the first entry; extension headers can stand before it.
 const PROBE_BYTES: usize = 8 << 20;
+/// Read at a time.
+const READ_BYTES: usize = 256 << 10;
 
 /// How an archive is compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,13 +88,13 @@ pub fn unpack(path: &Path, staging: &Path, limits: &Limits) -> Result<Option<Tre
         return Ok(None);
     }
     let file = File::open(path).map_err(open_error)?;
-    let Some(mut tar) = open_limited(file, limits) else {
+    let Some(tar) = open_limited(file, limits) else {
         return Ok(None);
     };
     let numbered = |number: u64| staging.join(number.to_string());
     let mut sink = Staging { numbered: &numbered, next: 0 };
     let origin = |number| Origin::File(Arc::new(numbered(number)));
-    let tree = read_archive(&mut *tar, &mut sink, limits, &origin);
+    let tree = read_archive(&mut BufReader::with_capacity(READ_BYTES, tar), &mut sink, limits, &origin);
     tree.map(Some).map_err(|source| ArchiveError::Unpack { path: path.to_owned(), source })
 }
 
@@ -101,18 +104,18 @@ struct Staging<'a> {
 }
 
 impl LayerSink for Staging<'_> {
-    fn file(&mut self, _entry: &Entry, data: &mut dyn Read) -> io::Result<()> {
+    fn file(&mut self, _entry: &Entry, data: &mut dyn BufRead) -> io::Result<()> {
         let path = (self.numbered)(self.next);
         self.next += 1;
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
-        io::copy(data, &mut file).map(drop)
+        copy_buffered(data, &mut file).map(drop)
     }
 }
 
 fn open_limited<'a>(reader: impl Read + 'a, limits: &Limits) -> Option<Box<dyn Read + 'a>> {
     let mut plain = decompress(reader, limits)?;
     let mut recorder = Recorder { inner: &mut *plain, seen: Vec::new() };
-    if !begins_tar(&mut recorder, limits) {
+    if !begins_tar(&mut BufReader::with_capacity(BLOCK, &mut recorder), limits) {
         return None;
     }
     let seen = recorder.seen;

@@ -19,7 +19,7 @@
 //! against [`Limits`]. Parents without an entry of their own stay implied.
 
 use std::collections::BTreeMap;
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, Read, Write};
 use std::ops::Bound;
 
 use super::index::link_groups;
@@ -365,7 +365,7 @@ impl Default for Limits {
 pub trait LayerSink {
     /// One file; its digest is not known yet. What is left unread is skipped. A later file can have the same path, and
     /// a later entry can remove it: the tree that is returned has the last word.
-    fn file(&mut self, entry: &Entry, data: &mut dyn Read) -> io::Result<()>;
+    fn file(&mut self, entry: &Entry, data: &mut dyn BufRead) -> io::Result<()>;
 }
 
 /// Keeps no bytes: reading gives the index alone.
@@ -373,14 +373,14 @@ pub trait LayerSink {
 pub struct NoSink;
 
 impl LayerSink for NoSink {
-    fn file(&mut self, _entry: &Entry, _data: &mut dyn Read) -> io::Result<()> {
+    fn file(&mut self, _entry: &Entry, _data: &mut dyn BufRead) -> io::Result<()> {
         Ok(())
     }
 }
 
 /// Reads a layer's tar stream to its end, so that a digest computed on the way covers all of it. Whiteouts become
 /// entries; an opaque marker makes a directory entry where there is none. File digests are filled in, origins not.
-pub fn read_tar(reader: &mut dyn Read, sink: &mut dyn LayerSink, limits: &Limits) -> Result<Tree, LayerError> {
+pub fn read_tar(reader: &mut dyn BufRead, sink: &mut dyn LayerSink, limits: &Limits) -> Result<Tree, LayerError> {
     let mut stream = TarStream::new(reader, *limits);
     let tree = Builder::new(*limits, Whiteouts::Recognised).read(&mut stream, sink, &|_| Origin::None)?;
     stream.drain()?;
@@ -390,7 +390,7 @@ pub fn read_tar(reader: &mut dyn Read, sink: &mut dyn LayerSink, limits: &Limits
 /// Reads an archive as ADD does: whiteouts are ordinary names, the root has no entry, times are what Linux can hold.
 /// `origin` tells where the nth file that the sink was given went, counted from 0.
 pub(super) fn read_archive(
-    reader: &mut dyn Read,
+    reader: &mut dyn BufRead,
     sink: &mut dyn LayerSink,
     limits: &Limits,
     origin: &dyn Fn(u64) -> Origin,
@@ -399,7 +399,7 @@ pub(super) fn read_archive(
 }
 
 /// Does a tar with at least one entry begin here?
-pub(super) fn begins_tar(reader: &mut dyn Read, limits: &Limits) -> bool {
+pub(super) fn begins_tar(reader: &mut dyn BufRead, limits: &Limits) -> bool {
     matches!(TarStream::new(reader, *limits).next(true), Ok(Some(_)))
 }
 
@@ -1192,7 +1192,7 @@ pub(super) mod tests {
     fn a_sink_may_read_less_and_fail() {
         struct First;
         impl LayerSink for First {
-            fn file(&mut self, entry: &Entry, data: &mut dyn Read) -> io::Result<()> {
+            fn file(&mut self, entry: &Entry, data: &mut dyn BufRead) -> io::Result<()> {
                 data.read_exact(&mut [0])?;
                 if entry.path == b"bad" { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
             }

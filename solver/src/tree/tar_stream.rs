@@ -4,7 +4,7 @@
 //! GNU; extension headers are resolved here, so that callers see one kind of [`Header`]. The bytes may be hostile.
 
 use std::collections::BTreeMap;
-use std::io::{self, Read};
+use std::io::{self, BufRead, Read};
 
 use super::layer::{LayerError, Limits};
 use super::{file_name, join, parent};
@@ -150,7 +150,7 @@ pub(super) fn show(path: &[u8]) -> String {
 
 /// The headers of a tar stream, dialects and extension headers resolved.
 pub(super) struct TarStream<'a> {
-    reader: &'a mut dyn Read,
+    reader: &'a mut dyn BufRead,
     offset: u64,
     /// Data and padding of the current entry that nobody has read.
     unread: u64,
@@ -159,7 +159,7 @@ pub(super) struct TarStream<'a> {
 }
 
 impl<'a> TarStream<'a> {
-    pub(super) fn new(reader: &'a mut dyn Read, limits: Limits) -> Self {
+    pub(super) fn new(reader: &'a mut dyn BufRead, limits: Limits) -> Self {
         Self { reader, offset: 0, unread: 0, padding: 0, limits }
     }
 
@@ -293,22 +293,38 @@ pub(super) struct Data<'s, 'a> {
 
 impl Read for Data<'_, '_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let wanted = self.stream.unread.min(buffer.len() as u64) as usize;
-        if wanted == 0 {
-            return Ok(0);
+        let length = self.fill_buf()?.read(buffer)?;
+        self.consume(length);
+        Ok(length)
+    }
+}
+
+impl BufRead for Data<'_, '_> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        if self.stream.unread == 0 {
+            return Ok(&[]);
         }
-        let failure = match read_some(self.stream.reader, &mut buffer[..wanted]) {
-            Ok(0) => LayerError::Malformed { offset: self.stream.offset, what: "ends inside a file" },
-            Ok(length) => {
-                self.hasher.update(&buffer[..length]);
-                self.stream.unread -= length as u64;
-                self.stream.offset += length as u64;
-                return Ok(length);
+        let failure = match self.stream.reader.fill_buf().map(<[u8]>::is_empty) {
+            Ok(false) => {
+                // The same bytes again: none were consumed.
+                let bytes = self.stream.reader.fill_buf()?;
+                return Ok(&bytes[..bytes.len().min(usize::try_from(self.stream.unread).unwrap_or(usize::MAX))]);
             }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Err(error),
+            Ok(true) => LayerError::Malformed { offset: self.stream.offset, what: "ends inside a file" },
             Err(source) => read_error(source),
         };
         self.failed = Some(failure);
         Err(io::ErrorKind::UnexpectedEof.into())
+    }
+
+    fn consume(&mut self, count: usize) {
+        if let (1.., Ok(bytes)) = (count, self.stream.reader.fill_buf()) {
+            self.hasher.update(&bytes[..count]);
+            self.stream.reader.consume(count);
+            self.stream.unread -= count as u64;
+            self.stream.offset += count as u64;
+        }
     }
 }
 
