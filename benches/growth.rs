@@ -2,8 +2,8 @@
 //!
 //! `cargo bench --bench growth` prints a table: CPU seconds (of all processes) and peak memory (of the largest) of nacre for a
 //! first build into an OCI archive and for one that finds everything cached. `-- --up-to N` leaves out what is N times
-//! the smallest size and more; `--only WORD` picks a kind. Needs busybox, and 15 GB in the temporary directory for the
-//! largest.
+//! the smallest size and more; `--only WORD` picks a kind; `--plot FILE` draws the same as SVG, logarithmic on both axes.
+//! Needs busybox, and 15 GB in the temporary directory for the largest.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, clippy::exit, reason = "a program of its own")]
 
@@ -33,7 +33,7 @@ fn main() {
 }
 
 fn run() -> Result<(), Failure> {
-    let (mut up_to, mut only) = (usize::MAX, String::new());
+    let (mut up_to, mut only, mut plot) = (usize::MAX, String::new(), None);
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         let mut value = || args.next().ok_or_else(|| format!("{arg} needs a value"));
@@ -41,11 +41,14 @@ fn run() -> Result<(), Failure> {
             "--bench" => {}
             "--up-to" => up_to = value()?.parse()?,
             "--only" => only = value()?,
+            "--plot" => plot = Some(value()?),
             _ => return Err(format!("unknown option {arg}; see benches/growth.rs").into()),
         }
     }
     println!("{:>8} {:14} {:>9} {:>8} {:>11} {:>8}", "size", "", "first s", "MB", "cached s", "MB");
+    let mut panels = Vec::new();
     for (name, sizes, generate) in KINDS.iter().filter(|(name, ..)| name.contains(&only)) {
+        let mut points = Vec::new();
         for &size in sizes.iter().filter(|&&size| size / sizes[0] < up_to) {
             let directory = tempfile::Builder::new().prefix("nacre-growth-").tempdir()?;
             let context = directory.path().join("context");
@@ -55,11 +58,80 @@ fn run() -> Result<(), Failure> {
             let first = build(directory.path())?;
             let cached = build(directory.path())?;
             println!("{size:8} {name:14} {:9.2} {:8.0} {:11.3} {:8.0}", first.0, first.1, cached.0, cached.1);
+            points.push((size as f64, [first.0, first.1, cached.0, cached.1]));
             // Trees may have directories that only root enters.
             let _ = Command::new("chmod").arg("-R").arg("u+rwX").arg(directory.path()).status();
         }
+        panels.push((*name, points));
     }
-    Ok(())
+    Ok(plot.map_or(Ok(()), |file| fs::write(file, drawing(&panels)))?)
+}
+
+/// Sizes with CPU seconds and megabytes of the first build, then of the cached one.
+type Points = Vec<(f64, [f64; 4])>;
+
+/// A panel for each kind, seconds above megabytes. All panels have the same scale of powers of ten, so that a line at 45 degrees
+/// is growth in proportion.
+fn drawing(panels: &[(&str, Points)]) -> String {
+    /// Pixels of a power of ten.
+    const DECADE: f64 = 34.0;
+    /// Of both kinds of panels: powers of ten shown, of which the lowest is.
+    const ROWS: [(&str, i32, i32); 2] = [("CPU s", -3, 2), ("MB", 0, 3)];
+    let place = |value: f64, lowest: i32| (value.max(1e-9).log10() - f64::from(lowest)).max(0.0) * DECADE;
+    let mut out = String::new();
+    let width = panels.len() as f64 * 6.6 * DECADE + 50.0;
+    let height: f64 = ROWS.iter().map(|(_, low, high)| f64::from(high - low) * DECADE + 60.0).sum();
+    let _ = writeln!(
+        out,
+        "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width:.0} {height:.0}' font-family='sans-serif' font-size='10'>\n\
+         <rect width='100%' height='100%' fill='white'/>"
+    );
+    let mut top = 30.0;
+    for (row, (unit, low, high)) in ROWS.into_iter().enumerate() {
+        let bottom = top + f64::from(high - low) * DECADE;
+        for (column, (name, points)) in panels.iter().enumerate() {
+            let left = 50.0 + column as f64 * 6.6 * DECADE;
+            let right = left + 6.0 * DECADE;
+            for power in low..=high {
+                let y = bottom - f64::from(power - low) * DECADE;
+                let _ = writeln!(out, "<path d='M{left:.1} {y:.1}H{right:.1}' stroke='#ddd'/>");
+                if column == 0 {
+                    let value = 10_f64.powi(power);
+                    let _ = writeln!(
+                        out,
+                        "<text x='{:.1}' y='{:.1}' text-anchor='end'>{value}</text>",
+                        left - 4.0,
+                        y + 3.0
+                    );
+                }
+            }
+            for power in 0..=6 {
+                let x = left + f64::from(power) * DECADE;
+                let _ = writeln!(out, "<path d='M{x:.1} {top:.1}V{bottom:.1}' stroke='#ddd'/>");
+                let y = bottom + 12.0;
+                let _ = writeln!(out, "<text x='{x:.1}' y='{y:.1}' text-anchor='middle'>1e{power}</text>");
+            }
+            let _ = writeln!(out, "<text x='{left:.1}' y='{:.1}' font-weight='bold'>{unit}, {name}</text>", top - 6.0);
+            for (series, colour) in [(row, "#c33"), (row + 2, "#36c")] {
+                let at =
+                    |(size, values): &(f64, [f64; 4])| (left + place(*size, 0), bottom - place(values[series], low));
+                let line: Vec<String> = points.iter().map(at).map(|(x, y)| format!("{x:.1} {y:.1}")).collect();
+                let _ =
+                    writeln!(out, "<path d='M{}' fill='none' stroke='{colour}' stroke-width='1.5'/>", line.join("L"));
+                for (x, y) in points.iter().map(at) {
+                    let _ = writeln!(out, "<circle cx='{x:.1}' cy='{y:.1}' r='2.5' fill='{colour}'/>");
+                }
+            }
+        }
+        top = bottom + 60.0;
+    }
+    let y = height - 10.0;
+    let _ = writeln!(
+        out,
+        "<text x='50' y='{y:.0}' fill='#c33'>first build</text>\n<text x='120' y='{y:.0}' fill='#36c'>all cached</text>\n\
+         <text x='190' y='{y:.0}'>growth in proportion is a line at 45 degrees</text>\n</svg>"
+    );
+    out
 }
 
 /// Builds; CPU seconds and peak memory in MB.

@@ -228,11 +228,11 @@ impl Context {
             return Ok(walked);
         }
         let options = ScanOptions { xattrs: Xattrs::None, filter: &Ignored(&self.matcher) };
-        let found = scan::scan(&self.root, &options)?;
-        let groups = scan::link_groups(&found);
-        let mut stamps = Vec::with_capacity(found.len());
-        let mut nodes = Vec::with_capacity(found.len());
-        for (item, group) in found.into_iter().zip(groups) {
+        let found = scan::scan_in_pieces(&self.root, &options)?;
+        let groups = scan::link_groups(found.iter().flatten());
+        let mut stamps = Vec::with_capacity(groups.len());
+        let mut nodes = Vec::with_capacity(groups.len());
+        for (item, group) in found.into_iter().flatten().zip(groups) {
             stamps.push(Stamp::of_scanned(&item));
             let mut entry = item.entry;
             (entry.uid, entry.gid) = (0, 0);

@@ -1,13 +1,15 @@
 //! Walks a directory and returns what is in it as [`Entry`]s in tree order, with the raw numbers of each inode.
 //!
 //! The directory may belong to somebody else and may change while it is read: every name is looked up in an open
-//! directory and no symlink is followed, so nothing outside of the root is ever seen. Directories are visited depth
-//! first with an explicit stack, of which only the deepest [`OPEN_DIRECTORIES`] stay open; one above them is opened
-//! again through `..` and accepted only when it is still the same inode.
+//! directory and no symlink is followed, so nothing outside of the root is ever seen. The first levels are shared out
+//! between threads. Directories below them are visited depth first with an explicit stack, of which only the deepest
+//! [`OPEN_DIRECTORIES`] stay open; one above them is opened again through `..` and accepted only when it is still the
+//! same inode.
 //!
 //! Reading file contents is left to others.
 
 use crate::tree::{Entry, Kind, join};
+use rayon::prelude::*;
 use rustix::fs::{
     AtFlags, CWD, FileType, Mode, OFlags, RawDir, ResolveFlags, Statx, StatxFlags, openat, openat2, readlinkat, statx,
 };
@@ -19,7 +21,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 /// How many directories of the current path are open at once; the usual limit of a process is 1024.
-const OPEN_DIRECTORIES: usize = 100;
+const OPEN_DIRECTORIES: usize = 16;
 
 /// Size of an extended attribute the kernel allows (`XATTR_SIZE_MAX`), and of a list of names.
 const XATTR_LIMIT: usize = 65536;
@@ -45,9 +47,9 @@ pub enum Choice {
 }
 
 /// Decides which entries a scan returns.
-pub trait Filter {
+pub trait Filter: Sync {
     /// What the filter remembers about a directory for the entries in it.
-    type State;
+    type State: Send + Sync;
 
     /// State for the entries of the root.
     fn root(&self) -> Self::State;
@@ -217,117 +219,248 @@ struct Frame<S> {
 
 /// Everything in `root`, root included (its path is empty), in tree order. Sockets are left out, and so is what
 /// disappears while the scan runs.
+///
+/// Uses the threads of the global pool: what calls it there must hold no lock that other work of the pool may want.
 pub fn scan<F: Filter>(root: &Path, options: &ScanOptions<'_, F>) -> Result<Vec<Scanned>, ScanError> {
-    let at = |path: &[u8]| {
-        use std::os::unix::ffi::OsStrExt;
-        if path.is_empty() { root.to_owned() } else { root.join(std::ffi::OsStr::from_bytes(path)) }
-    };
-    let failed = |call: &'static str, path: &[u8]| {
-        let path = at(path);
-        move |error: Errno| ScanError::Call { call, path, source: error.into() }
-    };
+    let pieces = scan_in_pieces(root, options)?;
+    let mut found = Vec::with_capacity(pieces.iter().map(Vec::len).sum());
+    found.extend(pieces.into_iter().flatten());
+    Ok(found)
+}
+
+/// As [`scan`], in the pieces that its threads have read, which follow each other in tree order: who takes one after the other
+/// need not have all in memory twice.
+pub(crate) fn scan_in_pieces<F: Filter>(
+    root: &Path,
+    options: &ScanOptions<'_, F>,
+) -> Result<Vec<Vec<Scanned>>, ScanError> {
+    let walk = Walk { root, options };
     // The root itself may be named through symlinks: it is the caller's choice.
-    let fd = openat(CWD, root, LIST_DIRECTORY - OFlags::NOFOLLOW, Mode::empty()).map_err(failed("open", b""))?;
-    let stat = stat_fd(&fd).map_err(failed("stat", b""))?;
-    let mut found = vec![scanned(Vec::new(), &stat, Kind::Dir { opaque: false })];
+    let fd = openat(CWD, root, LIST_DIRECTORY - OFlags::NOFOLLOW, Mode::empty()).map_err(walk.failed("open", b""))?;
+    let stat = stat_fd(&fd).map_err(walk.failed("stat", b""))?;
+    let mut top = scanned(Vec::new(), &stat, Kind::Dir { opaque: false });
     if options.xattrs == Xattrs::All {
-        found[0].entry.xattrs = read_xattrs(Target::Open(fd.as_fd())).map_err(failed("read attributes", b""))?;
+        top.entry.xattrs = read_xattrs(Target::Open(fd.as_fd())).map_err(walk.failed("read attributes", b""))?;
     }
-    let pending = list_reversed(fd.as_fd()).map_err(failed("list", b""))?;
-    let mut stack = vec![Frame {
-        fd: Some(fd),
+    let pending = list_reversed(fd.as_fd()).map_err(walk.failed("list", b""))?;
+    let directory = Directory {
+        found: top,
+        fd,
         identity: identity(&stat),
         path: Vec::new(),
         pending,
         state: options.filter.root(),
-        provisional: None,
-    }];
-    while let Some(frame) = stack.last_mut() {
-        let Some((name, file_type)) = frame.pending.pop() else {
-            let Some(done) = stack.pop() else { break };
-            if done.provisional.is_some_and(|position| position + 1 == found.len()) {
-                found.pop();
-            }
-            if let (Some(parent), Some(child)) = (stack.last_mut(), done.fd)
-                && parent.fd.is_none()
-            {
-                let path_flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let fd = openat(&child, c"..", path_flags, Mode::empty()).map_err(failed("open", &parent.path))?;
-                let stat = stat_fd(&fd).map_err(failed("stat", &parent.path))?;
-                if identity(&stat) != parent.identity {
-                    return Err(ScanError::Changed { path: at(&parent.path) });
+        provisional: false,
+    };
+    walk.shared(directory, SHARED_LEVELS)
+}
+
+/// Levels below the root whose directories are shared out between threads.
+const SHARED_LEVELS: usize = 6;
+
+/// As many names of a directory are given to a thread at a time; directories with less are read by one.
+const SHARED_NAMES: usize = 32;
+
+/// A directory that has been opened and listed.
+struct Directory<S> {
+    found: Scanned,
+    fd: OwnedFd,
+    identity: (u64, u64),
+    path: Vec<u8>,
+    /// What is in it, last first.
+    pending: Vec<(CString, FileType)>,
+    /// The filter's state for what is in it.
+    state: S,
+    /// To be returned only if something in it is.
+    provisional: bool,
+}
+
+/// What a name turned out to be.
+enum Visited<S> {
+    /// Gone, not chosen, or a socket.
+    Nothing,
+    /// No directory.
+    Leaf(Scanned),
+    Directory(Box<Directory<S>>),
+}
+
+struct Walk<'a, F> {
+    root: &'a Path,
+    options: &'a ScanOptions<'a, F>,
+}
+
+impl<F: Filter> Walk<'_, F> {
+    fn at(&self, path: &[u8]) -> PathBuf {
+        use std::os::unix::ffi::OsStrExt;
+        if path.is_empty() { self.root.to_owned() } else { self.root.join(std::ffi::OsStr::from_bytes(path)) }
+    }
+
+    fn failed<'p>(&'p self, call: &'static str, path: &'p [u8]) -> impl FnOnce(Errno) -> ScanError + 'p {
+        move |error| ScanError::Call { call, path: self.at(path), source: error.into() }
+    }
+
+    /// A directory and all in it, in pieces, the first levels read by several threads.
+    fn shared(&self, directory: Directory<F::State>, levels: usize) -> Result<Vec<Vec<Scanned>>, ScanError> {
+        if levels == 0 {
+            return Ok(vec![self.below(directory)?]);
+        }
+        let Directory { found, fd, path, mut pending, state, provisional, .. } = directory;
+        pending.reverse();
+        let read = |names: &[(CString, FileType)]| -> Result<Vec<Vec<Scanned>>, ScanError> {
+            let mut pieces = Vec::new();
+            let mut leaves = Vec::new();
+            for (name, file_type) in names {
+                match self.visit(fd.as_fd(), &path, name, *file_type, &state)? {
+                    Visited::Nothing => {}
+                    Visited::Leaf(found) => leaves.push(found),
+                    Visited::Directory(directory) => {
+                        pieces.push(std::mem::take(&mut leaves));
+                        pieces.extend(self.shared(*directory, levels - 1)?);
+                    }
                 }
-                parent.fd = Some(fd);
             }
-            continue;
+            pieces.push(leaves);
+            Ok(pieces)
         };
-        let Some(dir) = &frame.fd else { continue };
-        let path = join(&frame.path, name.to_bytes());
+        let inside = if pending.len() > SHARED_NAMES {
+            let parts: Vec<Vec<Vec<Scanned>>> = pending.par_chunks(SHARED_NAMES).map(read).collect::<Result<_, _>>()?;
+            parts.into_iter().flatten().collect()
+        } else {
+            read(&pending)?
+        };
+        if provisional && inside.iter().all(Vec::is_empty) {
+            return Ok(Vec::new());
+        }
+        let mut pieces = vec![vec![found]];
+        pieces.extend(inside.into_iter().filter(|piece| !piece.is_empty()));
+        Ok(pieces)
+    }
+
+    /// A directory and all in it, to any depth.
+    fn below(&self, directory: Directory<F::State>) -> Result<Vec<Scanned>, ScanError> {
+        let frame = |directory: Directory<F::State>, position: usize| {
+            let Directory { found, fd, identity, path, pending, state, provisional } = directory;
+            let provisional = provisional.then_some(position);
+            (found, Frame { fd: Some(fd), identity, path, pending, state, provisional })
+        };
+        let (top, first) = frame(directory, 0);
+        let mut found = vec![top];
+        let mut stack = vec![first];
+        while let Some(top) = stack.last_mut() {
+            let Some((name, file_type)) = top.pending.pop() else {
+                let Some(done) = stack.pop() else { break };
+                if done.provisional.is_some_and(|position| position + 1 == found.len()) {
+                    found.pop();
+                }
+                if let (Some(parent), Some(child)) = (stack.last_mut(), done.fd)
+                    && parent.fd.is_none()
+                {
+                    let path_flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                    let fd =
+                        openat(&child, c"..", path_flags, Mode::empty()).map_err(self.failed("open", &parent.path))?;
+                    let stat = stat_fd(&fd).map_err(self.failed("stat", &parent.path))?;
+                    if identity(&stat) != parent.identity {
+                        return Err(ScanError::Changed { path: self.at(&parent.path) });
+                    }
+                    parent.fd = Some(fd);
+                }
+                continue;
+            };
+            let Some(dir) = &top.fd else { continue };
+            match self.visit(dir.as_fd(), &top.path, &name, file_type, &top.state)? {
+                Visited::Nothing => {}
+                Visited::Leaf(leaf) => found.push(leaf),
+                Visited::Directory(directory) => {
+                    let (entry, next) = frame(*directory, found.len());
+                    found.push(entry);
+                    stack.push(next);
+                    if let Some(far) = stack.len().checked_sub(OPEN_DIRECTORIES + 1) {
+                        stack[far].fd = None;
+                    }
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Looks at one name of an open directory; opens and lists it when it is a directory itself.
+    fn visit(
+        &self,
+        dir: BorrowedFd<'_>,
+        parent: &[u8],
+        name: &CStr,
+        file_type: FileType,
+        state: &F::State,
+    ) -> Result<Visited<F::State>, ScanError> {
+        let path = join(parent, name.to_bytes());
         let mut stat = None;
         if file_type == FileType::Unknown {
-            match stat_at(dir, &name) {
-                Err(Errno::NOENT) => continue,
-                result => stat = Some(result.map_err(failed("stat", &path))?),
+            match stat_at(dir, name) {
+                Err(Errno::NOENT) => return Ok(Visited::Nothing),
+                result => stat = Some(result.map_err(self.failed("stat", &path))?),
             }
         }
         let type_of = |stat: &Statx| FileType::from_raw_mode(u32::from(stat.stx_mode));
         let is_dir = stat.as_ref().map_or(file_type, type_of) == FileType::Directory;
-        let (choice, state) = options.filter.choose(&frame.state, &path, is_dir);
+        let (choice, state) = self.options.filter.choose(state, &path, is_dir);
         if choice == Choice::Skip || choice == Choice::Look && !is_dir {
-            continue;
+            return Ok(Visited::Nothing);
         }
-        let stat = match stat.map_or_else(|| stat_at(dir, &name), Ok) {
-            Err(Errno::NOENT) => continue,
-            result => result.map_err(failed("stat", &path))?,
+        let stat = match stat.map_or_else(|| stat_at(dir, name), Ok) {
+            Err(Errno::NOENT) => return Ok(Visited::Nothing),
+            result => result.map_err(self.failed("stat", &path))?,
         };
         let kind = match type_of(&stat) {
             FileType::RegularFile => Kind::File { size: stat.stx_size, digest: None, link_group: 0 },
             FileType::Directory => Kind::Dir { opaque: false },
-            FileType::Symlink => match readlinkat(dir, &name, Vec::new()) {
-                Err(Errno::NOENT | Errno::INVAL) => continue,
-                target => Kind::Symlink { target: target.map_err(failed("read link", &path))?.into_bytes() },
+            FileType::Symlink => match readlinkat(dir, name, Vec::new()) {
+                Err(Errno::NOENT | Errno::INVAL) => return Ok(Visited::Nothing),
+                target => Kind::Symlink { target: target.map_err(self.failed("read link", &path))?.into_bytes() },
             },
             FileType::Fifo => Kind::Fifo,
             FileType::CharacterDevice => Kind::Char { major: stat.stx_rdev_major, minor: stat.stx_rdev_minor },
             FileType::BlockDevice => Kind::Block { major: stat.stx_rdev_major, minor: stat.stx_rdev_minor },
-            FileType::Socket | FileType::Unknown => continue,
+            FileType::Socket | FileType::Unknown => return Ok(Visited::Nothing),
         };
         let entry_is_dir = matches!(kind, Kind::Dir { .. });
         if entry_is_dir != is_dir {
-            return Err(ScanError::Changed { path: at(&path) });
+            return Err(ScanError::Changed { path: self.at(&path) });
         }
         if !entry_is_dir {
-            let mut result = scanned(path, &stat, kind);
-            if options.xattrs == Xattrs::All {
-                match read_xattrs(Target::Named(dir.as_fd(), &name)) {
-                    Err(Errno::NOENT) => continue,
+            let mut leaf = scanned(path, &stat, kind);
+            if self.options.xattrs == Xattrs::All {
+                match read_xattrs(Target::Named(dir, name)) {
+                    Err(Errno::NOENT) => return Ok(Visited::Nothing),
                     xattrs => {
-                        result.entry.xattrs = xattrs.map_err(failed("read attributes", &result.entry.path))?;
+                        leaf.entry.xattrs = xattrs.map_err(self.failed("read attributes", &leaf.entry.path))?;
                     }
                 }
             }
-            found.push(result);
-            continue;
+            return Ok(Visited::Leaf(leaf));
         }
-        let fd = match openat(dir, &name, LIST_DIRECTORY, Mode::empty()) {
-            Err(Errno::NOENT) => continue,
-            Err(Errno::LOOP | Errno::NOTDIR) => return Err(ScanError::Changed { path: at(&path) }),
-            fd => fd.map_err(failed("open", &path))?,
+        let fd = match openat(dir, name, LIST_DIRECTORY, Mode::empty()) {
+            Err(Errno::NOENT) => return Ok(Visited::Nothing),
+            Err(Errno::LOOP | Errno::NOTDIR) => return Err(ScanError::Changed { path: self.at(&path) }),
+            fd => fd.map_err(self.failed("open", &path))?,
         };
-        let stat = stat_fd(&fd).map_err(failed("stat", &path))?;
-        let mut result = scanned(path.clone(), &stat, kind);
-        if options.xattrs == Xattrs::All {
-            result.entry.xattrs = read_xattrs(Target::Open(fd.as_fd())).map_err(failed("read attributes", &path))?;
+        let stat = stat_fd(&fd).map_err(self.failed("stat", &path))?;
+        let mut found = scanned(path.clone(), &stat, kind);
+        if self.options.xattrs == Xattrs::All {
+            found.entry.xattrs =
+                read_xattrs(Target::Open(fd.as_fd())).map_err(self.failed("read attributes", &path))?;
         }
-        let provisional = (choice == Choice::Look).then_some(found.len());
-        found.push(result);
-        let pending = list_reversed(fd.as_fd()).map_err(failed("list", &path))?;
-        stack.push(Frame { fd: Some(fd), identity: identity(&stat), path, pending, state, provisional });
-        if let Some(far) = stack.len().checked_sub(OPEN_DIRECTORIES + 1) {
-            stack[far].fd = None;
-        }
+        let pending = list_reversed(fd.as_fd()).map_err(self.failed("list", &path))?;
+        let provisional = choice == Choice::Look;
+        Ok(Visited::Directory(Box::new(Directory {
+            found,
+            fd,
+            identity: identity(&stat),
+            path,
+            pending,
+            state,
+            provisional,
+        })))
     }
-    Ok(found)
 }
 
 /// Byte-wise sorted, the last first.
@@ -358,11 +491,12 @@ fn scanned(path: Vec<u8>, stat: &Statx, kind: Kind) -> Scanned {
 }
 
 /// Numbers the groups of entries that are names of one inode, counted from 1 in path order; a lone name gets 0.
-pub(crate) fn link_groups(found: &[Scanned]) -> Vec<u32> {
+pub(crate) fn link_groups<'a>(found: impl IntoIterator<Item = &'a Scanned>) -> Vec<u32> {
     let mut groups: std::collections::HashMap<(u64, u64), (usize, u32)> = std::collections::HashMap::new();
-    let mut numbers = vec![0; found.len()];
+    let mut numbers = Vec::new();
     let mut last = 0;
-    for (position, item) in found.iter().enumerate() {
+    for (position, item) in found.into_iter().enumerate() {
+        numbers.push(0);
         if item.nlink < 2 || !item.entry.is_file() {
             continue;
         }

@@ -336,6 +336,10 @@ pub struct Solved {
     pub names: Vec<[String; 2]>,
 }
 
+/// Most vertices that are carried out at once, or four for each processor where that is more: enough for steps that wait for
+/// the network, while each takes a thread and some MB of memory.
+const AT_ONCE: usize = 32;
+
 /// Carries out a graph. `events` is told what happens, from several threads.
 pub fn solve(
     definition: &Definition,
@@ -398,29 +402,38 @@ impl Build<'_> {
         let mut schedule = Schedule::new(self.definition);
         let (reports, inbox) = mpsc::channel::<(VertexId, Result<Value, SolveError>)>();
         let mut failure = None;
+        let at_once = std::thread::available_parallelism().map_or(1, usize::from).saturating_mul(4).max(AT_ONCE);
         std::thread::scope(|scope| {
             let mut commands: VecDeque<Command> = schedule.step(schedule::Event::Begin).into();
             let mut interrupted = false;
+            let mut ready: VecDeque<VertexId> = VecDeque::new();
+            let mut running = 0;
             loop {
                 while let Some(command) = commands.pop_front() {
                     match command {
-                        Command::Start(vertex) => {
-                            let reports = reports.clone();
-                            scope.spawn(move || {
-                                let _ = reports.send((vertex, self.carry_out(vertex)));
-                            });
-                        }
+                        Command::Start(vertex) => ready.push_back(vertex),
                         Command::Stop => self.cancel.cancel(),
                         Command::Cancelled(vertex) => self.tell(Event::Canceled { id: vertex.0 }),
                         Command::Finish => return,
                     }
                 }
+                while running < at_once
+                    && let Some(vertex) = ready.pop_front()
+                {
+                    running += 1;
+                    let reports = reports.clone();
+                    scope.spawn(move || {
+                        let _ = reports.send((vertex, self.carry_out(vertex)));
+                    });
+                }
                 let event = match inbox.recv_timeout(Duration::from_millis(50)) {
                     Ok((vertex, Ok(value))) => {
+                        running -= 1;
                         self.set(vertex, value);
                         schedule::Event::Done(vertex)
                     }
                     Ok((vertex, Err(error))) => {
+                        running -= 1;
                         failure.get_or_insert(error);
                         schedule::Event::Failed(vertex)
                     }

@@ -76,7 +76,8 @@ pub enum Fork {
     Parent(Pid),
 }
 
-/// Splits the process in two; the child lives in new namespaces according to `namespaces` (`CLONE_NEW*`).
+/// Splits the process in two; the child lives in new namespaces according to `namespaces` (`CLONE_NEW*`), and is a child of this
+/// process's parent with `CLONE_PARENT`.
 ///
 /// Refuses when the process has more than one thread: the child would have copies of locks that nobody releases.
 pub fn fork(namespaces: libc::c_int) -> Result<Fork> {

@@ -313,11 +313,15 @@ const CASES: &[Case] = &[
     ("a signal from outside comes back as such", |fixture| {
         let spec = fixture.spec(&["sh", "-c", "echo ready; while :; do sleep 1; done"]);
         let outcome = sandbox::run(&spec, &Cancel::new().expect("cancel"), &mut |_, _| {
-            let children =
-                |pid: u32| fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-            let supervisor = children(std::process::id());
-            let supervisor = supervisor.trim().parse().expect("supervisor");
-            let step: i32 = children(supervisor).trim().parse().expect("step");
+            let children = |pid: i32| -> Vec<i32> {
+                let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+                let lists = tasks.map(|task| fs::read_to_string(task.path().join("children")).unwrap_or_default());
+                lists
+                    .flat_map(|list| list.split_whitespace().map(|pid| pid.parse().expect("pid")).collect::<Vec<_>>())
+                    .collect()
+            };
+            // The spawner has no children.
+            let step = children(std::process::id() as i32).into_iter().flat_map(children).next().expect("step");
             let pid = rustix::process::Pid::from_raw(step).expect("pid");
             rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("kill");
         });

@@ -4,7 +4,8 @@ use crate::bases;
 use crate::build::{Scratch, is_root, nacre, run, sh};
 use std::process::Command;
 
-const DOCKERFILE: &str = "FROM busybox\nRUN echo built > /built && ln /built /linked && rm /bin/vi\nCOPY Dockerfile /\nCMD [\"cat\", \"/built\"]\n";
+const DOCKERFILE: &str =
+    "FROM busybox\nRUN echo built > /built && ln /built /linked && rm /bin/vi\nCOPY . /\nCMD [\"cat\", \"/built\"]\n";
 
 fn build(scratch: &Scratch, output: &str) {
     scratch.file("app/Dockerfile", DOCKERFILE);
@@ -34,11 +35,41 @@ fn skopeo_reads_the_store_and_every_codec() {
     }
 }
 
+/// Bytes for chunks of every kind: text, which takes the usual level; what gets no smaller; and both in turns.
+fn chunks_of_every_kind() -> Vec<u8> {
+    let mut state = 1_u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    let text: Vec<u8> = (0..200_000).flat_map(|_| format!("{} ", next() % 5000).into_bytes()).collect();
+    let random: Vec<u8> = (0..400_000).flat_map(|_| next().to_le_bytes()).collect();
+    let turns: Vec<u8> =
+        random.chunks(2048).zip(text.chunks(2048).cycle()).flat_map(|(a, b)| [a, b].concat()).collect();
+    [text, random, turns].concat()
+}
+
 #[test]
-fn two_gzip_programs_and_gnu_tar_read_the_layers() {
+fn zlib_libdeflate_7z_go_and_gnu_tar_read_the_layers() {
     let scratch = Scratch::new("gzip");
     let layout = scratch.path("layout");
+    std::fs::create_dir_all(scratch.path("app")).expect("a directory of ours");
+    std::fs::write(scratch.path("app/data"), chunks_of_every_kind()).expect("a file of ours");
     build(&scratch, &format!("type=oci,dest={},tar=false,name=a:1", layout.display()));
+    // Go's: skopeo writes each layer as the tar that it holds, under the tar's digest.
+    let plain = scratch.path("plain");
+    let image = format!("oci:{}:1", layout.display());
+    sh(&[
+        "skopeo",
+        "--insecure-policy",
+        "copy",
+        "-q",
+        "--dest-decompress",
+        &image,
+        &format!("dir:{}", plain.display()),
+    ]);
     let mut read = 0;
     for blob in std::fs::read_dir(layout.join("blobs/sha256")).expect("the layout holds blobs") {
         let path = blob.expect("a blob").path();
@@ -46,9 +77,20 @@ fn two_gzip_programs_and_gnu_tar_read_the_layers() {
             continue;
         }
         let path = path.to_str().expect("a digest").to_owned();
-        let gzip = run(Command::new("sh").args(["-c", &format!("gzip -dc < {path} | sha256sum")]));
-        let pigz = run(Command::new("sh").args(["-c", &format!("pigz -dc < {path} | sha256sum")]));
-        assert_eq!(gzip, pigz);
+        let readers = [
+            "gzip -dc",
+            "pigz -dc",
+            "libdeflate-gunzip -c",
+            "7z e -so -si -tgzip",
+            "python3 -c 'import gzip, shutil, sys; shutil.copyfileobj(gzip.open(sys.stdin.buffer), sys.stdout.buffer)'",
+        ];
+        let sums = readers.map(|reader| {
+            run(Command::new("bash")
+                .args(["-c", &format!("set -o pipefail; {reader} < {path} 2>/dev/null | sha256sum")]))
+        });
+        assert!(sums.iter().all(|sum| *sum == sums[0]), "{readers:?}: {sums:?}");
+        let digest = sums[0].split_whitespace().next().expect("a sum");
+        assert!(plain.join(digest).exists(), "skopeo found another tar than {digest}");
         assert!(!sh(&["tar", "-tzf", &path]).is_empty());
         read += 1;
     }

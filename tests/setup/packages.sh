@@ -6,7 +6,7 @@ set -euo pipefail
 wanted=(
     busybox-static:busybox uidmap:newuidmap skopeo:skopeo umoci:umoci runc:runc podman:podman buildah:buildah
     mmdebstrap:mmdebstrap docker-registry:docker-registry zstd:zstd xz-utils:xz bzip2:bzip2 python3:python3 git:git
-    curl:curl pigz:pigz qemu-user-static:qemu-aarch64-static openssl:openssl openssh-client:ssh-agent ca-certificates:update-ca-certificates
+    curl:curl pigz:pigz libdeflate-tools:libdeflate-gunzip p7zip-full:7z qemu-user-static:qemu-aarch64-static openssl:openssl openssh-client:ssh-agent ca-certificates:update-ca-certificates
     qemu-system-x86:qemu-system-x86_64 strace:strace passt:pasta iproute2:ip
 )
 PATH=$PATH:/usr/sbin:/sbin

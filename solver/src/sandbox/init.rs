@@ -1,4 +1,4 @@
-//! The supervisor of a step: `nacre __sandbox`.
+//! The supervisor of a step.
 //!
 //! ```text
 //! stdin: memfd with the order (JSON); the answer (JSON) is appended to it
@@ -14,7 +14,8 @@ use super::chroot::Furniture;
 use super::emulation::Emulator;
 use super::points::{self, Traces};
 use super::{
-    Failure, FailureKind, Isolation, Order, Outcome, Rootfs, RunSpec, SpecProblem, Status, network, probe, step,
+    Failure, FailureKind, Isolation, Order, Outcome, Rootfs, RunSpec, SpecProblem, Status, network, probe, spawner,
+    step,
 };
 use crate::sys::{self, Call, CallError, Fork, Param};
 use rustix::event::{PollFd, PollFlags};
@@ -36,22 +37,24 @@ pub(super) struct Progress {
     pub(super) listener: Option<i32>,
 }
 
-/// Runs as the supervisor of one step; never returns. The binary's `main` calls this first thing, before anything
+/// Runs as one of the sandbox's own processes; never returns. The binary's `main` calls this first thing, before anything
 /// makes a thread, when its first argument is [`super::SANDBOX_ARGUMENT`].
 pub fn sandbox_main() -> ! {
     sys::forgo_huge_pages();
     let code = match std::env::args_os().nth(1 + 1) {
         Some(word) if word == probe::ARGUMENT => probe::main(),
         Some(word) if word == network::ARGUMENT => network::main(),
-        _ => main(),
+        Some(word) if word == spawner::ARGUMENT => spawner::main(),
+        _ => MISUSE,
     };
     sys::exit_now(code)
 }
 
 /// Exit code for a caller that does not speak the protocol.
-const MISUSE: i32 = 70;
+pub(super) const MISUSE: i32 = 70;
 
-fn main() -> i32 {
+/// Runs as the supervisor of a step, in a process that the spawner has forked for it; the exit code.
+pub(super) fn main() -> i32 {
     // Blocked first: from here on a SIGTERM is read, not suffered.
     sys::block_signals(&[libc::SIGTERM]);
     sys::expect_children();

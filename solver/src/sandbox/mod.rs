@@ -1,14 +1,14 @@
 //! The sandbox that RUN steps live in.
 //!
 //! ```text
-//! nacre ──exec──▶ supervisor ──fork──▶ step: pid 1 of its own pid namespace
+//! nacre ─spawner─▶ supervisor ──fork──▶ step: pid 1 of its own pid namespace
 //!   │  spec, result: memfd   │ mounts the overlay (detached)   │ mount, ipc, uts, cgroup (and net) namespaces
 //!   │  output: two pipes     │ waits, cleans mount points up   │ mounts, pivot_root, limits, seccomp, capabilities
 //!   └────────────────────────┴─────────────────────────────────┴▶ execve of the command
 //! ```
 //!
-//! The *supervisor* (`init::main`) is a fresh single-threaded process, because a builder with threads and a large
-//! heap must not fork. It mounts the root file system without putting it anywhere, so that nothing is ever mounted
+//! The *supervisor* (`init::main`) is a small single-threaded process, because a builder with threads and a large
+//! heap must not fork; see [`spawner`]. It mounts the root file system without putting it anywhere, so that nothing is ever mounted
 //! on the host, and keeps a descriptor of it to take unused mount points away after the step. The step's first
 //! process becomes the command itself, process 1 as Dockerfiles expect, so that its exit status or signal is exact
 //! and the kernel kills everything else of the step with it.
@@ -42,6 +42,7 @@ pub mod network;
 mod points;
 mod probe;
 pub mod seccomp;
+mod spawner;
 mod step;
 mod syscalls;
 
@@ -55,14 +56,14 @@ use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 use serde::{Deserialize, Serialize};
 use std::io::Seek;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-/// First argument of a nacre process that is to be the supervisor of a step: `nacre __sandbox`.
+/// First argument of a nacre process that belongs to a sandbox: `nacre __sandbox`.
 pub const SANDBOX_ARGUMENT: &str = "__sandbox";
 
 /// What keeps a step from the rest of the machine.
@@ -505,49 +506,49 @@ pub fn run_for(
         move |source| SandboxError::Prepare { doing, source }
     };
     let order = serde_json::to_vec(&Order { parent: std::process::id() as i32, spec })?;
-    // The result comes back in the same memory, behind the spec: no descriptor but the standard ones has to be
-    // inherited, and so std can start the program without copying this process.
+    // The result comes back in the same memory, behind the spec.
     let channel = memory_file("nacre-step", &order).map_err(prepare("pass the step on"))?;
-    let answer = channel.try_clone().call(|| "dup(memfd)".into()).map_err(prepare("pass the step on"))?;
-
-    let program = supervisor_program().map_err(prepare("open the program itself"))?;
-    let mut command = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()));
-    command.arg0("nacre").arg(SANDBOX_ARGUMENT).env_clear();
-    if sys::gives_huge_pages() {
-        command.env(sys::HUGE_PAGES, "1");
-    }
-    command.stdin(channel).stdout(Stdio::piped()).stderr(Stdio::piped());
-    // A Ctrl-C at the terminal is for the builder alone; it decides what happens to its steps.
-    command.process_group(0);
     // Where a step shares the pid namespace, it can kill its supervisor; what is left of it comes here then.
     rustix::process::set_child_subreaper(rustix::process::Pid::from_raw(1))
         .call(|| "prctl(PR_SET_CHILD_SUBREAPER)".into())
         .map_err(prepare("keep hold of the step's processes"))?;
-    let mut supervisor = command
-        .spawn()
-        .call(|| format!("execve({:?}, {SANDBOX_ARGUMENT})", command.get_program()))
+    let pipe = || {
+        rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+            .call(|| "pipe()".into())
+            .map_err(prepare("take the step's output"))
+    };
+    let ((stdout, to_stdout), (stderr, to_stderr)) = (pipe()?, pipe()?);
+    let pid = spawner::spawn([channel.as_fd(), to_stdout.as_fd(), to_stderr.as_fd()])
         .map_err(prepare("start the supervisor of the step"))?;
-
-    let pid = rustix::process::Pid::from_child(&supervisor);
-    let streams = [
-        supervisor.stdout.take().map(|stream| (Stream::Stdout, OwnedFd::from(stream))),
-        supervisor.stderr.take().map(|stream| (Stream::Stderr, OwnedFd::from(stream))),
-    ];
-    let forwarded = forward(streams.into_iter().flatten().collect(), pid, cancel, deadline, output);
+    // The ends of the streams that keep them open.
+    drop((to_stdout, to_stderr));
+    let streams = vec![(Stream::Stdout, stdout), (Stream::Stderr, stderr)];
+    let forwarded = forward(streams, pid, cancel, deadline, output);
     if forwarded.is_err() {
         // Nobody reads the output any more: do not leave the step behind.
         _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
     }
-    let status = supervisor.wait().call(|| format!("wait({pid:?})")).map_err(prepare("wait for the step"))?;
+    let status = wait_for(pid).map_err(prepare("wait for the step"))?;
     let in_time = forwarded.map_err(prepare("read the output of the step"))?;
 
-    let report = read_answer(answer, order.len() as u64);
+    let report = read_answer(channel, order.len() as u64);
     match report.and_then(|bytes| serde_json::from_slice::<Result<Outcome, Failure>>(&bytes).ok()) {
         _ if cancel.is_cancelled() => Err(SandboxError::Cancelled),
         _ if !in_time => Err(SandboxError::TimedOut),
         Some(Ok(outcome)) => Ok(outcome),
         Some(Err(failure)) => Err(failure.into_error()),
         None => Err(SandboxError::Lost { status: status.to_string() }),
+    }
+}
+
+/// Waits for a child of this process.
+fn wait_for(pid: rustix::process::Pid) -> sys::Result<ExitStatus> {
+    loop {
+        match rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty()) {
+            Ok(Some((_, status))) => return Ok(ExitStatus::from_raw(status.as_raw())),
+            Ok(None) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(CallError::new(format!("wait({pid:?})"), error)),
+        }
     }
 }
 
