@@ -178,15 +178,16 @@ impl TreeWriter {
             self.last_dir = Some((tree::parent(&entry.path).to_vec(), fd));
         }
         let Some((_, dir)) = &self.last_dir else { return Ok(()) };
-        let dir = dir.try_clone().map_err(|source| MaterializeError::Call {
-            call: "dup",
-            path: self.path(&entry.path),
-            source,
-        })?;
-        if self.clear(dir.as_fd(), &entry.path)? {
-            self.written.retain(|path, _| !tree::is_within(path, &entry.path));
-        }
-        let mut file = self.create(dir.as_fd(), &entry.path)?;
+        let mut file = match create_new(dir.as_fd(), name_of(&entry.path)) {
+            // An archive may have a name twice.
+            Err(Errno::EXIST) => {
+                if self.clear(dir.as_fd(), &entry.path)? {
+                    self.written.retain(|path, _| !tree::is_within(path, &entry.path));
+                }
+                self.create(dir.as_fd(), &entry.path)?
+            }
+            made => made.map_err(|error| self.failed("create", &entry.path, error))?,
+        };
         let found = copy_buffered(data, &mut file)
             .map_err(|source| MaterializeError::Content { path: text(&entry.path), source })?;
         self.check_size(entry, found)?;
@@ -481,10 +482,7 @@ impl TreeWriter {
 
     fn create(&self, dir: BorrowedFd<'_>, path: &[u8]) -> Result<File, MaterializeError> {
         let name = name_of(path);
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        retry(dir, name, || openat(dir, name, flags, Mode::RUSR | Mode::WUSR))
-            .map(File::from)
-            .map_err(|error| self.failed("create", path, error))
+        retry(dir, name, || create_new(dir, name)).map_err(|error| self.failed("create", path, error))
     }
 
     fn check_size(&self, entry: &Entry, found: u64) -> Result<(), MaterializeError> {
@@ -503,6 +501,11 @@ impl TreeWriter {
     fn failed(&self, call: &'static str, path: &[u8], error: Errno) -> MaterializeError {
         MaterializeError::Call { call, path: self.path(path), source: error.into() }
     }
+}
+
+fn create_new(dir: BorrowedFd<'_>, name: &[u8]) -> Result<File, Errno> {
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    openat(dir, name, flags, Mode::RUSR | Mode::WUSR).map(File::from)
 }
 
 /// Runs `make`, and once more after removing `name` when that was in the way.
