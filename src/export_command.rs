@@ -509,7 +509,13 @@ pub(crate) fn report(request: &BuildRequest, built: &[Built]) -> Result<(), Comm
         let text = serde_json::to_string_pretty(&metadata).unwrap_or_default();
         write_file(path, format!("{text}\n").as_bytes())?;
     }
+    let printed = request.outputs.iter().any(|output| matches!(output.dest(), Some(Destination::Stdout)));
     match root {
+        // Behind an archive it would be a part of it.
+        Some(root) if request.quiet && printed => {
+            crate::print_error(&format!("{}\n", root.digest));
+            Ok(())
+        }
         Some(root) if request.quiet => crate::print_result(&format!("{}\n", root.digest)),
         _ => Ok(()),
     }
