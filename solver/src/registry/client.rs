@@ -992,10 +992,11 @@ impl Body {
                     RegistryError::Slow { host, repository, received: self.received, after }
                 }
                 Ok(Ok(Some(bytes))) => {
-                    self.since_failure += bytes.len() as u64;
                     let skipped = self.skip.min(bytes.len() as u64);
                     self.skip -= skipped;
                     let bytes = &bytes[usize::try_from(skipped).unwrap_or(bytes.len())..];
+                    // What was there before is no progress.
+                    self.since_failure += bytes.len() as u64;
                     self.received += bytes.len() as u64;
                     self.client.0.received.fetch_add(bytes.len() as u64, Ordering::Relaxed);
                     if let Some(expected) = self.expected.filter(|expected| self.received > *expected) {
@@ -1028,12 +1029,18 @@ impl Body {
 
     fn resume(&mut self) -> Result<(), RegistryError> {
         let mut exchange = self.exchange.clone();
+        // Some registries know no range without an end.
+        let last = self.expected.map(|expected| expected.saturating_sub(1).to_string()).unwrap_or_default();
         if self.received > 0
-            && let Ok(range) = HeaderValue::from_str(&format!("bytes={}-", self.received))
+            && let Ok(range) = HeaderValue::from_str(&format!("bytes={}-{last}", self.received))
         {
             exchange.headers.insert(header::RANGE, range);
         }
-        let (response, _) = self.client.exchange(&exchange)?;
+        let (response, _) = match self.client.exchange(&exchange) {
+            // And some no ranges at all, which they must not call an error, but do.
+            Err(RegistryError::Status { status: 400 | 416 | 501, .. }) => self.client.exchange(&self.exchange)?,
+            answer => answer?,
+        };
         let from_start = |start: u64| {
             let range = response.headers().get(header::CONTENT_RANGE).and_then(|value| value.to_str().ok());
             range.is_some_and(|range| range.starts_with(&format!("bytes {start}-")))
