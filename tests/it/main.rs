@@ -45,4 +45,5 @@ mod proxies;
 mod proxy;
 mod registry;
 mod remote_cache;
+mod second_registry;
 mod story;
