@@ -481,13 +481,15 @@ impl Client {
         }
         let text = format!("https://{host}/v2/");
         let url = Url::parse(&text).map_err(|_| RegistryError::BadUrl { url: text })?;
-        let request = self.http_client(&url)?.get(url);
+        let request = self.http_client(&url)?.get(url.clone());
         let timeout = self.0.options.connect_timeout;
         let answer = self.runtime()?.block_on(async { tokio::time::timeout(timeout, request.send()).await });
         // A certificate that is not good enough, ours or the server's, is HTTPS, too; connections include TLS.
         let https = match &answer {
             Ok(Ok(_)) => true,
-            Ok(Err(error)) => !error.is_connect() || untrusted(error).is_some() || refuses_client(error).is_some(),
+            Ok(Err(error)) => {
+                !error.is_connect() || untrusted(error).is_some() || self.alert_about_client(error, &url).is_some()
+            }
             Err(_) => false,
         };
         locked(&self.0.speaks_https).insert(host.to_owned(), https);
@@ -588,7 +590,7 @@ impl Client {
             return Some(alert);
         }
         let is_new = !locked(&self.0.content).contains(&host_with_port(url));
-        if !is_new || url.scheme() != "https" || error.is_connect() || !error.is_request() {
+        if !is_new || url.scheme() != "https" || !came_far(error) {
             return None;
         }
         let root = url.join("/v2/").ok()?;
@@ -1229,6 +1231,17 @@ fn refuses_client(error: &reqwest::Error) -> Option<String> {
         }
         _ => None,
     }
+}
+
+/// Whether a request died behind the handshake of TLS, as far as that can be told: setting HTTP/2 up counts as
+/// connecting. Where it cannot, it costs a question more.
+fn came_far(error: &reqwest::Error) -> bool {
+    let near = ["tcp connect error", "dns error", "tunnel error"];
+    let never_got_there = |error: &(dyn std::error::Error + 'static)| {
+        let words = error.to_string();
+        near.iter().any(|start| words.starts_with(start))
+    };
+    !error.is_timeout() && tls_error(error).is_none() && !causes(error).any(never_got_there)
 }
 
 /// What is wrong with the server's certificate, if that is it.
