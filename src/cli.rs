@@ -31,7 +31,7 @@ Environment:
   DOCKER_CONFIG      directory of config.json: credentials, and proxies for RUN
   REGISTRY_AUTH_FILE file with credentials in its place
   SSL_CERT_FILE      certificates of authorities in place of the system's
-  HTTP_PROXY, HTTPS_PROXY, NO_PROXY   for nacre's own requests";
+  HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY   for nacre's own requests, also in small letters";
 
 const IGNORED_FLAGS: &str = "\
 Accepted for docker build's sake, without effect: --rm, --force-rm, --compress, --squash, --builder, \

@@ -12,7 +12,7 @@ use nacre_solver::export::{self, Archive, Dest, ExportError, ExportImage};
 use nacre_solver::image::{Annotations, Assembled, Descriptor, Media, Timestamp, assemble, assemble_index};
 use nacre_solver::op::source::{ResolvedImage, SourceContext};
 use nacre_solver::push::{PushBlob, PushError, PushImage, PushReport, push, push_ahead};
-use nacre_solver::registry::{RegistryError, RemoteImage, Uploaded};
+use nacre_solver::registry::{RemoteImage, Uploaded};
 use nacre_solver::snapshot::{self, AlsoTo, Layer, LayerBlob, Snapshot, SnapshotError, Workspace};
 use nacre_solver::solve::{Event, Phase, Solved, Span};
 use nacre_solver::tree::blob::Codec;
@@ -85,18 +85,10 @@ pub(crate) fn push_error(error: &PushError) -> CommandError {
     let (exit, help) = match error {
         PushError::Interrupted => return CommandError::Interrupted,
         PushError::Store(_) | PushError::BadDocument { .. } | PushError::Missing { .. } => (Exit::Store, None),
-        PushError::Registry(error) => (Exit::Source, registry_help(error)),
-        PushError::Source(_) => (Exit::Source, None),
+        PushError::Registry(error) => (Exit::Source, error.help()),
+        PushError::Source(error) => (Exit::Source, error.help()),
     };
     CommandError::new(exit, error, help)
-}
-
-/// A way out of a registry's refusal.
-pub(crate) fn registry_help(error: &RegistryError) -> Option<String> {
-    match error {
-        RegistryError::Denied { host, .. } => Some(format!("log in with: nacre login {host}")),
-        _ => None,
-    }
 }
 
 /// Writes all outputs.
@@ -509,7 +501,13 @@ pub(crate) fn report(request: &BuildRequest, built: &[Built]) -> Result<(), Comm
         let text = serde_json::to_string_pretty(&metadata).unwrap_or_default();
         write_file(path, format!("{text}\n").as_bytes())?;
     }
+    let printed = request.outputs.iter().any(|output| matches!(output.dest(), Some(Destination::Stdout)));
     match root {
+        // Behind an archive it would be a part of it.
+        Some(root) if request.quiet && printed => {
+            crate::print_error(&format!("{}\n", root.digest));
+            Ok(())
+        }
         Some(root) if request.quiet => crate::print_result(&format!("{}\n", root.digest)),
         _ => Ok(()),
     }

@@ -2,7 +2,7 @@
 
 use crate::build_command::failure;
 use crate::cli::{InspectArgs, ListFormat, PullArgs, PushArgs, RmiArgs, SaveArgs, TagArgs};
-use crate::export_command::{registry_help, send};
+use crate::export_command::send;
 use crate::interrupt::end_on_signals;
 use crate::report::{CommandError, Exit};
 use crate::request::Environment;
@@ -33,11 +33,7 @@ pub(crate) fn store_error(error: StoreError) -> CommandError {
 }
 
 pub(crate) fn source_error(error: &SourceError) -> CommandError {
-    let help = match error {
-        SourceError::Registry(error) => registry_help(error),
-        _ => None,
-    };
-    CommandError::new(Exit::Source, error, help)
+    CommandError::new(Exit::Source, error, error.help())
 }
 
 pub(crate) fn reference(name: &str) -> Result<Reference, CommandError> {

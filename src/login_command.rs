@@ -68,7 +68,11 @@ pub(crate) fn login(args: &LoginArgs, env: &Environment) -> Result<(), CommandEr
     let credentials = Credentials { user, password, ..Credentials::default() };
     let options = ClientOptions { given: Some((host.clone(), credentials.clone())), ..env.registry(&args.registry) };
     let timeout = options.helper_timeout;
-    let failed = |error: RegistryError| CommandError::new(Exit::Source, &error, None);
+    let failed = |error: RegistryError| {
+        // Who is just logging in need not be told to.
+        let help = error.help().filter(|_| !matches!(error, RegistryError::Denied { .. }));
+        CommandError::new(Exit::Source, &error, help)
+    };
     let client = Client::new(options);
     client.log_in(&host).map_err(failed)?;
     // A token server may give something in place of the password that can be taken back and opens nothing else.

@@ -628,13 +628,15 @@ impl Environment {
     }
 
     fn proxies(&self) -> Proxies {
-        let either = |lower: &str, upper: &str| {
-            self.get(lower).or_else(|| self.get(upper)).and_then(OsStr::to_str).map(str::to_owned)
+        // As in Go, capital letters first, and what is empty is as good as not there.
+        let first = |names: &[&str]| {
+            let mut values = names.iter().filter_map(|name| self.get(name)?.to_str());
+            values.find(|value| !value.trim().is_empty()).map(|value| value.trim().to_owned())
         };
         Proxies {
-            http: either("http_proxy", "HTTP_PROXY"),
-            https: either("https_proxy", "HTTPS_PROXY"),
-            exceptions: either("no_proxy", "NO_PROXY"),
+            http: first(&["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"]),
+            https: first(&["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"]),
+            exceptions: first(&["NO_PROXY", "no_proxy"]),
         }
     }
 }

@@ -394,7 +394,7 @@ fn a_broken_download_goes_on_where_it_broke() {
     let server = Server::start(move |_, (_, headers), stream| {
         let start: usize = headers
             .get("range")
-            .and_then(|range| range.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok())
+            .and_then(|range| range.strip_prefix("bytes=")?.strip_suffix("-399999")?.parse().ok())
             .unwrap_or(0);
         let end = (start + 150_000).min(served.len());
         let (status, range) = match start {
@@ -434,6 +434,31 @@ fn a_server_that_always_breaks_is_given_up() {
     });
     let options = ClientOptions { attempts: 3, ..quick() };
     assert!(read_blob(&Client::new(options), &server.host, &blob_of(b"0123456789")).is_err());
+    assert_eq!(server.lines().len(), 3);
+    // Without ranges, much comes each time, and always the same.
+    let content = vec![5; 50_000];
+    let server = Server::start(|_, _, stream| {
+        let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 50000\r\n\r\n");
+        let _ = stream.write_all(&[5; 20_000]);
+    });
+    let options = ClientOptions { attempts: 3, ..quick() };
+    assert!(read_blob(&Client::new(options), &server.host, &blob_of(&content)).is_err());
+    assert_eq!(server.lines().len(), 3);
+}
+
+#[test]
+fn a_registry_that_refuses_ranges_is_read_again() {
+    let content = vec![5; 50_000];
+    let served = content.clone();
+    let server = Server::start(move |number, (_, headers), stream| match (number, headers.contains_key("range")) {
+        (_, true) => reply(stream, "416 Range Not Satisfiable", "", b""),
+        (0, _) => {
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 50000\r\n\r\n");
+            let _ = stream.write_all(&served[..20_000]);
+        }
+        _ => reply(stream, "200 OK", "", &served),
+    });
+    assert_eq!(read_blob(&Client::new(quick()), &server.host, &blob_of(&content)).unwrap(), content);
     assert_eq!(server.lines().len(), 3);
 }
 

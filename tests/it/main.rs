@@ -22,6 +22,7 @@ mod process;
 #[cfg(feature = "s3")]
 mod bucket;
 mod cache;
+mod certificates;
 mod checks;
 mod command_line;
 mod context;
@@ -38,9 +39,11 @@ mod network;
 mod output;
 mod ownership;
 mod platforms;
+mod proxies;
 #[path = "../../solver/tests/registry/proxy.rs"]
 #[expect(dead_code, reason = "the solver's tests use the rest of it")]
 mod proxy;
 mod registry;
 mod remote_cache;
+mod second_registry;
 mod story;

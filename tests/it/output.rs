@@ -107,6 +107,23 @@ fn digest_and_metadata_files() {
 }
 
 #[test]
+fn a_digest_is_no_part_of_an_archive() {
+    for kind in ["oci", "docker"] {
+        let build = simple().flag(format!("--output=type={kind},dest=-")).flag("--quiet");
+        let ended = build.runs();
+        assert!(ended.stderr.starts_with("sha256:") && ended.stderr.len() == 72, "{kind}: {}", ended.stderr);
+        // An archive ends with zeros; bytes behind it are what some programs complain of.
+        assert!(ended.stdout.ends_with(&[0; 1024]) && ended.stdout.len().is_multiple_of(512), "{kind}");
+        let names: Vec<_> = tar::Archive::new(ended.stdout.as_slice())
+            .entries()
+            .expect("an archive")
+            .map(|entry| String::from_utf8_lossy(&entry.expect("an entry").path_bytes()).into_owned())
+            .collect();
+        assert!(names.iter().any(|name| name == "index.json"), "{kind}: {names:?}");
+    }
+}
+
+#[test]
 fn the_same_input_gives_the_same_bytes() {
     let bytes = || {
         let build = simple().env("SOURCE_DATE_EPOCH", "1700000000");

@@ -12,12 +12,12 @@ use std::time::Duration;
 pub(crate) struct Registry {
     child: Child,
     pub(crate) host: String,
-    dir: tempfile::TempDir,
+    pub(crate) dir: tempfile::TempDir,
 }
 
 impl Registry {
     /// Starts Debian's docker-registry; `extra` are lines of its configuration with `DIR` for a directory of its own.
-    fn start(extra: &str, prepare: impl Fn(&Path)) -> Registry {
+    pub(crate) fn start(extra: &str, prepare: impl Fn(&Path)) -> Registry {
         for _ in 0..5 {
             let port = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address").port();
             let dir = tempfile::tempdir().expect("a temporary directory");
@@ -113,17 +113,23 @@ impl Drop for Registry {
 }
 
 /// Another command on a build's store, with a configuration of its own.
-fn nacre(build: &Build, args: &[&str], stdin: Option<&[u8]>) -> Ended {
+pub(crate) fn nacre(build: &Build, args: &[&str], stdin: Option<&[u8]>) -> Ended {
+    nacre_with(build, args, &[], stdin)
+}
+
+/// And with variables.
+pub(crate) fn nacre_with(build: &Build, args: &[&str], variables: &[(&str, &str)], stdin: Option<&[u8]>) -> Ended {
     let mut command = Command::new(env!("CARGO_BIN_EXE_nacre"));
     command.args(args).env("NACRE_STORE", build.store()).env("HOME", build.path("home"));
     for name in ["DOCKER_CONFIG", "REGISTRY_AUTH_FILE", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME"] {
         command.env_remove(name);
     }
+    command.envs(variables.iter().copied());
     run(command, stdin)
 }
 
 #[track_caller]
-fn works(build: &Build, args: &[&str]) -> String {
+pub(crate) fn works(build: &Build, args: &[&str]) -> String {
     let ended = nacre(build, args, None);
     assert_eq!(ended.code, Some(0), "{args:?}: {}", ended.stderr);
     ended.stdout()
@@ -241,11 +247,49 @@ fn images_are_pulled_named_looked_at_and_saved() {
     assert_eq!(fs::read_dir(build.store().join("blobs/sha256")).expect("a directory").count(), 0);
 }
 
-/// A certificate for 127.0.0.1 that signs itself.
+#[test]
+fn what_others_pushed_is_read() {
+    let registry = Registry::plain();
+    registry.add_base();
+    let host = &registry.host;
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    fs::write(dir.path().join("file"), "theirs").expect("a file of our own");
+    fs::write(dir.path().join("policy.json"), r#"{"default":[{"type":"insecureAcceptAnything"}]}"#).expect("a file");
+    let sh = |script: &str| {
+        let output = Command::new("sh").args(["-ec", script]).current_dir(&dir).env("HOST", host).output();
+        let output = output.expect("sh runs");
+        assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    // buildah works on files of its own, which takes root or subordinate ids.
+    let built = crate::nested::is_root();
+    match built {
+        true => sh("b() { c=$1; shift; buildah --root $PWD/root --runroot $PWD/run --storage-driver vfs $c \
+                $(case $c in from | commit) echo --tls-verify=false --signature-policy policy.json ;; esac) \"$@\"; }
+            b from --name c $HOST/library/busybox:1
+            b copy c file /theirs
+            b commit --format oci c docker://$HOST/team/theirs:oci
+            b commit --format docker c docker://$HOST/team/theirs:docker"),
+        false => sh("for form in oci v2s2; do
+            skopeo --policy policy.json copy --format $form --src-tls-verify=false --dest-tls-verify=false \
+                docker://$HOST/library/busybox:1 docker://$HOST/team/theirs:$(echo $form | sed s/v2s2/docker/)
+            done"),
+    }
+    for (tag, media_type) in [("oci", "vnd.oci.image.manifest"), ("docker", "vnd.docker.distribution.manifest.v2")] {
+        let name = format!("{host}/team/theirs:{tag}");
+        let build = Build::new().dockerfile(&format!("FROM {name}\nRUN cat /theirs > /ours; ls /bin/sh >> /ours\n"));
+        assert!(works(&build, &["manifest", "inspect", &name]).contains(media_type), "{tag}");
+        works(&build, &["pull", "-q", &name]);
+        let expected = if built { "theirs/bin/sh\n" } else { "/bin/sh\n" };
+        assert_eq!(build.image().file("/ours"), expected, "{tag}");
+        crate::story::assert_store_is_whole(&build.store());
+    }
+}
+
+/// A certificate for 127.0.0.1 that signs itself, and is an authority, as `openssl req -x509` makes them.
 fn certificate(dir: &Path) {
     let status = Command::new("openssl")
         .args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=test"])
-        .args(["-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=critical,CA:FALSE"])
+        .args(["-addext", "subjectAltName=IP:127.0.0.1"])
         .arg("-keyout")
         .arg(dir.join("key.pem"))
         .arg("-out")

@@ -289,6 +289,15 @@ impl Kept {
     }
 }
 
+/// A registry, the name of the cache of a build in it, and what it keeps of that.
+fn cached() -> (Registry, String, Kept) {
+    let registry = registry();
+    let cache = format!("{}/team/cache:main", registry.host);
+    machine(&registry.host).flag(format!("--cache-to=type=registry,ref={cache},mode=max")).runs();
+    let kept = Kept::of(registry.blobs());
+    (registry, cache, kept)
+}
+
 /// What may happen to a blob.
 type Damage = (&'static str, fn(&Path));
 
@@ -319,11 +328,8 @@ fn assert_one_warning(case: &str, stderr: &str, words: &[&str]) {
 #[test]
 fn a_layer_that_a_registry_has_lost_is_made_again() {
     for (case, damage) in DAMAGES {
-        let registry = registry();
+        let (registry, cache, kept) = cached();
         let host = &registry.host;
-        let cache = format!("{host}/team/cache:main");
-        machine(host).flag(format!("--cache-to=type=registry,ref={cache},mode=max")).runs();
-        let kept = Kept::of(registry.blobs());
         let lost = kept.layer("urandom");
         damage(kept.file(&lost));
         // As long as nobody needs it, nobody notices.
@@ -354,11 +360,8 @@ fn a_layer_that_a_registry_has_lost_is_made_again() {
 #[test]
 fn a_layer_that_only_an_output_needs_is_made_again() {
     for (case, damage) in DAMAGES {
-        let registry = registry();
+        let (registry, cache, kept) = cached();
         let host = &registry.host;
-        let cache = format!("{host}/team/cache:main");
-        machine(host).flag(format!("--cache-to=type=registry,ref={cache},mode=max")).runs();
-        let kept = Kept::of(registry.blobs());
         let lost = kept.layer("echo runtime");
         damage(kept.file(&lost));
         let build = || machine(host).flag(format!("--cache-from={cache}"));
@@ -417,10 +420,8 @@ fn a_directory_that_has_lost_layers_is_used_as_far_as_it_goes() {
 
 #[test]
 fn a_registry_that_goes_away_after_the_records_ends_no_build() {
-    let registry = registry();
-    let host = &registry.host;
-    machine(host).flag(format!("--cache-to=type=registry,ref={host}/team/cache:main,mode=max")).runs();
-    let lost = Kept::of(registry.blobs()).layer("urandom");
+    let (registry, _, kept) = cached();
+    let (host, lost) = (&registry.host, kept.layer("urandom"));
     let away = Proxy::start(host, move |_, line, _| match line.contains(&format!("/blobs/{lost}")) {
         true => Fault::Drop,
         false => Fault::None,
@@ -436,11 +437,8 @@ fn a_registry_that_goes_away_after_the_records_ends_no_build() {
 #[test]
 fn indexes_and_records_that_are_lost_cost_time_alone() {
     for (case, damage) in DAMAGES {
-        let registry = registry();
+        let (registry, cache, kept) = cached();
         let host = &registry.host;
-        let cache = format!("{host}/team/cache:main");
-        machine(host).flag(format!("--cache-to=type=registry,ref={cache},mode=max")).runs();
-        let kept = Kept::of(registry.blobs());
         kept.indexes.iter().for_each(|index| damage(kept.file(index)));
         let edited = machine(host).file("src/list", "d\nc\n").flag(format!("--cache-from={cache}"));
         let edited = edited.flag(format!("--cache-to=type=registry,ref={host}/team/cache:b,mode=max"));

@@ -19,48 +19,78 @@ done
 if command -v busybox >/dev/null && ldd "$(command -v busybox)" >/dev/null 2>&1; then
     missing+=(busybox-static)
 fi
-# busybox for another processor. Taken out of its package: installing it would make that processor one of the system's.
-arm64=/var/cache/nacre-tests/busybox-arm64
-fetch_arm64() {
-    local dir options
-    dir=$(mktemp -d)
-    mkdir -p "$dir/lists/partial" "$dir/cache/archives/partial" "${arm64%/*}"
-    options=(-o "Dir::State::lists=$dir/lists" -o "Dir::Cache=$dir/cache" -o Dir::State::status=/dev/null
-        -o APT::Architecture=arm64 -o APT::Architectures=arm64 -o APT::Sandbox::User=)
+cache=/var/cache/nacre-tests
+
+# fetched FILE WHAT COMMAND: runs COMMAND, which makes FILE, unless it is there.
+fetched() {
+    if [ -e "$1" ]; then
+        return
+    fi
+    if [ "$(id -u)" -ne 0 ]; then
+        echo "tests need $1: run tests/setup/packages.sh as root" >&2
+        exit 1
+    fi
+    echo "fetching $2"
+    mkdir -p "$cache"
+    "$3"
+}
+
+# unpack PACKAGE DIR OPTION...: takes a package apart, without installing it. Lists that the options change are kept in DIR.
+unpack() {
+    local package=$1 dir=$2
+    shift 2
+    local options=(-o APT::Sandbox::User= -o Acquire::Languages=none "$@")
     apt-get "${options[@]}" update -qq
-    (cd "$dir" && apt-get "${options[@]}" download -qq busybox-static)
-    dpkg-deb --fsys-tarfile "$dir"/busybox-static_*_arm64.deb | tar -xO ./bin/busybox >"$dir/busybox"
-    install -m 755 "$dir/busybox" "$arm64"
+    (cd "$dir" && apt-get "${options[@]}" download -qq "$package" && dpkg-deb -x ./*.deb unpacked)
+}
+
+# apart DIR: options for lists and a cache of their own.
+apart() {
+    mkdir -p "$1/lists/partial" "$1/cache/archives/partial"
+    own=(-o "Dir::State::lists=$1/lists" -o "Dir::Cache=$1/cache" -o Dir::State::status=/dev/null)
+}
+
+# busybox for another processor. Taken out of its package: installing it would make that processor one of the system's.
+fetch_arm64() {
+    local dir own
+    dir=$(mktemp -d)
+    apart "$dir"
+    unpack busybox-static "$dir" "${own[@]}" -o APT::Architecture=arm64 -o APT::Architectures=arm64
+    install -m 755 "$dir/unpacked/bin/busybox" "$cache/busybox-arm64"
     rm -r "$dir"
 }
-if [ ! -x "$arm64" ] && [ "$(id -u)" -eq 0 ]; then
-    echo "fetching busybox for arm64"
-    fetch_arm64
-elif [ ! -x "$arm64" ]; then
-    echo "tests need $arm64: run tests/setup/packages.sh as root" >&2
-    exit 1
-fi
+
 # A kernel for tests that this machine's own cannot have, started in an emulator: taken out of its package, not installed.
-linux=/var/cache/nacre-tests/linux
 fetch_linux() {
     local dir package
     dir=$(mktemp -d)
-    mkdir -p "$linux"
-    chmod 755 "$dir"
     apt-get update -qq
     package=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/.*Depends: \(linux-image-[0-9].*\)/\1/p')
-    (cd "$dir" && apt-get -o APT::Sandbox::User= download -qq "$package" && dpkg-deb -x ./*.deb unpacked)
-    install -m 644 "$dir"/unpacked/lib/modules/*/kernel/fs/overlayfs/overlay.ko "$linux/overlay.ko"
-    install -m 644 "$dir"/unpacked/boot/vmlinuz-* "$linux/vmlinuz"
+    unpack "$package" "$dir"
+    mkdir -p "$cache/linux"
+    install -m 644 "$dir"/unpacked/lib/modules/*/kernel/fs/overlayfs/overlay.ko "$cache/linux/overlay.ko"
+    install -m 644 "$dir"/unpacked/boot/vmlinuz-* "$cache/linux/vmlinuz"
     rm -r "$dir"
 }
-if [ ! -e "$linux/vmlinuz" ] && [ "$(id -u)" -eq 0 ]; then
-    echo "fetching a kernel"
-    fetch_linux
-elif [ ! -e "$linux/vmlinuz" ]; then
-    echo "tests need $linux/vmlinuz: run tests/setup/packages.sh as root" >&2
-    exit 1
-fi
+
+# A second registry, `crane registry serve`. Debian has it since after this release, and the program needs the C library only.
+fetch_crane() {
+    local dir mirror own
+    dir=$(mktemp -d)
+    apart "$dir"
+    # Not all of these files are there.
+    mirror=$({ cat /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null || true; } |
+        sed -nE 's/^(URIs:|deb( \[[^]]*\])?) +([^ ]*).*/\3/p' | grep -v security | head -n 1)
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror sid main" >"$dir/sources.list"
+    unpack crane "$dir" "${own[@]}" -o "Dir::Etc::sourcelist=$dir/sources.list" -o Dir::Etc::sourceparts=/dev/null \
+        -o Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false
+    install -m 755 "$dir/unpacked/usr/bin/crane" "$cache/crane"
+    rm -r "$dir"
+}
+
+fetched "$cache/busybox-arm64" "busybox for arm64" fetch_arm64
+fetched "$cache/linux/vmlinuz" "a kernel" fetch_linux
+fetched "$cache/crane" "a second registry" fetch_crane
 if [ ${#missing[@]} -eq 0 ]; then
     exit 0
 fi

@@ -23,6 +23,7 @@ use object_store::path::Path as Key;
 use object_store::{
     BackoffConfig, Certificate, ClientOptions, ObjectStoreExt, PutPayload, RetryConfig, WriteMultipart,
 };
+use reqwest::Url;
 use std::fs::File;
 use std::io::{self, Read};
 use std::pin::Pin;
@@ -236,11 +237,11 @@ impl Bucket {
                 http = http.with_root_certificate(certificate);
             }
         }
-        if let Some(proxy) = options.proxies.https.as_ref().or(options.proxies.http.as_ref()) {
-            http = http.with_proxy_url(proxy);
-            if let Some(exceptions) = &options.proxies.exceptions {
-                http = http.with_proxy_excludes(exceptions);
-            }
+        // Names of buckets below the service's are reached as the service is.
+        let address = settings.endpoint.as_deref().unwrap_or("https://amazonaws.com");
+        let routes = client.routes().map_err(|error| self.failed(&Key::default(), error))?;
+        if let Some(proxy) = Url::parse(address).ok().and_then(|url| routes.of(&url).cloned()) {
+            http = http.with_proxy_url(proxy.as_str());
         }
         let mut builder = AmazonS3Builder::new();
         for (name, value) in &settings.environment {

@@ -394,7 +394,7 @@ impl SourceError {
             Self::Registry(RegistryError::DigestMismatch { found, .. }) => {
                 format!("if the new content is right, the checksum is {found}")
             }
-            Self::Registry(RegistryError::NotFound { .. }) => "look for a mistake in the name or the tag".to_owned(),
+            Self::Registry(error) => return error.help(),
             _ => return None,
         })
     }

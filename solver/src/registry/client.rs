@@ -9,6 +9,7 @@ use super::auth::{Challenge, CredentialFile, Credentials, encode_base64, parse_c
 use super::helper;
 use super::mirror::Mirror;
 use super::payload::Payload;
+use super::proxies::{Proxies, ProxyProblem, Routes};
 use crate::image::{Descriptor, media_type};
 use crate::store::blob::{DOCUMENT_LIMIT_BYTES, sha256};
 use reqwest::header::{self, HeaderMap, HeaderName, HeaderValue};
@@ -63,17 +64,6 @@ pub struct ClientOptions {
     pub helper_timeout: Duration,
 }
 
-/// Proxies, as the usual variables name them. Loopback addresses are never asked through one.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Proxies {
-    /// For `http:`.
-    pub http: Option<String>,
-    /// For `https:`.
-    pub https: Option<String>,
-    /// Hosts that are reached without.
-    pub exceptions: Option<String>,
-}
-
 impl Default for ClientOptions {
     fn default() -> Self {
         Self {
@@ -103,7 +93,10 @@ pub struct Client(Arc<Shared>);
 struct Shared {
     options: ClientOptions,
     runtime: OnceLock<tokio::runtime::Runtime>,
-    clients: Mutex<HashMap<Reach, reqwest::Client>>,
+    clients: Mutex<HashMap<Reach, Connections>>,
+    /// Who has answered by HTTPS, and so is content with our certificate.
+    content: Mutex<HashSet<String>>,
+    routes: OnceLock<Routes>,
     files: OnceLock<Vec<CredentialFile>>,
     /// What files and helpers said, by host and repository.
     credentials: Mutex<HashMap<(String, String), Option<Credentials>>>,
@@ -117,14 +110,32 @@ struct Shared {
     received: AtomicU64,
 }
 
-/// Kinds of connections, each with a client of its own: loopback ones take no proxy, and only HTTPS loads certificates.
+/// What connections of one kind have in common.
+#[derive(Debug, Clone)]
+struct Connections {
+    client: reqwest::Client,
+    /// The file with the certificate that is shown to who asks.
+    identity: Option<PathBuf>,
+}
+
+/// Kinds of connections, each with a client of its own: only HTTPS loads certificates.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Reach {
-    Loopback,
     Http,
     Https,
     /// A host (with port) with certificates of its own, or whose certificate is not checked.
     Special(String),
+}
+
+/// What a connection may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// HTTP/2 and TLS 1.3 where the server knows them.
+    Best,
+    /// HTTP/1.1.
+    Plain,
+    /// HTTP/1.1 and TLS 1.2.
+    Old,
 }
 
 /// What a request is for: decides about credentials and the scope of tokens.
@@ -235,6 +246,8 @@ impl Client {
             options,
             runtime: OnceLock::new(),
             clients: Mutex::default(),
+            content: Mutex::default(),
+            routes: OnceLock::new(),
             files: OnceLock::new(),
             credentials: Mutex::default(),
             authorizations: Mutex::default(),
@@ -353,9 +366,10 @@ impl Client {
     pub(super) fn ask_once(
         &self,
         exchange: &Exchange,
+        url: &Url,
         request: reqwest::RequestBuilder,
     ) -> Result<reqwest::Response, RegistryError> {
-        self.await_answer(exchange, request, None)
+        self.await_answer(exchange, url, request, None)
     }
 
     pub(crate) fn options(&self) -> &ClientOptions {
@@ -467,78 +481,150 @@ impl Client {
         }
         let text = format!("https://{host}/v2/");
         let url = Url::parse(&text).map_err(|_| RegistryError::BadUrl { url: text })?;
-        let request = self.http_client(&url)?.get(url);
+        let request = self.http_client(&url)?.get(url.clone());
         let timeout = self.0.options.connect_timeout;
         let answer = self.runtime()?.block_on(async { tokio::time::timeout(timeout, request.send()).await });
-        let https = matches!(answer, Ok(Ok(_)));
+        // A certificate that is not good enough, ours or the server's, is HTTPS, too; connections include TLS.
+        let https = match &answer {
+            Ok(Ok(_)) => true,
+            Ok(Err(error)) => {
+                !error.is_connect() || untrusted(error).is_some() || self.alert_about_client(error, &url).is_some()
+            }
+            Err(_) => false,
+        };
         locked(&self.0.speaks_https).insert(host.to_owned(), https);
         Ok(https)
     }
 
+    /// Proxies, as they were given.
+    pub(crate) fn routes(&self) -> Result<&Routes, RegistryError> {
+        if let Some(routes) = self.0.routes.get() {
+            return Ok(routes);
+        }
+        let routes = Routes::read(&self.0.options.proxies)?;
+        Ok(self.0.routes.get_or_init(|| routes))
+    }
+
     pub(super) fn http_client(&self, url: &Url) -> Result<reqwest::Client, RegistryError> {
         let reach = self.reach(url);
-        if let Some(client) = locked(&self.0.clients).get(&reach) {
-            return Ok(client.clone());
+        if let Some(known) = locked(&self.0.clients).get(&reach) {
+            return Ok(known.client.clone());
         }
+        let (builder, identity) = self.client_builder(&reach, Way::Best)?;
+        let client = builder.build().map_err(|source| RegistryError::Setup { source })?;
+        let made = Connections { client, identity };
+        Ok(locked(&self.0.clients).entry(reach).or_insert(made).client.clone())
+    }
+
+    /// What makes clients for connections of a kind, and the file with the certificate that they show.
+    fn client_builder(
+        &self,
+        reach: &Reach,
+        way: Way,
+    ) -> Result<(reqwest::ClientBuilder, Option<PathBuf>), RegistryError> {
+        let (old, plain) = (way == Way::Old, way != Way::Best);
         // Fails when it is installed already, which is as good.
         self.ensure_tls();
         let options = &self.0.options;
-        let setup = |source| RegistryError::Setup { source };
+        let routes = self.routes()?.clone();
+        let localhost =
+            [SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0), SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), 0)];
         let mut builder = reqwest::Client::builder()
             .user_agent(concat!("nacre/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(options.connect_timeout)
             .redirect(reqwest::redirect::Policy::none())
             .referer(false)
             .no_proxy()
+            .proxy(reqwest::Proxy::custom(move |url| routes.of(url).cloned()))
+            .resolve_to_addrs("localhost", &localhost)
             .http1_max_headers(200);
-        let name = url.host_str().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
-        if is_loopback(name) {
-            let localhost = [
-                SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0),
-                SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), 0),
-            ];
-            builder = builder.resolve_to_addrs("localhost", &localhost);
-        } else {
-            let exceptions = || options.proxies.exceptions.as_deref().and_then(reqwest::NoProxy::from_string);
-            if let Some(proxy) = &options.proxies.http {
-                builder = builder.proxy(reqwest::Proxy::http(proxy).map_err(setup)?.no_proxy(exceptions()));
-            }
-            if let Some(proxy) = &options.proxies.https {
-                builder = builder.proxy(reqwest::Proxy::https(proxy).map_err(setup)?.no_proxy(exceptions()));
-            }
+        if plain {
+            builder = builder.http1_only();
         }
-        match &reach {
+        let mut identity = None;
+        match reach {
             Reach::Https | Reach::Special(_) => {
-                let host = match &reach {
+                let host = match reach {
                     Reach::Special(host) => Some(host.as_str()),
                     _ => None,
                 };
                 let found = super::certificates::load(&options.authorities, &options.certificates, host)?;
-                if host.is_some_and(|host| self.is_insecure(host)) {
+                let insecure = host.is_some_and(|host| self.is_insecure(host));
+                if insecure {
                     builder = builder.tls_certs_only([]).tls_danger_accept_invalid_certs(true);
+                }
+                if insecure || found.authorities.is_empty() {
+                    if old {
+                        builder = builder.max_tls_version(reqwest::tls::Version::TLS_1_2);
+                    }
+                    if let Some(client) = &found.client {
+                        builder = builder.identity(client.identity.clone());
+                    }
                 } else {
-                    builder = builder.tls_certs_merge(found.authorities);
+                    let protocols: &[&str] = if plain { &["http/1.1"] } else { &["h2", "http/1.1"] };
+                    let config = super::certificates::config(&found, old, protocols);
+                    builder =
+                        builder.tls_backend_preconfigured(config.map_err(|source| RegistryError::Tls { source })?);
                 }
-                if let Some(identity) = found.identity {
-                    builder = builder.identity(identity);
-                }
+                identity = found.client.map(|client| client.path);
             }
-            Reach::Loopback | Reach::Http => builder = builder.tls_certs_only([]),
+            Reach::Http if self.routes()?.by_https() => {}
+            Reach::Http => builder = builder.tls_certs_only([]),
         }
-        let client = builder.build().map_err(setup)?;
-        Ok(locked(&self.0.clients).entry(reach).or_insert(client).clone())
+        Ok((builder, identity))
     }
 
     fn reach(&self, url: &Url) -> Reach {
-        let name = url.host_str().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
         if url.scheme() != "https" {
-            return if is_loopback(name) { Reach::Loopback } else { Reach::Http };
+            return Reach::Http;
         }
-        let host = match url.port() {
-            Some(port) => format!("{}:{port}", url.host_str().unwrap_or_default()),
-            None => url.host_str().unwrap_or_default().to_owned(),
-        };
+        let host = host_with_port(url);
         if self.is_insecure(&host) || self.has_certificates(&host) { Reach::Special(host) } else { Reach::Https }
+    }
+
+    /// Whether a request failed because the server wants another certificate of ours, and its word for that. In TLS 1.3 it
+    /// says so when the client may be sending already, and with HTTP/2 nobody listens any more: so it is asked again in an
+    /// older way.
+    fn alert_about_client(&self, error: &reqwest::Error, url: &Url) -> Option<String> {
+        if let Some(alert) = refuses_client(error) {
+            return Some(alert);
+        }
+        let is_new = !locked(&self.0.content).contains(&host_with_port(url));
+        if !is_new || url.scheme() != "https" || !came_far(error) {
+            return None;
+        }
+        let root = url.join("/v2/").ok()?;
+        [Way::Old, Way::Plain].into_iter().find_map(|way| {
+            let (builder, _) = self.client_builder(&self.reach(url), way).ok()?;
+            let client = builder.build().ok()?;
+            let timeout = self.0.options.connect_timeout;
+            let answer = self
+                .runtime()
+                .ok()?
+                .block_on(async { tokio::time::timeout(timeout, client.get(root.clone()).send()).await });
+            refuses_client(&answer.ok()?.err()?)
+        })
+    }
+
+    /// What a request that got no answer died of.
+    fn lost(&self, exchange: &Exchange, url: &Url, source: reqwest::Error) -> RegistryError {
+        let (host, repository) = (exchange.host.clone(), exchange.repository.clone());
+        let source = source.without_url();
+        if let Some(alert) = self.alert_about_client(&source, url) {
+            let shown = locked(&self.0.clients).get(&self.reach(url)).and_then(|known| known.identity.clone());
+            let place = host_with_port(url);
+            let expected = self.0.options.certificates.iter().map(|directory| directory.join(&place)).collect();
+            return RegistryError::ClientCertificate { host, repository, alert, shown, expected };
+        }
+        let proxy = self.routes().ok().and_then(|routes| routes.shown(url));
+        match proxy.zip(proxy_problem(&source, url)) {
+            Some((proxy, problem)) => {
+                // The rest of a refusal is that there was one.
+                let source = Some(source).filter(|_| problem == ProxyProblem::Unreachable);
+                RegistryError::Proxy { host, repository, proxy, problem, source }
+            }
+            None => RegistryError::Transport { host, repository, source },
+        }
     }
 
     fn credentials(&self, host: &str, repository: &str) -> Result<Option<Credentials>, RegistryError> {
@@ -612,7 +698,7 @@ impl Client {
                     }
                     let pause = retry_after(response.headers());
                     let again = is_passing_status(status.as_u16());
-                    let error = self.refusal(exchange, response, sent_credentials);
+                    let error = self.refusal(exchange, &url, response, sent_credentials);
                     if !again {
                         return Err(error);
                     }
@@ -671,7 +757,7 @@ impl Client {
                 request = request.header(header::CONTENT_LENGTH, payload.length()).body(body);
                 sent = Some(counter);
             }
-            let response = self.await_answer(exchange, request, sent.as_deref())?;
+            let response = self.await_answer(exchange, &url, request, sent.as_deref())?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
                 return Ok((response, url));
             }
@@ -690,6 +776,7 @@ impl Client {
     fn await_answer(
         &self,
         exchange: &Exchange,
+        url: &Url,
         request: reqwest::RequestBuilder,
         sent: Option<&AtomicU64>,
     ) -> Result<reqwest::Response, RegistryError> {
@@ -708,11 +795,13 @@ impl Client {
             }
         });
         match answer {
-            Ok(answer) => answer.map_err(|source| RegistryError::Transport {
-                host: exchange.host.clone(),
-                repository: exchange.repository.clone(),
-                source: source.without_url(),
-            }),
+            Ok(Ok(answer)) => {
+                if url.scheme() == "https" {
+                    locked(&self.0.content).insert(host_with_port(url));
+                }
+                Ok(answer)
+            }
+            Ok(Err(source)) => Err(self.lost(exchange, url, source)),
             Err(_) => Err(RegistryError::Timeout {
                 host: exchange.host.clone(),
                 repository: exchange.repository.clone(),
@@ -809,12 +898,12 @@ impl Client {
                 }
                 _ => client.get(realm.clone()),
             };
-            let (error, pause) = match self.await_answer(exchange, request, None) {
+            let (error, pause) = match self.await_answer(exchange, &realm, request, None) {
                 Ok(response) if response.status().is_success() => break response,
                 Ok(response) => {
                     let pause = retry_after(response.headers());
                     let again = is_passing_status(response.status().as_u16());
-                    let error = self.refusal(exchange, response, credentials.is_some());
+                    let error = self.refusal(exchange, &realm, response, credentials.is_some());
                     if !again {
                         return Err(error);
                     }
@@ -863,7 +952,7 @@ impl Client {
     }
 
     /// The error that an answer means.
-    fn refusal(&self, exchange: &Exchange, response: reqwest::Response, credentials: bool) -> RegistryError {
+    fn refusal(&self, exchange: &Exchange, url: &Url, response: reqwest::Response, credentials: bool) -> RegistryError {
         #[derive(serde::Deserialize, Default)]
         #[serde(default)]
         struct Errors {
@@ -883,8 +972,19 @@ impl Client {
         let code = first.code.unwrap_or_default();
         // Foreign text: one line of it, no control characters.
         let message = first.message.or(errors.details).unwrap_or_default();
-        let message: String = message.chars().map(|c| if c.is_control() { ' ' } else { c }).take(300).collect();
+        let mut message: String = message.chars().map(|c| if c.is_control() { ' ' } else { c }).take(300).collect();
         let (host, repository) = (exchange.host.clone(), exchange.repository.clone());
+        // Where there is no tunnel, who answers may be the proxy.
+        let proxy = self.routes().ok().and_then(|routes| routes.shown(url)).filter(|_| url.scheme() == "http");
+        if let Some(proxy) = proxy {
+            if status == StatusCode::PROXY_AUTHENTICATION_REQUIRED {
+                let problem = ProxyProblem::Credentials;
+                return RegistryError::Proxy { host, repository, proxy, problem, source: None };
+            }
+            if message.is_empty() {
+                message = format!("through the proxy {proxy}");
+            }
+        }
         match status {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if exchange.access != Access::Web => {
                 RegistryError::Denied { host, repository, credentials, code, message }
@@ -992,10 +1092,11 @@ impl Body {
                     RegistryError::Slow { host, repository, received: self.received, after }
                 }
                 Ok(Ok(Some(bytes))) => {
-                    self.since_failure += bytes.len() as u64;
                     let skipped = self.skip.min(bytes.len() as u64);
                     self.skip -= skipped;
                     let bytes = &bytes[usize::try_from(skipped).unwrap_or(bytes.len())..];
+                    // What was there before is no progress.
+                    self.since_failure += bytes.len() as u64;
                     self.received += bytes.len() as u64;
                     self.client.0.received.fetch_add(bytes.len() as u64, Ordering::Relaxed);
                     if let Some(expected) = self.expected.filter(|expected| self.received > *expected) {
@@ -1028,12 +1129,18 @@ impl Body {
 
     fn resume(&mut self) -> Result<(), RegistryError> {
         let mut exchange = self.exchange.clone();
+        // Some registries know no range without an end.
+        let last = self.expected.map(|expected| expected.saturating_sub(1).to_string()).unwrap_or_default();
         if self.received > 0
-            && let Ok(range) = HeaderValue::from_str(&format!("bytes={}-", self.received))
+            && let Ok(range) = HeaderValue::from_str(&format!("bytes={}-{last}", self.received))
         {
             exchange.headers.insert(header::RANGE, range);
         }
-        let (response, _) = self.client.exchange(&exchange)?;
+        let (response, _) = match self.client.exchange(&exchange) {
+            // And some no ranges at all, which they must not call an error, but do.
+            Err(RegistryError::Status { status: 400 | 416 | 501, .. }) => self.client.exchange(&self.exchange)?,
+            answer => answer?,
+        };
         let from_start = |start: u64| {
             let range = response.headers().get(header::CONTENT_RANGE).and_then(|value| value.to_str().ok());
             range.is_some_and(|range| range.starts_with(&format!("bytes {start}-")))
@@ -1093,20 +1200,85 @@ pub(super) fn is_passing_status(status: u16) -> bool {
 
 /// May the same request succeed later? A certificate stays as bad as it is.
 pub(super) fn is_passing(error: &RegistryError) -> bool {
-    let RegistryError::Transport { source, .. } = error else {
-        return matches!(error, RegistryError::Timeout { .. } | RegistryError::Slow { .. });
-    };
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(source);
-    while let Some(error) = cause {
-        // An I/O error that wraps another one does not give it as its source.
-        let wrapped = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
-        let tls = wrapped.and_then(|inner| inner.downcast_ref()).or_else(|| error.downcast_ref::<rustls::Error>());
-        if matches!(tls, Some(rustls::Error::InvalidCertificate(_))) {
-            return false;
-        }
-        cause = error.source();
+    match error {
+        RegistryError::Transport { source, .. } => untrusted(source).is_none(),
+        RegistryError::Proxy { problem, .. } => *problem != ProxyProblem::Credentials,
+        other => matches!(other, RegistryError::Timeout { .. } | RegistryError::Slow { .. }),
     }
-    true
+}
+
+/// What TLS had to say, if it did.
+fn tls_error(error: &reqwest::Error) -> Option<&rustls::Error> {
+    causes(error).find_map(|error| {
+        // An I/O error that wraps another one, and that may wrap one more, does not give it as its source.
+        let mut inner = Some(error);
+        while let Some(error) = inner {
+            if let Some(found) = error.downcast_ref() {
+                return Some(found);
+            }
+            let wrapped = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+            inner = wrapped.map(|wrapped| wrapped as &(dyn std::error::Error + 'static));
+        }
+        None
+    })
+}
+
+/// The server's word for what it has against our certificate, or against there being none.
+fn refuses_client(error: &reqwest::Error) -> Option<String> {
+    match tls_error(error) {
+        Some(rustls::Error::AlertReceived(alert)) if super::certificates::is_about_client(*alert) => {
+            Some(format!("{alert:?}"))
+        }
+        _ => None,
+    }
+}
+
+/// Whether a request died behind the handshake of TLS, as far as that can be told: setting HTTP/2 up counts as
+/// connecting. Where it cannot, it costs a question more.
+fn came_far(error: &reqwest::Error) -> bool {
+    let near = ["tcp connect error", "dns error", "tunnel error"];
+    let never_got_there = |error: &(dyn std::error::Error + 'static)| {
+        let words = error.to_string();
+        near.iter().any(|start| words.starts_with(start))
+    };
+    !error.is_timeout() && tls_error(error).is_none() && !causes(error).any(never_got_there)
+}
+
+/// What is wrong with the server's certificate, if that is it.
+pub(super) fn untrusted(error: &reqwest::Error) -> Option<&rustls::CertificateError> {
+    match tls_error(error) {
+        Some(rustls::Error::InvalidCertificate(reason)) => Some(reason),
+        _ => None,
+    }
+}
+
+/// Whether a request through a proxy died of the proxy. The type of a tunnel's errors has no name here, so it is their
+/// words that tell.
+fn proxy_problem(error: &reqwest::Error, url: &Url) -> Option<ProxyProblem> {
+    let words = causes(error).map(ToString::to_string).find(|words| words.starts_with("tunnel error: "));
+    match words.as_deref() {
+        Some("tunnel error: proxy authorization required") => Some(ProxyProblem::Credentials),
+        Some("tunnel error: unsuccessful") => Some(ProxyProblem::Refused),
+        Some(_) => Some(ProxyProblem::Unreachable),
+        None => {
+            let socks = causes(error).any(|error| error.to_string().contains("SOCKS"));
+            // Behind a tunnel it is the server that TLS is spoken to.
+            (socks || error.is_connect() && (url.scheme() == "http" || tls_error(error).is_none()))
+                .then_some(ProxyProblem::Unreachable)
+        }
+    }
+}
+
+fn causes(error: &reqwest::Error) -> impl Iterator<Item = &(dyn std::error::Error + 'static)> {
+    std::iter::successors(Some(error as &(dyn std::error::Error + 'static)), |error| error.source())
+}
+
+/// As directories of certificates are called.
+fn host_with_port(url: &Url) -> String {
+    match url.port() {
+        Some(port) => format!("{}:{port}", url.host_str().unwrap_or_default()),
+        None => url.host_str().unwrap_or_default().to_owned(),
+    }
 }
 
 /// Host without port; IPv6 without brackets.

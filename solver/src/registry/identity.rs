@@ -14,7 +14,7 @@ impl Client {
         let nobody = RemoteImage { host: host.to_owned(), repository: String::new(), tag: None, digest: None };
         let url = self.registry_url(host, "").ok()?;
         let exchange = self.login_exchange(Method::GET, &nobody, url.clone());
-        let response = self.ask_once(&exchange, self.http_client(&url).ok()?.get(url.clone())).ok()?;
+        let response = self.ask_once(&exchange, &url, self.http_client(&url).ok()?.get(url.clone())).ok()?;
         let values = response.headers().get_all(header::WWW_AUTHENTICATE);
         let challenge = parse_challenge(values.iter().filter_map(|value| value.to_str().ok()));
         let Some(Challenge::Bearer { realm, service, .. }) = challenge else { return None };
@@ -34,10 +34,11 @@ impl Client {
         let request = self
             .http_client(&realm)
             .ok()?
-            .post(realm)
+            .post(realm.clone())
             .header(header::CONTENT_TYPE, "application/x-www-form-urlencoded")
             .body(form.query().unwrap_or_default().to_owned());
-        let response = self.ask_once(&exchange, request).ok().filter(|response| response.status().is_success())?;
+        let response =
+            self.ask_once(&exchange, &realm, request).ok().filter(|response| response.status().is_success())?;
         let answer: Answer = serde_json::from_slice(&self.small_body(response)?).ok()?;
         answer.refresh_token.filter(|token| !token.is_empty())
     }

@@ -67,7 +67,7 @@ impl Client {
             }
             match ask(&mirror.place(image), false) {
                 Ok(found) => return Ok(found),
-                Err(RegistryError::Transport { .. } | RegistryError::Timeout { .. } | RegistryError::Slow { .. }) => {
+                Err(error) if is_unreachable(&error) => {
                     locked(self.dead_mirrors()).insert(mirror.host.clone());
                 }
                 Err(_) => {}
@@ -75,6 +75,17 @@ impl Client {
         }
         ask(image, true)
     }
+}
+
+/// Would it be the same with the next request?
+fn is_unreachable(error: &RegistryError) -> bool {
+    matches!(
+        error,
+        RegistryError::Transport { .. }
+            | RegistryError::Proxy { .. }
+            | RegistryError::Timeout { .. }
+            | RegistryError::Slow { .. }
+    )
 }
 
 #[cfg(test)]

@@ -16,16 +16,19 @@ mod identity;
 pub mod login;
 pub mod mirror;
 mod payload;
+pub mod proxies;
 pub mod upload;
 
-pub use client::{Body, Client, ClientOptions, Proxies, RemoteImage};
+pub use client::{Body, Client, ClientOptions, RemoteImage};
 pub use http::{HttpFile, http_get};
 pub use mirror::Mirror;
 pub use payload::SendProgress;
+pub use proxies::{Proxies, ProxyProblem};
 pub use upload::{BlobUpload, Opened, Upload, Uploaded};
 
 use crate::store::StoreError;
-use std::path::PathBuf;
+use rustls::CertificateError;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Why something could not be fetched or sent.
@@ -60,7 +63,7 @@ pub enum RegistryError {
         message: String,
     },
     /// Credentials are missing or wrong.
-    #[error("{host}: access to {repository} denied{}{}", if *.credentials { "" } else { " (no credentials known)" }, described(.code, .message))]
+    #[error("{host}: access{} denied{}{}", to(.repository), if *.credentials { "" } else { " (no credentials known)" }, described(.code, .message))]
     Denied {
         /// Host with port.
         host: String,
@@ -82,6 +85,42 @@ pub enum RegistryError {
         repository: String,
         /// The cause.
         source: reqwest::Error,
+    },
+    /// The proxy did not do its part.
+    #[error("{host}: {} failed: the proxy {proxy} {problem}", subject(.repository))]
+    Proxy {
+        /// Host with port of the server that was to be reached.
+        host: String,
+        /// Repository; empty for web servers.
+        repository: String,
+        /// Its address, without user and password.
+        proxy: String,
+        /// What is wrong.
+        problem: ProxyProblem,
+        /// The cause, where there is more to say.
+        source: Option<reqwest::Error>,
+    },
+    /// Not an address of a proxy.
+    #[error("invalid address of a proxy `{proxy}`: {reason}")]
+    BadProxy {
+        /// As given, without user and password.
+        proxy: String,
+        /// What was expected.
+        reason: &'static str,
+    },
+    /// The server wants to see another certificate of ours.
+    #[error("{host}: {} failed: {}", subject(.repository), shown_certificate(.shown.as_deref(), .expected, .alert))]
+    ClientCertificate {
+        /// Host with port.
+        host: String,
+        /// Repository; empty for web servers.
+        repository: String,
+        /// The server's word for it (`BadCertificate`, `CertificateRequired`).
+        alert: String,
+        /// The certificate that it was shown.
+        shown: Option<PathBuf>,
+        /// Directories where one is looked for.
+        expected: Vec<PathBuf>,
     },
     /// Nothing came for too long.
     #[error("{host}: {} got no {phase} for {} seconds", subject(.repository), .after.as_secs())]
@@ -185,6 +224,12 @@ pub enum RegistryError {
         /// The cause.
         source: reqwest::Error,
     },
+    /// TLS does not take the certificates that it is to use.
+    #[error("cannot prepare HTTPS with the certificates that were named")]
+    Tls {
+        /// The cause.
+        source: rustls::Error,
+    },
     /// The runtime could not be started.
     #[error("cannot start threads for the network")]
     Runtime {
@@ -256,6 +301,50 @@ pub enum RegistryError {
         /// The cause.
         source: std::io::Error,
     },
+}
+
+impl RegistryError {
+    /// A way out, one sentence.
+    pub fn help(&self) -> Option<String> {
+        Some(match self {
+            Self::Denied { host, .. } => format!("log in with: nacre login {host}"),
+            Self::NotFound { .. } => "look for a mistake in the name or the tag".to_owned(),
+            Self::Proxy { problem: ProxyProblem::Credentials, .. } => {
+                "write them into the proxy's variable: HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT".to_owned()
+            }
+            Self::Proxy { .. } | Self::BadProxy { .. } => {
+                "HTTP_PROXY, HTTPS_PROXY and ALL_PROXY name proxies, NO_PROXY the hosts that are reached without"
+                    .to_owned()
+            }
+            Self::ClientCertificate { shown: None, expected, .. } => {
+                let directory = expected.first()?.display();
+                format!("put it there as client.cert, and its key as client.key: {directory}")
+            }
+            Self::Transport { host, source, .. } => match client::untrusted(source)? {
+                CertificateError::UnknownIssuer | CertificateError::Other(_) => format!(
+                    "name the authority with --tls-ca FILE or as certs.d/{host}/ca.crt, or do not check with --insecure-registry {host}"
+                ),
+                _ => format!("the server needs another certificate; --insecure-registry {host} does not check it"),
+            },
+            _ => return None,
+        })
+    }
+}
+
+/// What is wrong with a client's certificate.
+fn shown_certificate(shown: Option<&Path>, expected: &[PathBuf], alert: &str) -> String {
+    let places: Vec<String> = expected.iter().map(|directory| directory.display().to_string()).collect();
+    match shown {
+        Some(path) => format!("the server does not take the client certificate {} ({alert})", path.display()),
+        None => format!(
+            "the server wants a client certificate ({alert}), and no NAME.cert with NAME.key is in {}",
+            places.join(" or ")
+        ),
+    }
+}
+
+fn to(repository: &str) -> String {
+    if repository.is_empty() { String::new() } else { format!(" to {repository}") }
 }
 
 fn subject(repository: &str) -> &str {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// What happens to one request.
@@ -45,6 +46,7 @@ pub(crate) struct Seen {
 pub(crate) struct Proxy {
     pub(crate) host: String,
     seen: Arc<Mutex<Vec<Seen>>>,
+    faults: Arc<AtomicUsize>,
 }
 
 type Rule = Arc<BoxedRule>;
@@ -57,6 +59,15 @@ impl Proxy {
         registry: &str,
         rule: impl Fn(usize, &str, &BTreeMap<String, String>) -> Fault + Send + Sync + 'static,
     ) -> Proxy {
+        let faults = Arc::new(AtomicUsize::new(0));
+        let injected = faults.clone();
+        let rule = move |at, line: &str, headers: &BTreeMap<String, String>| {
+            let fault = rule(at, line, headers);
+            if !matches!(fault, Fault::None) {
+                injected.fetch_add(1, Ordering::SeqCst);
+            }
+            fault
+        };
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let host = listener.local_addr().unwrap().to_string();
         let seen = Arc::new(Mutex::new(Vec::new()));
@@ -69,7 +80,7 @@ impl Proxy {
                 std::thread::spawn(move || drop(serve(client, &registry, &log, &rule, &number)));
             }
         });
-        Proxy { host, seen }
+        Proxy { host, seen, faults }
     }
 
     pub(crate) fn seen(&self) -> Vec<Seen> {
@@ -83,6 +94,11 @@ impl Proxy {
 
     pub(crate) fn count(&self, method: &str, part: &str) -> usize {
         self.seen().iter().filter(|seen| seen.line.starts_with(method) && seen.line.contains(part)).count()
+    }
+
+    /// Requests that something happened to.
+    pub(crate) fn faults(&self) -> usize {
+        self.faults.load(Ordering::SeqCst)
     }
 
     pub(crate) fn forget(&self) {

@@ -58,6 +58,7 @@ fn faults_are_survived() {
         for layer in &assembled.layers {
             assert!(store.has_blob(&layer.digest, Some(layer.size)), "{name}");
         }
+        assert!(proxy.faults() >= faults, "{name}: {:?}", proxy.seen());
         survived += 1;
         injected += faults;
         proxy

@@ -198,7 +198,7 @@ fn faults_are_survived() {
     let registry = Registry::start("");
     let (_directory, store) = store();
     let context = context(&store, quick());
-    let mut survived = 0;
+    let (mut survived, mut injected) = (0, 0);
     let mut check = |name: &str, rule: Box<BoxedRule>| -> Proxy {
         let proxy = Proxy::start(&registry.host, rule);
         let content = noise(3 << 20, survived as u64 * 2 + 10);
@@ -210,6 +210,7 @@ fn faults_are_survived() {
         assert_eq!(skopeo_digest(&target, &[]), assembled.manifest_descriptor.digest, "{name}");
         skopeo_copies(&target);
         survived += 1;
+        injected += proxy.faults();
         proxy
     };
     let answer = |status: &'static str, headers: &str| {
@@ -284,6 +285,7 @@ fn faults_are_survived() {
     );
     assert!(proxy.count("PATCH", "/uploads/") >= 3);
     assert_eq!(survived, 19);
+    assert!(injected > 30, "{injected}");
 }
 
 /// What a registry has of the one blob that it knows.
