@@ -68,6 +68,9 @@ impl Drop for Server {
     }
 }
 
+/// Nobody listens there.
+const DEAD_PROXY: &str = "http://user:hunter2@127.0.0.1:1";
+
 /// Two stages; the first makes 20 MB, more than goes in one piece.
 const DOCKERFILE: &str = "FROM busybox AS builder\nRUN head -c 20000000 /dev/urandom > /big\nCOPY list /list\n\
                           RUN sort /list > /sorted\nFROM busybox\nRUN echo runtime > /runtime\n\
@@ -110,7 +113,8 @@ fn another_machine_runs_nothing() {
     assert!(again.ran().is_empty(), "{}", again.stderr);
     assert_eq!(counting.count("PUT", "partNumber"), 0, "{:?}", counting.seen());
 
-    let b = cached(&server.host);
+    // A proxy is for other machines.
+    let b = cached(&server.host).env("HTTP_PROXY", DEAD_PROXY).env("NO_PROXY", "");
     let image = b.image();
     assert_eq!(image.ran(), Vec::<String>::new(), "{}", image.stderr);
     assert_eq!((image.file("/sorted"), image.file("/runtime")), ("a\nb\n", "runtime\n"));
@@ -157,6 +161,12 @@ fn a_bucket_that_cannot_be_reached_fails_no_build() {
         assert!(warnings[1].contains(words), "{words}: {warnings:?}");
         assert!(!ended.stderr.contains(SECRET), "{}", ended.stderr);
     }
+    // No loopback address.
+    let elsewhere = server.host.replace("127.0.0.1", "0.0.0.0");
+    let ended = cached(&elsewhere).env("HTTP_PROXY", DEAD_PROXY).env("NO_PROXY", "").runs();
+    assert!(ended.stderr.contains("is not used") && !ended.stderr.contains("hunter2"), "{}", ended.stderr);
+    let ended = cached(&elsewhere).env("HTTP_PROXY", DEAD_PROXY).env("NO_PROXY", "0.0.0.0/8").runs();
+    assert!(ended.stderr.contains("is not used: it does not exist (yet)"), "{}", ended.stderr);
     let first = cached(&server.host).runs();
     assert!(first.stderr.contains("is not used: it does not exist (yet)"), "{}", first.stderr);
     let strict = machine().flag(format!("--cache-to={},ignore-error=false", attributes("127.0.0.1:1", "main")));

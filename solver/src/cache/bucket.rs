@@ -240,9 +240,11 @@ impl Bucket {
         // Names of buckets below the service's are reached as the service is.
         let address = settings.endpoint.as_deref().unwrap_or("https://amazonaws.com");
         let routes = client.routes().map_err(|error| self.failed(&Key::default(), error))?;
-        if let Some(proxy) = Url::parse(address).ok().and_then(|url| routes.of(&url).cloned()) {
-            http = http.with_proxy_url(proxy.as_str());
-        }
+        http = match Url::parse(address).ok().and_then(|url| routes.of(&url).cloned()) {
+            Some(proxy) => http.with_proxy_url(proxy.as_str()),
+            // Told of none, it would look for one in the environment, by other rules.
+            None => http.with_proxy_url("http://localhost").with_proxy_excludes("*"),
+        };
         let mut builder = AmazonS3Builder::new();
         for (name, value) in &settings.environment {
             if let Ok(key) = name.to_ascii_lowercase().parse() {
