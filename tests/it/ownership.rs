@@ -53,6 +53,15 @@ fn both_with(dockerfile: &str, fill: impl Fn(&Path)) -> (Vec<String>, [String; 2
     (own, [log, own_log])
 }
 
+/// What the steps printed.
+fn printed(log: &str) -> Vec<String> {
+    let said = |line: &&str| {
+        let words: Vec<&str> = line.split(' ').collect();
+        words.len() > 2 && words[0].starts_with('#') && words[1].parse::<f64>().is_ok()
+    };
+    log.lines().filter(said).map(|line| line.splitn(3, ' ').nth(2).unwrap_or("").to_owned()).collect()
+}
+
 /// Each line is a step. What it prints and what it leaves must not depend on how ids are had.
 const MATRIX: &str = r#"FROM busybox
 RUN touch /f && chown 33:34 /f && stat -c '%u:%g %a' /f && chmod 4755 /f && chown 35 /f && stat -c '%u:%g %a' /f
@@ -77,14 +86,6 @@ RUN id -u && id -g && (exec 4> /tmp/redirected) && stat -c '%u:%g' /tmp/redirect
 #[test]
 fn the_same_layers_with_one_id_as_with_many() {
     let (ids, [emulated, own]) = both(MATRIX);
-    // What the steps printed.
-    let printed = |log: &str| -> Vec<String> {
-        let said = |line: &&str| {
-            let words: Vec<&str> = line.split(' ').collect();
-            words.len() > 2 && words[0].starts_with('#') && words[1].parse::<f64>().is_ok()
-        };
-        log.lines().filter(said).map(|line| line.splitn(3, ' ').nth(2).unwrap_or("").to_owned()).collect()
-    };
     assert_eq!(printed(&emulated), printed(&own));
     for line in ["33:34 644", "35:34 755", "1000:1000 640 /tmp/f", "1000:1000 600 /copy/d/new", "7:8 /tmp/l"] {
         assert!(printed(&own).iter().any(|printed| printed == line), "{line} is not in {own}");
@@ -145,6 +146,33 @@ fn attributes_are_kept_where_layers_hold_them() {
     assert!(emulated.stderr.contains(" list Invalid argument\n"), "{}", emulated.stderr);
     let entry = format!("{:?}", emulated.record.fs["/cap"]);
     assert!(entry.contains("security.capability"), "{entry}");
+}
+
+#[test]
+fn programs_keep_capabilities_and_hide_their_memory() {
+    let program = crate::escape::compiled("identities", include_str!("../../testdata/hostile/identities.c"));
+    let dockerfile = "FROM busybox\nRUN --mount=type=bind,target=/context,source=bin /context/identities\n";
+    let (ids, [emulated, own]) = both_with(dockerfile, |context| {
+        std::fs::create_dir(context.join("bin")).expect("a directory of our own");
+        std::fs::copy(&program, context.join("bin/identities")).expect("a file of our own");
+    });
+    assert_eq!(printed(&emulated), printed(&own));
+    for line in [
+        "relative belongs to 7:9",
+        "descriptor belongs to 10:11",
+        "groups 5 6",
+        "ids 13 14 13",
+        "setresgid without: Operation not permitted",
+        "setresgid: ok",
+        "chown: ok",
+        "setgroups after exec: Operation not permitted",
+        "setuid after exec: Operation not permitted",
+        "/kept belongs to 23:24",
+        "/tmp/of-21 belongs to 21:22",
+    ] {
+        assert!(printed(&own).iter().any(|printed| printed == line), "`{line}` is not in {own}");
+    }
+    assert_eq!(combined(&ids), "ad6b15a87ecf1dd6");
 }
 
 #[test]

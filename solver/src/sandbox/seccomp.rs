@@ -71,6 +71,8 @@ enum Verdict {
     NotifyOfDevice(u32),
     /// The supervisor is asked about the limit that carries credentials; its number is argument `.0`.
     NotifyAboutLocks(u32),
+    /// The supervisor is told what becomes of capabilities when the user changes: prctl(2).
+    NotifyToKeep,
 }
 
 /// What the filter has to do.
@@ -116,6 +118,7 @@ fn verdict(name: &str, profile: Profile, wide: bool) -> Verdict {
             Some(emulation::Call::OpenAt) => return Verdict::NotifyToCreate(2),
             Some(emulation::Call::SetLimit | emulation::Call::GetLimit) => return Verdict::NotifyAboutLocks(0),
             Some(emulation::Call::ProcessLimit) => return Verdict::NotifyAboutLocks(1),
+            Some(emulation::Call::Control) => return Verdict::NotifyToKeep,
             Some(_) => return Verdict::Notify,
         }
     }
@@ -220,6 +223,13 @@ fn decide(verdict: Verdict, code: &mut Vec<FilterInstruction>) {
             statement(AND, libc::S_IFMT),
             jump(JUMP_EQUAL, libc::S_IFCHR, 1, 0),
             jump(JUMP_EQUAL, libc::S_IFBLK, 0, 1),
+            notify(),
+            allow(),
+        ]),
+        Verdict::NotifyToKeep => code.extend([
+            statement(LOAD, argument(0)),
+            jump(JUMP_EQUAL, libc::PR_SET_KEEPCAPS as u32, 1, 0),
+            jump(JUMP_EQUAL, libc::PR_SET_SECUREBITS as u32, 0, 1),
             notify(),
             allow(),
         ]),
@@ -339,6 +349,10 @@ mod tests {
             (emulate, "openat", libc::SYS_openat, [0, 0, libc::O_TMPFILE as u32], NOTIFY),
             (emulate, "prlimit64", libc::SYS_prlimit64, [0, libc::RLIMIT_NOFILE, 0], OK),
             (emulate, "prlimit64", libc::SYS_prlimit64, [0, libc::RLIMIT_LOCKS, 0], NOTIFY),
+            (emulate, "prctl", libc::SYS_prctl, [libc::PR_SET_NAME as u32, 0, 0], OK),
+            (emulate, "prctl", libc::SYS_prctl, [libc::PR_SET_KEEPCAPS as u32, 1, 0], NOTIFY),
+            (emulate, "prctl", libc::SYS_prctl, [libc::PR_SET_SECUREBITS as u32, 4, 0], NOTIFY),
+            (plain, "prctl", libc::SYS_prctl, [libc::PR_SET_KEEPCAPS as u32, 1, 0], OK),
             (emulate, "read", libc::SYS_read, [0; 3], OK),
             (emulate, "mount", libc::SYS_mount, [0; 3], EPERM),
             (emulate, "clone3", libc::SYS_clone3, [0; 3], ENOSYS),

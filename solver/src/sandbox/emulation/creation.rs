@@ -129,7 +129,7 @@ impl Emulator {
                 None => Ok(Answer::Continue),
             };
         }
-        if device.is_some() && (whiteout || self.credentials(call)?.user.effective != 0) {
+        if device.is_some() && (whiteout || !self.credentials(call)?.is_privileged()) {
             return Err(Errno::PERM);
         }
         let kind = match (device, FileType::from_raw_mode(mode)) {
