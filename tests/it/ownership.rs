@@ -96,20 +96,35 @@ fn the_same_layers_with_one_id_as_with_many() {
 
 #[test]
 fn devices_are_made_by_everybody() {
-    // With real ids in a namespace, a device is one in the layer only: so nothing here looks at it.
-    let (ids, _) = both("FROM busybox\nRUN umask 022; mknod /null c 1 3 && mknod -m 600 /disk b 8 300\n");
-    assert_eq!(combined(&ids), "f0d52c6035815712");
-    let build = Build::new().flag("--ownership=emulate").dockerfile(
-        "FROM busybox\nRUN mknod /null c 1 3 && chown 5:6 /null\nRUN cp -a /null /copy && stat -c '%F %t %T %u:%g' /copy\n\
-         RUN mv /copy /moved && tar cf - /moved | tar tvf - && chmod 604 /null\n",
+    let (ids, logs) = both(
+        "FROM busybox\nRUN umask 022; mknod /null c 1 3 && mknod -m 600 /disk b 8 300 && test -c /null && test -b /disk\n\
+         RUN chown 5:6 /null && cp -a /null /copy && stat -c '%F %t %T %u:%g' /copy /disk\n\
+         RUN mv /copy /moved && tar cf - /moved | tar tvf - && chmod 604 /null && ln /disk /link && test -b /link && rm /disk\n\
+         RUN --network=none ls -l /null /link\n",
     );
-    let image = build.image();
-    assert!(image.stderr.contains("character special file 1 3 5:6"), "{}", image.stderr);
-    assert!(image.stderr.contains("crw-r--r-- 5/6"), "{}", image.stderr);
-    for (name, mode) in [("/moved", "644"), ("/null", "604")] {
-        let entry = format!("{:?}", image.record.fs[name]);
-        assert!(entry.contains("\"c\"") && entry.contains(mode), "{name}: {entry}");
+    for log in &logs {
+        let said = printed(log);
+        for text in
+            ["character special file 1 3 5:6", "block special file 8 12c 0:0", "crw-r--r-- 5/6", "crw----r--    1 5"]
+        {
+            assert!(said.iter().any(|line| line.contains(text)), "`{text}` is not in {log}");
+        }
     }
+    assert_eq!(combined(&ids), "e4f63303338ee186");
+}
+
+#[test]
+fn a_device_that_is_made_unseen_is_one_from_the_next_step_on() {
+    // Nothing in the command says that it makes one, so with subordinate ids nobody looks.
+    let (ids, [emulated, own]) = both(
+        "FROM busybox\nRUN umask 022; d=d; mkno$d /null c 1 3; test -c /null && echo a device || echo a file\n\
+         RUN test -c /null && echo now a device\n",
+    );
+    let said = |log: &str, text: &str| printed(log).iter().any(|line| line == text);
+    assert!(said(&emulated, "a device"), "{emulated}");
+    assert!(said(&own, "a device") || said(&own, "a file"), "{own}");
+    assert!(said(&emulated, "now a device") && said(&own, "now a device"), "{own}");
+    assert_eq!(combined(&ids), "c0d1c56286363098");
 }
 
 #[test]

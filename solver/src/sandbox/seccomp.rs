@@ -103,11 +103,17 @@ pub fn filter(profile: Profile) -> Vec<FilterInstruction> {
 }
 
 fn verdict(name: &str, profile: Profile, wide: bool) -> Verdict {
-    if profile.emulate == Some(emulation::Scope::Devices) {
-        match name {
-            "mknod" => return Verdict::NotifyOfDevice(1),
-            "mknodat" => return Verdict::NotifyOfDevice(2),
-            "chroot" => return Verdict::Notify,
+    if let Some(emulation::Scope::Devices { shown }) = profile.emulate {
+        use emulation::Call::{
+            Chroot, Fstat, FstatAt, Link, LinkAt, Lstat, Mknod, MknodAt, Rename, RenameAt, Stat, Statx,
+        };
+        match emulation::Call::of(name, wide) {
+            Some(Mknod) => return Verdict::NotifyOfDevice(1),
+            Some(MknodAt) => return Verdict::NotifyOfDevice(2),
+            Some(Chroot) => return Verdict::Notify,
+            Some(Stat | Lstat | Fstat | FstatAt | Statx | Rename | RenameAt | Link | LinkAt) if shown => {
+                return Verdict::Notify;
+            }
             _ => {}
         }
     }
@@ -314,7 +320,8 @@ mod tests {
     fn decides_by_number_and_argument() {
         let plain = Profile::default();
         let emulate = Profile { emulate: Some(emulation::Scope::SingleId), ..plain };
-        let devices = Profile { emulate: Some(emulation::Scope::Devices), ..plain };
+        let devices = Profile { emulate: Some(emulation::Scope::Devices { shown: false }), ..plain };
+        let shown = Profile { emulate: Some(emulation::Scope::Devices { shown: true }), ..plain };
         let insecure_emulate = Profile { insecure: true, ..emulate };
         for (profile, name, number, arguments, expected) in [
             (plain, "read", libc::SYS_read, [0; 3], OK),
@@ -360,6 +367,11 @@ mod tests {
             (devices, "mknodat", libc::SYS_mknodat, [0, 0, libc::S_IFBLK], NOTIFY),
             (devices, "mknodat", libc::SYS_mknodat, [0, 0, libc::S_IFIFO | 0o600], OK),
             (devices, "fchownat", libc::SYS_fchownat, [0; 3], OK),
+            (devices, "statx", libc::SYS_statx, [0; 3], OK),
+            (shown, "statx", libc::SYS_statx, [0; 3], NOTIFY),
+            (shown, "renameat2", libc::SYS_renameat2, [0; 3], NOTIFY),
+            (shown, "mknodat", libc::SYS_mknodat, [0, 0, libc::S_IFBLK], NOTIFY),
+            (shown, "fchownat", libc::SYS_fchownat, [0; 3], OK),
             (insecure_emulate, "mount", libc::SYS_mount, [0; 3], OK),
             (insecure_emulate, "clone3", libc::SYS_clone3, [0; 3], OK),
             (insecure_emulate, "fchown", libc::SYS_fchown, [0; 3], NOTIFY),

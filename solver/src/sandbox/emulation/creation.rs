@@ -122,7 +122,7 @@ impl Emulator {
         };
         // To overlayfs, the character device 0:0 is a whiteout, which it lets nobody make.
         let whiteout = device == Some(Device { block: false, major: 0, minor: 0 });
-        if self.scope == Scope::Devices {
+        if let Scope::Devices { .. } = self.scope {
             return match device {
                 Some(device) if !whiteout => self.make_device(call, dir, path, mode, device),
                 Some(_) => Err(Errno::PERM),

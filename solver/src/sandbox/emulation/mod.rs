@@ -60,9 +60,12 @@ use table::{Stack, Table};
 pub enum Scope {
     /// Everything: there is one id.
     SingleId,
-    /// Only the making of device nodes, which a user namespace refuses. Where ids are real, stat is left to the kernel,
-    /// so that steps see an empty file in a device's place and nothing costs time; the layer has the device.
-    Devices,
+    /// Only device nodes, which a user namespace refuses to make: ids are real. The layer has the device; for the step, an
+    /// empty file is in its place.
+    Devices {
+        /// The stat family says that it is a device, which costs time at every look at a file.
+        shown: bool,
+    },
 }
 
 /// What is emulated, and the files through which owners come and go.
@@ -546,7 +549,9 @@ impl Emulator {
             Ok((stat, owner))
         });
         match found {
-            Ok((stat, owner)) if !owner.is_plain() => self.tell_stat(call, known, &stat, owner, place),
+            Ok((stat, owner)) if !owner.is_plain() => {
+                self.tell_stat(call, known, &stat, self.told(&stat, owner), place)
+            }
             _ => Ok(Answer::Continue),
         }
     }
@@ -595,7 +600,21 @@ impl Emulator {
                 self.table.owner(&file, &stat)
             }
         };
-        (!owner.is_plain()).then_some((stat, owner))
+        (!owner.is_plain()).then(|| {
+            let owner = self.told(&stat, owner);
+            (stat, owner)
+        })
+    }
+
+    /// What the caller hears of an owner: where ids are real, the kernel knows them better.
+    fn told(&self, stat: &RawStatx, owner: Owner) -> Owner {
+        match self.scope {
+            Scope::SingleId => owner,
+            Scope::Devices { .. } => {
+                let (uid, gid) = Metadata(stat).owner();
+                Owner { uid, gid, device: owner.device }
+            }
+        }
     }
 }
 
