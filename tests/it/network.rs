@@ -159,7 +159,7 @@ fn a_pasta_that_is_killed_hangs_nothing() {
     assert_eq!(status.and_then(|status| status.code()), Some(6), "{}", begun.log());
     let log = begun.log();
     assert!(log.contains(" still here\n") && !log.contains(" never\n"), "{log}");
-    assert!(last_error(&log).contains("join the steps' network, whose program `pasta` has ended"), "{log}");
+    assert!(last_error(&log).contains("cannot join the network of `pasta`, which has ended, for the step"), "{log}");
     assert_eq!(left_over(&begun.mark), Vec::<String>::new());
 }
 
