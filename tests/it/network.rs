@@ -142,7 +142,7 @@ fn a_pasta_that_is_killed_hangs_nothing() {
     // The step goes on without a network; the next one cannot be given it.
     let mut begun = Begun::new(
         "FROM busybox\nRUN echo begun && i=0; while [ $i -lt 600 ] && ip addr | grep -q 'inet.*scope global'; do sleep 0.1; \
-         i=$((i+1)); done; sleep 2; ! wget -q -T 20 -O - http://192.0.2.77:8077/page && echo still here\nRUN echo never\n",
+         i=$((i+1)); done; sleep 2; ! wget -q -T 20 -O - http://192.0.2.77:8077/page && echo still here\nRUN echo nev''er\n",
     );
     for (number, line) in workers(&begun.mark) {
         if line.starts_with("pasta") {
