@@ -72,10 +72,10 @@ impl Printer {
             InstructionKind::Env { pairs, legacy } | InstructionKind::Label { pairs, legacy } => {
                 let escape = self.escape;
                 let sign = |name: &str| match legacy {
-                    false => '=',
-                    // A space behind the escape character would belong to the name; a tab does not.
-                    true if name.ends_with(escape) => '\t',
-                    true => ' ',
+                    false => "=",
+                    // One blank behind the escape character would belong to the name.
+                    true if name.ends_with(escape) => "\t ",
+                    true => " ",
                 };
                 let word = |(name, value): &(Text, Text)| format!("{}{}{}", name.value, sign(&name.value), value.value);
                 self.rest(&pairs.iter().map(word).collect::<Vec<_>>().join(" "));
