@@ -27,6 +27,12 @@ test: ## Run all tests: as root and as an ordinary user when started by root
 	tests/setup/packages.sh
 	cargo test --workspace --locked --no-fail-fast
 	tests/setup/as-user.sh
+	tests/setup/matrix.sh "$(subst /release/,/debug/,$(NACRE))"
+
+.PHONY: test-matrix
+test-matrix: build ## Compare what root, a user with subordinate ids and one without build of apt, npm, pip and more
+	tests/setup/packages.sh
+	tests/setup/matrix.sh "$(NACRE)"
 
 .PHONY: test-s3
 test-s3: ## Check and test caches in buckets (feature s3), against moto's server from PyPI

@@ -350,12 +350,21 @@ impl Style {
             StepOutcome::Exit { disk_full: true, .. } => Some(MAKE_ROOM),
             _ if !step.limits.is_empty() => Some("give the step more, or let it do less at once"),
             StepOutcome::Signal(9) => Some(OUT_OF_MEMORY),
+            StepOutcome::Exit { code: 126, .. }
+                if step.tail.iter().any(|line| line.contains("Operation not permitted")) =>
+            {
+                Some(WANTS_CAPABILITIES)
+            }
             StepOutcome::Exit { .. } | StepOutcome::Signal(_) => None,
         };
         text.push_str(&self.block(Severity::Error, &message, place, &notes, help));
         text
     }
 }
+
+/// What the kernel means by it when a shell starts a program: execve(2), EPERM.
+const WANTS_CAPABILITIES: &str = "its file may have capabilities that steps do not: `ping` wants raw sockets, which are not \
+                                  given to root on the host's network; --network=pasta has them";
 
 /// Meanings that shells give to exit codes.
 fn exit_meaning(code: i32) -> String {

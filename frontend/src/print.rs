@@ -70,8 +70,14 @@ impl Printer {
                 self.rest(&pairs.iter().map(word).collect::<Vec<_>>().join(" "));
             }
             InstructionKind::Env { pairs, legacy } | InstructionKind::Label { pairs, legacy } => {
-                let sign = if *legacy { ' ' } else { '=' };
-                let word = |(name, value): &(Text, Text)| format!("{}{sign}{}", name.value, value.value);
+                let escape = self.escape;
+                let sign = |name: &str| match legacy {
+                    false => "=",
+                    // One blank behind the escape character would belong to the name.
+                    true if name.ends_with(escape) => "\t ",
+                    true => " ",
+                };
+                let word = |(name, value): &(Text, Text)| format!("{}{}{}", name.value, sign(&name.value), value.value);
                 self.rest(&pairs.iter().map(word).collect::<Vec<_>>().join(" "));
             }
             InstructionKind::Run { flags, command, heredocs: all } => {

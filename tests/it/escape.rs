@@ -365,6 +365,27 @@ fn mount_targets_stay_inside() {
 }
 
 #[test]
+fn deep_directories_in_dev_are_taken_out_without_namespaces() {
+    let program = compiled(
+        "deep",
+        "#include <stdio.h>\n#include <sys/stat.h>\n#include <unistd.h>\nint main(void) { int n = 0; chdir(\"/dev\"); \
+         while (n < 20000 && mkdir(\"d\", 0700) == 0 && chdir(\"d\") == 0) n++; printf(\"%d deep\\n\", n); return 0; }",
+    );
+    let build = Build::new()
+        .flag("--isolation=chroot")
+        .dockerfile("FROM busybox\nCOPY deep /\nRUN /deep && rm /deep\nRUN test ! -e /dev/d && test -c /dev/null\n");
+    std::fs::copy(&program, build.path("context/deep")).expect("a file of our own");
+    match crate::nested::is_root() {
+        true => {
+            let image = build.image();
+            assert!(image.stderr.contains("20000 deep"), "{}", image.stderr);
+            assert!(!image.record.fs.keys().any(|path| path.starts_with("/dev/")), "{:?}", image.record.fs);
+        }
+        false => drop(build.fails_with(6, &["it takes root"])),
+    }
+}
+
+#[test]
 fn a_proc_link_leads_nowhere() {
     let build =
         Build::new().dockerfile("FROM busybox\nRUN ln -s /proc/self/root/tmp /out\nCOPY Dockerfile /out/evil\n");

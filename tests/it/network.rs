@@ -31,13 +31,18 @@ until busybox wget -q -O - http://127.0.0.1:8078/page >/dev/null 2>&1; do sleep 
 "$@"
 "#;
 
-/// Processes of pasta and of its holder that work for this test.
-fn left_over(mark: &str) -> Vec<String> {
+/// Processes of pasta and of its holder that work for this test: numbers and command lines.
+fn workers(mark: &str) -> Vec<(i32, String)> {
     let lines = fs::read_dir("/proc").expect("/proc").flatten().filter_map(|entry| {
         let line = fs::read(entry.path().join("cmdline")).ok()?;
-        Some(String::from_utf8_lossy(&line).replace('\0', " "))
+        let number = entry.file_name().to_str()?.parse().ok()?;
+        Some((number, String::from_utf8_lossy(&line).replace('\0', " ")))
     });
-    lines.filter(|line| line.contains(mark) && line.contains("pasta")).collect()
+    lines.filter(|(_, line)| line.contains(mark) && line.contains("pasta")).collect()
+}
+
+fn left_over(mark: &str) -> Vec<String> {
+    workers(mark).into_iter().map(|(_, line)| line).collect()
 }
 
 fn neighbourly(build: &Build) -> crate::story::Ended {
@@ -46,7 +51,16 @@ fn neighbourly(build: &Build) -> crate::story::Ended {
     fs::create_dir_all(&site).expect("a directory of our own");
     fs::write(site.join("page"), "from a neighbour").expect("a file of our own");
     let mut command = Command::new("unshare");
-    command.args(["--net", "--mount", "bash", "-c", NEIGHBOURS, "bash"]).arg(nacre.get_program());
+    let root = crate::nested::is_root();
+    if !root {
+        command.args(["--user", "--map-root-user"]);
+    }
+    command.args(["--net", "--mount", "bash", "-c", NEIGHBOURS, "bash"]);
+    if !root {
+        // The network is another one's, as a machine's is to an ordinary user.
+        command.args(["unshare", "--user", "--map-user=1234", "--map-group=1234"]);
+    }
+    command.arg(nacre.get_program());
     command.args(nacre.get_args()).env("SITE", &site).env("TMPDIR", build.path("site"));
     run(command, None)
 }
@@ -72,34 +86,101 @@ RUN --network=none ! wget -q -T 5 -O - http://192.0.2.77:8077/page && echo none 
     assert_eq!(left_over(&build.path("site").display().to_string()), Vec::<String>::new());
 }
 
-#[test]
-fn pasta_ends_with_a_builder_that_is_killed() {
-    if !has_tun() {
-        // The twin says what happens then.
-        return;
+/// A build with pasta whose first step has begun.
+struct Begun {
+    build: Build,
+    builder: std::process::Child,
+    mark: String,
+}
+
+impl Begun {
+    fn new(dockerfile: &str) -> Begun {
+        let build = Build::new().dockerfile(dockerfile).flag("--network=pasta");
+        let temporary = build.path("temporary");
+        fs::create_dir_all(&temporary).expect("a directory of our own");
+        let mut command = build.command();
+        let log = fs::File::create(build.path("log")).expect("a file of our own");
+        let builder = command.env("TMPDIR", &temporary).stderr(log).spawn().expect("the builder starts");
+        let begun = Begun { mark: temporary.display().to_string(), build, builder };
+        begun.wait("the step begins", || begun.log().contains(" begun\n"));
+        assert_eq!(left_over(&begun.mark).len(), 2, "the holder and pasta: {:?}", left_over(&begun.mark));
+        begun
     }
-    let build = Build::new().dockerfile("FROM busybox\nRUN echo begun && sleep 1000\n").flag("--network=pasta");
-    let temporary = build.path("temporary");
-    fs::create_dir_all(&temporary).expect("a directory of our own");
-    let mut command = build.command();
-    let log = fs::File::create(build.path("log")).expect("a file of our own");
-    let mut builder = command.env("TMPDIR", &temporary).stderr(log).spawn().expect("the builder starts");
-    let mark = temporary.display().to_string();
-    let wait = |what: &str, done: &dyn Fn() -> bool| {
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.build.path("log")).unwrap_or_default()
+    }
+
+    fn wait(&self, what: &str, mut done: impl FnMut() -> bool) {
         for _ in 0..1200 {
             if done() {
                 return;
             }
             std::thread::sleep(Duration::from_millis(50));
         }
-        panic!("{what}: {:?}\n{}", left_over(&mark), fs::read_to_string(build.path("log")).unwrap_or_default());
+        panic!("{what}: {:?}\n{}", left_over(&self.mark), self.log());
+    }
+}
+
+#[test]
+fn pasta_ends_with_a_builder_that_is_killed() {
+    if !has_tun() {
+        // The twin says what happens then.
+        return;
+    }
+    let mut begun = Begun::new("FROM busybox\nRUN echo begun && sleep 1000\n");
+    begun.builder.kill().expect("a child of ours");
+    begun.builder.wait().expect("a child of ours");
+    begun.wait("pasta ends", || left_over(&begun.mark).is_empty());
+}
+
+#[test]
+fn a_pasta_that_is_killed_hangs_nothing() {
+    if !has_tun() {
+        return;
+    }
+    // The step goes on without a network; the next one cannot be given it.
+    let mut begun = Begun::new(
+        "FROM busybox\nRUN echo begun && i=0; while [ $i -lt 600 ] && ip addr | grep -q 'inet.*scope global'; do sleep 0.1; \
+         i=$((i+1)); done; sleep 2; ! wget -q -T 20 -O - http://192.0.2.77:8077/page && echo still here\nRUN echo nev''er\n",
+    );
+    for (number, line) in workers(&begun.mark) {
+        if line.starts_with("pasta") {
+            let number = rustix::process::Pid::from_raw(number).expect("a process");
+            rustix::process::kill_process(number, rustix::process::Signal::KILL).expect("it is of our user");
+        }
+    }
+    let mut status = None;
+    let mut builder = std::mem::replace(&mut begun.builder, Command::new("true").spawn().expect("true"));
+    begun.wait("the build ends", || {
+        status = builder.try_wait().expect("a child of ours");
+        status.is_some()
+    });
+    assert_eq!(status.and_then(|status| status.code()), Some(6), "{}", begun.log());
+    let log = begun.log();
+    assert!(log.contains(" still here\n") && !log.contains(" never\n"), "{log}");
+    assert!(last_error(&log).contains("cannot join the network of `pasta`, which has ended, for the step"), "{log}");
+    assert_eq!(left_over(&begun.mark), Vec::<String>::new());
+}
+
+#[test]
+fn programs_with_raw_sockets_start_where_there_is_a_network_of_their_own() {
+    let program = crate::escape::compiled("capable", include_str!("../../testdata/hostile/capable.c"));
+    let build = |step: &str| {
+        let build = Build::new().dockerfile(&format!("FROM busybox\nCOPY capable /\nRUN /capable /made\n{step}\n"));
+        fs::copy(&program, build.path("context/capable")).expect("a file of our own");
+        build
     };
-    let begun = || fs::read_to_string(build.path("log")).is_ok_and(|text| text.contains(" begun\n"));
-    wait("the step begins", &begun);
-    assert_eq!(left_over(&mark).len(), 2, "the holder and pasta: {:?}", left_over(&mark));
-    builder.kill().expect("a child of ours");
-    builder.wait().expect("a child of ours");
-    wait("pasta ends", &|| left_over(&mark).is_empty());
+    assert!(build("RUN --network=none /made").runs().stderr.contains("raw socket: ok"));
+    match crate::nested::is_root() {
+        // It would read what the machine receives.
+        true => {
+            let ended = build("RUN /made").fails_with(4, &["its file may have capabilities", "--network=pasta"]);
+            assert!(ended.stderr.contains("/made: Operation not permitted"), "{}", ended.stderr);
+        }
+        // The kernel knows that the network is not theirs.
+        false => assert!(build("RUN /made").runs().stderr.contains("raw socket: Operation not permitted")),
+    }
 }
 
 #[test]

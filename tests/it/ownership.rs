@@ -53,6 +53,15 @@ fn both_with(dockerfile: &str, fill: impl Fn(&Path)) -> (Vec<String>, [String; 2
     (own, [log, own_log])
 }
 
+/// What the steps printed.
+fn printed(log: &str) -> Vec<String> {
+    let said = |line: &&str| {
+        let words: Vec<&str> = line.split(' ').collect();
+        words.len() > 2 && words[0].starts_with('#') && words[1].parse::<f64>().is_ok()
+    };
+    log.lines().filter(said).map(|line| line.splitn(3, ' ').nth(2).unwrap_or("").to_owned()).collect()
+}
+
 /// Each line is a step. What it prints and what it leaves must not depend on how ids are had.
 const MATRIX: &str = r#"FROM busybox
 RUN touch /f && chown 33:34 /f && stat -c '%u:%g %a' /f && chmod 4755 /f && chown 35 /f && stat -c '%u:%g %a' /f
@@ -77,14 +86,6 @@ RUN id -u && id -g && (exec 4> /tmp/redirected) && stat -c '%u:%g' /tmp/redirect
 #[test]
 fn the_same_layers_with_one_id_as_with_many() {
     let (ids, [emulated, own]) = both(MATRIX);
-    // What the steps printed.
-    let printed = |log: &str| -> Vec<String> {
-        let said = |line: &&str| {
-            let words: Vec<&str> = line.split(' ').collect();
-            words.len() > 2 && words[0].starts_with('#') && words[1].parse::<f64>().is_ok()
-        };
-        log.lines().filter(said).map(|line| line.splitn(3, ' ').nth(2).unwrap_or("").to_owned()).collect()
-    };
     assert_eq!(printed(&emulated), printed(&own));
     for line in ["33:34 644", "35:34 755", "1000:1000 640 /tmp/f", "1000:1000 600 /copy/d/new", "7:8 /tmp/l"] {
         assert!(printed(&own).iter().any(|printed| printed == line), "{line} is not in {own}");
@@ -95,20 +96,35 @@ fn the_same_layers_with_one_id_as_with_many() {
 
 #[test]
 fn devices_are_made_by_everybody() {
-    // With real ids in a namespace, a device is one in the layer only: so nothing here looks at it.
-    let (ids, _) = both("FROM busybox\nRUN umask 022; mknod /null c 1 3 && mknod -m 600 /disk b 8 300\n");
-    assert_eq!(combined(&ids), "f0d52c6035815712");
-    let build = Build::new().flag("--ownership=emulate").dockerfile(
-        "FROM busybox\nRUN mknod /null c 1 3 && chown 5:6 /null\nRUN cp -a /null /copy && stat -c '%F %t %T %u:%g' /copy\n\
-         RUN mv /copy /moved && tar cf - /moved | tar tvf - && chmod 604 /null\n",
+    let (ids, logs) = both(
+        "FROM busybox\nRUN umask 022; mknod /null c 1 3 && mknod -m 600 /disk b 8 300 && test -c /null && test -b /disk\n\
+         RUN chown 5:6 /null && cp -a /null /copy && stat -c '%F %t %T %u:%g' /copy /disk\n\
+         RUN mv /copy /moved && tar cf - /moved | tar tvf - && chmod 604 /null && ln /disk /link && test -b /link && rm /disk\n\
+         RUN --network=none ls -l /null /link\n",
     );
-    let image = build.image();
-    assert!(image.stderr.contains("character special file 1 3 5:6"), "{}", image.stderr);
-    assert!(image.stderr.contains("crw-r--r-- 5/6"), "{}", image.stderr);
-    for (name, mode) in [("/moved", "644"), ("/null", "604")] {
-        let entry = format!("{:?}", image.record.fs[name]);
-        assert!(entry.contains("\"c\"") && entry.contains(mode), "{name}: {entry}");
+    for log in &logs {
+        let said = printed(log);
+        for text in
+            ["character special file 1 3 5:6", "block special file 8 12c 0:0", "crw-r--r-- 5/6", "crw----r--    1 5"]
+        {
+            assert!(said.iter().any(|line| line.contains(text)), "`{text}` is not in {log}");
+        }
     }
+    assert_eq!(combined(&ids), "e4f63303338ee186");
+}
+
+#[test]
+fn a_device_that_is_made_unseen_is_one_from_the_next_step_on() {
+    // Nothing in the command says that it makes one, so with subordinate ids nobody looks.
+    let (ids, [emulated, own]) = both(
+        "FROM busybox\nRUN umask 022; d=d; mkno$d /null c 1 3; test -c /null && echo a device || echo a file\n\
+         RUN test -c /null && echo now a device\n",
+    );
+    let said = |log: &str, text: &str| printed(log).iter().any(|line| line == text);
+    assert!(said(&emulated, "a device"), "{emulated}");
+    assert!(said(&own, "a device") || said(&own, "a file"), "{own}");
+    assert!(said(&emulated, "now a device") && said(&own, "now a device"), "{own}");
+    assert_eq!(combined(&ids), "c0d1c56286363098");
 }
 
 #[test]
@@ -145,6 +161,33 @@ fn attributes_are_kept_where_layers_hold_them() {
     assert!(emulated.stderr.contains(" list Invalid argument\n"), "{}", emulated.stderr);
     let entry = format!("{:?}", emulated.record.fs["/cap"]);
     assert!(entry.contains("security.capability"), "{entry}");
+}
+
+#[test]
+fn programs_keep_capabilities_and_hide_their_memory() {
+    let program = crate::escape::compiled("identities", include_str!("../../testdata/hostile/identities.c"));
+    let dockerfile = "FROM busybox\nRUN --mount=type=bind,target=/context,source=bin /context/identities\n";
+    let (ids, [emulated, own]) = both_with(dockerfile, |context| {
+        std::fs::create_dir(context.join("bin")).expect("a directory of our own");
+        std::fs::copy(&program, context.join("bin/identities")).expect("a file of our own");
+    });
+    assert_eq!(printed(&emulated), printed(&own));
+    for line in [
+        "relative belongs to 7:9",
+        "descriptor belongs to 10:11",
+        "groups 5 6",
+        "ids 13 14 13",
+        "setresgid without: Operation not permitted",
+        "setresgid: ok",
+        "chown: ok",
+        "setgroups after exec: Operation not permitted",
+        "setuid after exec: Operation not permitted",
+        "/kept belongs to 23:24",
+        "/tmp/of-21 belongs to 21:22",
+    ] {
+        assert!(printed(&own).iter().any(|printed| printed == line), "`{line}` is not in {own}");
+    }
+    assert_eq!(combined(&ids), "ad6b15a87ecf1dd6");
 }
 
 #[test]

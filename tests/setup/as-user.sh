@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run by root: the tests that depend on who runs them, again as an ordinary user with subordinate IDs, and those of steps
 # once more as a user without any who cannot start newuidmap. The users are made when they are missing. Run by anybody
-# else, there is nothing left to do.
+# else, there is nothing left to do. With --users, only makes the users.
 #
 # The paths of the repository are compiled into the tests. Where the user may not enter them (a clone in /root, or in a
 # private temporary directory), they are bound to the same place in a mount namespace in which the closed directory is
@@ -61,6 +61,11 @@ inside() {
     # What is mounted here is only in this namespace.
     stage=/mnt
     mount -t tmpfs -o mode=755 tmpfs "$stage"
+    # As on a machine whose users may have networks of their own; the other user is without.
+    if [ "$user" = "$rich" ] && [ -c /dev/net/tun ]; then
+        mknod -m 666 "$stage/tun" c 10 200
+        mount --bind "$stage/tun" /dev/net/tun
+    fi
     mkdir "$stage/repository" "$stage/target"
     mount --bind "$repository" "$stage/repository"
     mount --bind "$target" "$stage/target"
@@ -101,6 +106,9 @@ for kind in uid gid; do
     # useradd may have given some.
     sed -i "/^$poor:/d" "/etc/sub$kind"
 done
+if [ "${1:-}" = --users ]; then
+    exit 0
+fi
 
 # Cargo names the test programs: `  Executable tests/it/main.rs (target/…/it-0123)`. The frontend's are pure.
 programs=()

@@ -24,6 +24,7 @@ fn round(text: &str) -> String {
 #[test]
 fn forms() {
     let check = |text: &str, want: &str| assert_eq!(round(text), want);
+    check("FROM a\nENV \\\t  X=y\0\n", "FROM a\nENV \\\t X=y\0\n");
     check("from  a   as b\nRUN  x \\\n  # c\n  y\n", "from a AS b\nRUN x   y\n");
     check("# escape=`\n# c\nFROM a\nRUN a `\n b", "# escape=`\n\n# c\nFROM a\nRUN a  b\n");
     check("\n# escape=`\nFROM a", "\n# escape=`\nFROM a\n");

@@ -6,7 +6,7 @@
 use super::changes::{is_same, number_groups};
 use super::owners;
 use crate::materialize::{self, MaterializeError, Ownership, ReadContent, WriteOptions};
-use crate::sandbox::emulation::{Device, Identity, Owner, Records, UPPER};
+use crate::sandbox::emulation::{Device, Identity, Owner, Records, Scope, UPPER};
 use crate::scan::{self, Everything, ScanOptions, Xattrs, keep_attributes};
 use crate::tree::{Entry, Kind, Node, Origin, Tree, parent};
 use crate::upper::{LostAttribute, UpperError, digest_all};
@@ -23,14 +23,16 @@ pub(super) fn copy(
     options: WriteOptions,
 ) -> Result<Vec<(Identity, Owner)>, MaterializeError> {
     materialize::write_tree(tree, read, root, options)?;
-    match options.ownership {
-        Ownership::Native => Ok(Vec::new()),
-        Ownership::SingleId => owners::identities(root, tree).map_err(|source| MaterializeError::Call {
-            call: "stat",
-            path: root.to_owned(),
-            source,
-        }),
-    }
+    let scope = match options.ownership {
+        // Where the kernel makes devices, nobody asks for this.
+        Ownership::Native => Scope::Devices { shown: true },
+        Ownership::SingleId => Scope::SingleId,
+    };
+    owners::identities(root, tree, scope).map_err(|source| MaterializeError::Call {
+        call: "stat",
+        path: root.to_owned(),
+        source,
+    })
 }
 
 /// The layer that the step has made of `before`, whose copy is `root`.

@@ -30,12 +30,29 @@ pub(crate) fn owner_of(entry: &Entry) -> Owner {
     Owner { uid: entry.uid, gid: entry.gid, device }
 }
 
-/// Writes the owners of `tree` that are not 0:0 to the new file `path`. `None` when there are none.
-pub(super) fn write_lower(tree: &Tree, path: PathBuf) -> io::Result<Option<PathBuf>> {
+/// Whether a step may look at a device: one that is below it (those of /dev are covered), or that its command, given by its
+/// `texts`, makes by the usual program. A program that makes one by itself and looks at it is not recognised.
+pub(super) fn may_see_devices<'a>(flat: &Tree, mut texts: impl Iterator<Item = &'a str>) -> bool {
+    let covered = |path: &[u8]| [&b"dev/"[..], b"proc/", b"sys/"].iter().any(|directory| path.starts_with(directory));
+    let is_device = |entry: &Entry| owner_of(entry).device.is_some() && !covered(&entry.path);
+    texts.any(|text| text.contains("mknod")) || flat.nodes().iter().any(|node| is_device(&node.entry))
+}
+
+/// What the disk does not hold of an entry where `scope` is emulated.
+fn emulated(entry: &Entry, scope: Scope) -> Option<Owner> {
+    let owner = owner_of(entry);
+    let differs = match scope {
+        Scope::SingleId => !owner.is_plain(),
+        Scope::Devices { .. } => owner.device.is_some(),
+    };
+    differs.then_some(owner)
+}
+
+/// Writes the owners of `tree` that the disk does not hold to the new file `path`. `None` when there are none.
+pub(super) fn write_lower(tree: &Tree, scope: Scope, path: PathBuf) -> io::Result<Option<PathBuf>> {
     let mut list: Vec<LowerOwner> = Vec::new();
     for node in tree.nodes() {
-        let owner = owner_of(&node.entry);
-        if !owner.is_plain() {
+        if let Some(owner) = emulated(&node.entry, scope) {
             let linked = matches!(node.entry.kind, Kind::File { link_group: 1.., .. });
             list.push(LowerOwner { path: node.entry.path.clone(), owner, linked });
         }
@@ -59,12 +76,14 @@ pub(super) fn prepare(
     scratch: &Path,
 ) -> io::Result<Emulation> {
     let result = scratch.join("owners");
-    if scope == Scope::Devices {
+    if scope == (Scope::Devices { shown: false }) {
         return Ok(Emulation { scope, lower: None, known: None, result });
     }
     let mut known = copied;
-    for base in caches.values() {
-        known.extend(read_cache(base)?);
+    if scope == Scope::SingleId {
+        for base in caches.values() {
+            known.extend(read_cache(base)?);
+        }
     }
     let path = scratch.join("known-owners");
     if !known.is_empty() {
@@ -73,7 +92,7 @@ pub(super) fn prepare(
     Ok(Emulation {
         scope,
         lower: match flat {
-            Some(flat) => write_lower(flat, scratch.join("lower-owners"))?,
+            Some(flat) => write_lower(flat, scope, scratch.join("lower-owners"))?,
             None => None,
         },
         known: (!known.is_empty()).then_some(path),
@@ -101,18 +120,15 @@ pub(super) fn take(emulation: &Emulation, caches: &Caches) -> io::Result<Records
 
 /// Records who owns the files that a cache was filled with.
 pub(super) fn record_cache(base: &Path, data: &Path, tree: &Tree) -> io::Result<()> {
-    write_cache(base, identities(data, tree)?)
+    write_cache(base, identities(data, tree, Scope::SingleId)?)
 }
 
-/// Who owns what `tree` was written as, without what belongs to 0:0.
-pub(super) fn identities(directory: &Path, tree: &Tree) -> io::Result<Vec<(Identity, Owner)>> {
+/// Who owns what `tree` was written as, as far as the disk does not hold it.
+pub(super) fn identities(directory: &Path, tree: &Tree, scope: Scope) -> io::Result<Vec<(Identity, Owner)>> {
     let root = crate::sys::open_place(directory).map_err(|error| error.source)?;
     let mut records = Vec::new();
     for entry in tree.nodes().iter().map(|node| &node.entry) {
-        let owner = owner_of(entry);
-        if owner.is_plain() {
-            continue;
-        }
+        let Some(owner) = emulated(entry, scope) else { continue };
         let path = if entry.path.is_empty() { OsStr::new(".") } else { OsStr::from_bytes(&entry.path) };
         let text = crate::sys::c_string(path).map_err(|error| error.source)?;
         records.push((Identity::of(&stat(&root, &text)?), owner));

@@ -389,7 +389,15 @@ fn execute_once(
         _ if host.isolation == Isolation::Chroot => None,
         Ownership::SingleId => Some(Scope::SingleId),
         // The kernel lets nobody but the first namespace's root make device nodes.
-        Ownership::Native => (!sandbox::idmap::is_initial_namespace()).then_some(Scope::Devices),
+        Ownership::Native if sandbox::idmap::is_initial_namespace() => None,
+        Ownership::Native => {
+            let inline = op.mounts.iter().filter_map(|mount| match &mount.kind {
+                MountKind::Inline { content, .. } => Some(content),
+                _ => None,
+            });
+            let texts = op.args.iter().chain(inline).map(String::as_str);
+            Some(Scope::Devices { shown: owners::may_see_devices(&flat, texts) })
+        }
     };
     let mut setup = MountSetup {
         workspace,
@@ -726,9 +734,8 @@ impl MountSetup<'_> {
         let list = self.scratch.join(format!("mount{at}-owners"));
         let owners = match self.workspace.ownership {
             Ownership::Native => None,
-            Ownership::SingleId => {
-                owners::write_lower(&tree, list.clone()).map_err(|source| RunError::Io { path: list, source })?
-            }
+            Ownership::SingleId => owners::write_lower(&tree, Scope::SingleId, list.clone())
+                .map_err(|source| RunError::Io { path: list, source })?,
         };
         Ok(SetupMount::OverlayBind { lowers, upper, work, subpath, target, read_only, owners })
     }

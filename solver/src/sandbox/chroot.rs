@@ -16,6 +16,7 @@
 
 use super::points::{self, Kind, Root, Traces};
 use super::{Doing, Failure, RunSpec, SetupMount, SpecProblem};
+use crate::materialize::{self, MaterializeError};
 use crate::sys::{self, Call};
 use rustix::fd::OwnedFd;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT};
@@ -189,7 +190,7 @@ impl<'a> Furniture<'a> {
         while let Some(Placed { parent, name, was, before, after }) = self.placed.pop() {
             let current = modified(&parent);
             // What the step wrote there is not part of its layer, as with a mount. Best effort: what stays is a change.
-            _ = remove(&parent, &name);
+            _ = self.remove(&parent, &name);
             if let Some(was) = was {
                 _ = rustix::fs::renameat(rustix::fs::CWD, self.aside.join(was), &parent, name.as_os_str());
             }
@@ -199,6 +200,19 @@ impl<'a> Furniture<'a> {
             }
         }
         points::remove_unused(&self.root, &self.traces)
+    }
+
+    /// Removes a file, or a directory with what is in it, however deep: at a path that no other process changes.
+    fn remove(&self, parent: &OwnedFd, name: &OsStr) -> Result<(), MaterializeError> {
+        match rustix::fs::unlinkat(parent, name, AtFlags::empty()) {
+            Err(Errno::ISDIR | Errno::PERM) => {}
+            _ => return Ok(()),
+        }
+        let gone = self.aside.join("gone");
+        match rustix::fs::renameat(parent, name, rustix::fs::CWD, &gone) {
+            Ok(()) => materialize::remove_tree(&gone),
+            Err(_) => Ok(()),
+        }
     }
 }
 
@@ -214,26 +228,4 @@ fn same(one: Timespec, other: Timespec) -> bool {
 fn set_modified(dir: &OwnedFd, time: Timespec) -> sys::Result<()> {
     let times = Timestamps { last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT }, last_modification: time };
     rustix::fs::utimensat(dir, ".", &times, AtFlags::empty()).call(|| "utimensat()".into())
-}
-
-/// Removes a file or a directory with what is in it, following no link.
-fn remove(parent: &OwnedFd, name: &OsStr) -> std::io::Result<()> {
-    match rustix::fs::unlinkat(parent, name, AtFlags::empty()) {
-        Err(Errno::ISDIR | Errno::PERM) => {}
-        result => return Ok(result?),
-    }
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let dir = rustix::fs::openat(parent, name, flags, Mode::empty())?;
-    let mut names = Vec::new();
-    for entry in rustix::fs::Dir::read_from(&dir)? {
-        let entry = entry?;
-        if ![c".", c".."].contains(&entry.file_name()) {
-            names.push(std::os::unix::ffi::OsStringExt::from_vec(entry.file_name().to_bytes().to_vec()));
-        }
-    }
-    for name in names {
-        let name: OsString = name;
-        remove(&dir, &name)?;
-    }
-    Ok(rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR)?)
 }

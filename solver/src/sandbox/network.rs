@@ -264,6 +264,8 @@ fn become_pasta(program: &Path, namespace: &Path, ready: &Path, more: &[std::ffi
 fn watch(pid: Pid, ready: &Path) -> sys::Result<()> {
     const PAUSE: Duration = Duration::from_millis(5);
     let stdin = std::io::stdin();
+    let ended =
+        rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).call(|| "pidfd_open()".into())?;
     let mut told = false;
     loop {
         if !told && std::fs::metadata(ready).is_ok_and(|metadata| metadata.len() > 0) {
@@ -271,16 +273,12 @@ fn watch(pid: Pid, ready: &Path) -> sys::Result<()> {
             told = true;
         }
         // Until it is ready, what it writes is looked for; after that, only its end and the builder's count.
-        let pause = if told { Duration::from_millis(200) } else { PAUSE };
-        let timeout = Timespec::try_from(pause).ok();
-        let mut polled = [PollFd::new(&stdin, PollFlags::IN)];
+        let timeout = if told { None } else { Timespec::try_from(PAUSE).ok() };
+        let mut polled = [PollFd::new(&stdin, PollFlags::IN), PollFd::new(&ended, PollFlags::IN)];
         match rustix::event::poll(&mut polled, timeout.as_ref()) {
             Ok(0) | Err(rustix::io::Errno::INTR) => {}
-            // Nothing is ever written: it is closed.
+            // Nothing is ever written to it: it is closed. Or pasta has ended.
             _ => return Ok(()),
-        }
-        if !matches!(rustix::process::waitpid(Some(pid), WaitOptions::NOHANG), Ok(None)) {
-            return Ok(());
         }
     }
 }

@@ -138,7 +138,7 @@ fn try_out(dir: &Path) -> Probe {
     let filter = || sys::install_filter(&seccomp::filter(Profile::default()));
     note(Right::Seccomp, in_child(0, filter));
     let listen = || {
-        let filter = seccomp::filter(Profile { insecure: false, emulate: Some(Scope::Devices) });
+        let filter = seccomp::filter(Profile { insecure: false, emulate: Some(Scope::Devices { shown: false }) });
         sys::notify::install_filter_with_listener(&filter).map(drop)
     };
     note(Right::Notification, in_child(0, listen));

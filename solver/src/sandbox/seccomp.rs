@@ -71,6 +71,8 @@ enum Verdict {
     NotifyOfDevice(u32),
     /// The supervisor is asked about the limit that carries credentials; its number is argument `.0`.
     NotifyAboutLocks(u32),
+    /// The supervisor is told what becomes of capabilities when the user changes: prctl(2).
+    NotifyToKeep,
 }
 
 /// What the filter has to do.
@@ -101,11 +103,17 @@ pub fn filter(profile: Profile) -> Vec<FilterInstruction> {
 }
 
 fn verdict(name: &str, profile: Profile, wide: bool) -> Verdict {
-    if profile.emulate == Some(emulation::Scope::Devices) {
-        match name {
-            "mknod" => return Verdict::NotifyOfDevice(1),
-            "mknodat" => return Verdict::NotifyOfDevice(2),
-            "chroot" => return Verdict::Notify,
+    if let Some(emulation::Scope::Devices { shown }) = profile.emulate {
+        use emulation::Call::{
+            Chroot, Fstat, FstatAt, Link, LinkAt, Lstat, Mknod, MknodAt, Rename, RenameAt, Stat, Statx,
+        };
+        match emulation::Call::of(name, wide) {
+            Some(Mknod) => return Verdict::NotifyOfDevice(1),
+            Some(MknodAt) => return Verdict::NotifyOfDevice(2),
+            Some(Chroot) => return Verdict::Notify,
+            Some(Stat | Lstat | Fstat | FstatAt | Statx | Rename | RenameAt | Link | LinkAt) if shown => {
+                return Verdict::Notify;
+            }
             _ => {}
         }
     }
@@ -116,6 +124,7 @@ fn verdict(name: &str, profile: Profile, wide: bool) -> Verdict {
             Some(emulation::Call::OpenAt) => return Verdict::NotifyToCreate(2),
             Some(emulation::Call::SetLimit | emulation::Call::GetLimit) => return Verdict::NotifyAboutLocks(0),
             Some(emulation::Call::ProcessLimit) => return Verdict::NotifyAboutLocks(1),
+            Some(emulation::Call::Control) => return Verdict::NotifyToKeep,
             Some(_) => return Verdict::Notify,
         }
     }
@@ -223,6 +232,13 @@ fn decide(verdict: Verdict, code: &mut Vec<FilterInstruction>) {
             notify(),
             allow(),
         ]),
+        Verdict::NotifyToKeep => code.extend([
+            statement(LOAD, argument(0)),
+            jump(JUMP_EQUAL, libc::PR_SET_KEEPCAPS as u32, 1, 0),
+            jump(JUMP_EQUAL, libc::PR_SET_SECUREBITS as u32, 0, 1),
+            notify(),
+            allow(),
+        ]),
         Verdict::NotifyAboutLocks(number) => code.extend([
             statement(LOAD, argument(number)),
             jump(JUMP_EQUAL, libc::RLIMIT_LOCKS, 0, 1),
@@ -304,7 +320,8 @@ mod tests {
     fn decides_by_number_and_argument() {
         let plain = Profile::default();
         let emulate = Profile { emulate: Some(emulation::Scope::SingleId), ..plain };
-        let devices = Profile { emulate: Some(emulation::Scope::Devices), ..plain };
+        let devices = Profile { emulate: Some(emulation::Scope::Devices { shown: false }), ..plain };
+        let shown = Profile { emulate: Some(emulation::Scope::Devices { shown: true }), ..plain };
         let insecure_emulate = Profile { insecure: true, ..emulate };
         for (profile, name, number, arguments, expected) in [
             (plain, "read", libc::SYS_read, [0; 3], OK),
@@ -339,6 +356,10 @@ mod tests {
             (emulate, "openat", libc::SYS_openat, [0, 0, libc::O_TMPFILE as u32], NOTIFY),
             (emulate, "prlimit64", libc::SYS_prlimit64, [0, libc::RLIMIT_NOFILE, 0], OK),
             (emulate, "prlimit64", libc::SYS_prlimit64, [0, libc::RLIMIT_LOCKS, 0], NOTIFY),
+            (emulate, "prctl", libc::SYS_prctl, [libc::PR_SET_NAME as u32, 0, 0], OK),
+            (emulate, "prctl", libc::SYS_prctl, [libc::PR_SET_KEEPCAPS as u32, 1, 0], NOTIFY),
+            (emulate, "prctl", libc::SYS_prctl, [libc::PR_SET_SECUREBITS as u32, 4, 0], NOTIFY),
+            (plain, "prctl", libc::SYS_prctl, [libc::PR_SET_KEEPCAPS as u32, 1, 0], OK),
             (emulate, "read", libc::SYS_read, [0; 3], OK),
             (emulate, "mount", libc::SYS_mount, [0; 3], EPERM),
             (emulate, "clone3", libc::SYS_clone3, [0; 3], ENOSYS),
@@ -346,6 +367,11 @@ mod tests {
             (devices, "mknodat", libc::SYS_mknodat, [0, 0, libc::S_IFBLK], NOTIFY),
             (devices, "mknodat", libc::SYS_mknodat, [0, 0, libc::S_IFIFO | 0o600], OK),
             (devices, "fchownat", libc::SYS_fchownat, [0; 3], OK),
+            (devices, "statx", libc::SYS_statx, [0; 3], OK),
+            (shown, "statx", libc::SYS_statx, [0; 3], NOTIFY),
+            (shown, "renameat2", libc::SYS_renameat2, [0; 3], NOTIFY),
+            (shown, "mknodat", libc::SYS_mknodat, [0, 0, libc::S_IFBLK], NOTIFY),
+            (shown, "fchownat", libc::SYS_fchownat, [0; 3], OK),
             (insecure_emulate, "mount", libc::SYS_mount, [0; 3], OK),
             (insecure_emulate, "clone3", libc::SYS_clone3, [0; 3], OK),
             (insecure_emulate, "fchown", libc::SYS_fchown, [0; 3], NOTIFY),

@@ -201,7 +201,7 @@ fn enter_namespaces(spec: &RunSpec) -> Result<(), Failure> {
         let join = || format!("setns({path:?}, net)");
         let namespace = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
             .call(|| format!("open({path:?})"))
-            .doing(doing)?;
+            .doing(|| "join the network of `pasta`, which has ended,".to_owned())?;
         let kind = Some(rustix::thread::LinkNameSpaceType::Network);
         rustix::thread::move_into_link_name_space(namespace.as_fd(), kind).call(join).doing(doing)?;
     }

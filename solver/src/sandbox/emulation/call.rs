@@ -52,6 +52,7 @@ pub(crate) enum Call {
     SetLimit,
     GetLimit,
     ProcessLimit,
+    Control,
 }
 
 impl Call {
@@ -109,6 +110,7 @@ impl Call {
             "setrlimit" => Call::SetLimit,
             "getrlimit" | "ugetrlimit" => Call::GetLimit,
             "prlimit64" => Call::ProcessLimit,
+            "prctl" => Call::Control,
             _ => return None,
         })
     }

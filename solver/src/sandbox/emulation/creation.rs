@@ -122,14 +122,14 @@ impl Emulator {
         };
         // To overlayfs, the character device 0:0 is a whiteout, which it lets nobody make.
         let whiteout = device == Some(Device { block: false, major: 0, minor: 0 });
-        if self.scope == Scope::Devices {
+        if let Scope::Devices { .. } = self.scope {
             return match device {
                 Some(device) if !whiteout => self.make_device(call, dir, path, mode, device),
                 Some(_) => Err(Errno::PERM),
                 None => Ok(Answer::Continue),
             };
         }
-        if device.is_some() && (whiteout || self.credentials(call)?.user.effective != 0) {
+        if device.is_some() && (whiteout || !self.credentials(call)?.is_privileged()) {
             return Err(Errno::PERM);
         }
         let kind = match (device, FileType::from_raw_mode(mode)) {

@@ -94,28 +94,99 @@ impl Ids {
     }
 }
 
+/// Whether a process has CAP_SETUID, CAP_SETGID and their like, which are taken as one, and what becomes of them when it
+/// changes its user: capabilities(7), "Effect of user ID changes on capabilities". The kernel's own sets stay root's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Capabilities {
+    permitted: bool,
+    effective: bool,
+    /// PR_SET_KEEPCAPS.
+    kept: bool,
+    /// SECBIT_NO_SETUID_FIXUP.
+    fixed: bool,
+}
+
+impl Capabilities {
+    /// Those of a process whose ids are this one.
+    fn of(id: u32) -> Capabilities {
+        Capabilities { permitted: id == 0, effective: id == 0, kept: false, fixed: false }
+    }
+
+    fn follow(&mut self, before: Ids, after: Ids) {
+        if self.fixed {
+            return;
+        }
+        if before.has(0) && !after.has(0) && !self.kept {
+            (self.permitted, self.effective) = (false, false);
+        }
+        match (before.effective == 0, after.effective == 0) {
+            // Nobody tells us when they are put into effect again, which is all that they can be kept for.
+            (true, false) => self.effective = self.kept && self.permitted,
+            (false, true) => self.effective = self.permitted,
+            _ => {}
+        }
+    }
+}
+
+impl Default for Capabilities {
+    fn default() -> Capabilities {
+        Capabilities::of(0)
+    }
+}
+
 /// Ids of a process.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub(super) struct Credentials {
     pub(super) user: Ids,
     pub(super) group: Ids,
     pub(super) groups: Vec<u32>,
+    capabilities: Capabilities,
 }
 
 impl Credentials {
     /// Those of a process that a step starts with.
     pub(super) fn new(uid: u32, gid: u32, groups: Vec<u32>) -> Credentials {
-        Credentials { user: Ids::all(uid), group: Ids::all(gid), groups }
+        Credentials { user: Ids::all(uid), group: Ids::all(gid), groups, capabilities: Capabilities::of(uid) }
     }
 
-    /// Whether it has CAP_SETUID, CAP_SETGID and their like, which go and come with the effective id 0.
-    fn is_privileged(&self) -> bool {
-        self.user.effective == 0
+    /// Whether it has CAP_SETUID, CAP_SETGID and their like, which go and come with the effective id 0 unless the process
+    /// has asked to keep them.
+    pub(super) fn is_privileged(&self) -> bool {
+        self.capabilities.effective
+    }
+
+    /// prctl(PR_SET_KEEPCAPS).
+    pub(super) fn keep_capabilities(&mut self, kept: bool) {
+        self.capabilities.kept = kept;
+    }
+
+    /// prctl(PR_SET_SECUREBITS).
+    pub(super) fn set_secure_bits(&mut self, bits: u32) {
+        const NO_SETUID_FIXUP: u32 = 1 << 2;
+        const KEEP_CAPS: u32 = 1 << 4;
+        self.capabilities.fixed = bits & NO_SETUID_FIXUP != 0;
+        self.capabilities.kept = bits & KEEP_CAPS != 0;
+    }
+
+    /// Whether it is another user than root that has kept them.
+    pub(super) fn has_kept(&self) -> bool {
+        self.user.effective != 0 && self.is_privileged()
+    }
+
+    /// capset(2) without them.
+    pub(super) fn give_up_capabilities(&mut self) {
+        (self.capabilities.permitted, self.capabilities.effective) = (false, false);
+    }
+
+    fn change_user(&mut self, change: impl FnOnce(&mut Ids, bool) -> Result<(), Errno>) -> Result<(), Errno> {
+        let (before, privileged) = (self.user, self.is_privileged());
+        change(&mut self.user, privileged)?;
+        self.capabilities.follow(before, self.user);
+        Ok(())
     }
 
     pub(super) fn set_uid(&mut self, id: u32) -> Result<(), Errno> {
-        let privileged = self.is_privileged();
-        self.user.set(id, privileged)
+        self.change_user(|user, privileged| user.set(id, privileged))
     }
 
     pub(super) fn set_gid(&mut self, id: u32) -> Result<(), Errno> {
@@ -124,8 +195,7 @@ impl Credentials {
     }
 
     pub(super) fn set_two_uids(&mut self, real: u32, effective: u32) -> Result<(), Errno> {
-        let privileged = self.is_privileged();
-        self.user.set_two(real, effective, privileged)
+        self.change_user(|user, privileged| user.set_two(real, effective, privileged))
     }
 
     pub(super) fn set_two_gids(&mut self, real: u32, effective: u32) -> Result<(), Errno> {
@@ -134,8 +204,7 @@ impl Credentials {
     }
 
     pub(super) fn set_three_uids(&mut self, [real, effective, saved]: [u32; 3]) -> Result<(), Errno> {
-        let privileged = self.is_privileged();
-        self.user.set_three(real, effective, saved, privileged)
+        self.change_user(|user, privileged| user.set_three(real, effective, saved, privileged))
     }
 
     pub(super) fn set_three_gids(&mut self, [real, effective, saved]: [u32; 3]) -> Result<(), Errno> {
@@ -165,11 +234,16 @@ impl Credentials {
     pub(super) fn execute(&mut self, set_uid: Option<u32>, set_gid: Option<u32>) {
         self.user.execute(set_uid);
         self.group.execute(set_gid);
+        let root = (self.user.real, self.user.effective);
+        self.capabilities.permitted = root.0 == 0 || root.1 == 0;
+        self.capabilities.effective = root.1 == 0;
+        self.capabilities.kept = false;
     }
 
     /// Whether an object of `(uid, gid)` may be given to `(new_uid, new_gid)`; [`KEEP`] leaves one. chown(2).
     pub(super) fn may_chown(&self, (uid, gid): (u32, u32), (new_uid, new_gid): (u32, u32)) -> bool {
-        if self.user.file_system == 0 {
+        // Root that takes another id for files only gives up its rights to them.
+        if self.user.file_system == 0 || self.has_kept() {
             return true;
         }
         let owns = self.user.file_system == uid;
@@ -280,6 +354,33 @@ mod tests {
         assert_eq!((ids(user.user), ids(user.group)), ([7, 0, 0, 0], [8; 4]));
         user.execute(None, Some(9));
         assert_eq!(ids(user.group), [8, 9, 9, 9]);
+    }
+
+    #[test]
+    fn capabilities_can_be_kept() {
+        // As setpriv(1) does it: the user first.
+        let mut root = Credentials::default();
+        root.keep_capabilities(true);
+        assert!(!root.has_kept());
+        root.set_three_uids([7, 7, 7]).unwrap();
+        assert!(root.has_kept());
+        root.set_three_gids([8, 8, 8]).unwrap();
+        root.set_groups(vec![8]).unwrap();
+        assert!(root.may_chown((0, 0), (1, 1)));
+        let mut next = root.clone();
+        next.execute(None, None);
+        assert_eq!((next.set_uid(0), next.set_groups(vec![])), (Err(Errno::PERM), Err(Errno::PERM)));
+        root.give_up_capabilities();
+        assert_eq!((root.set_uid(0), root.has_kept()), (Err(Errno::PERM), false));
+
+        let mut fixed = Credentials::default();
+        fixed.set_secure_bits(1 << 2);
+        fixed.set_uid(7).unwrap();
+        fixed.set_gid(8).unwrap();
+        // A user who asks to keep what he has not.
+        let mut user = Credentials::new(7, 7, vec![]);
+        user.keep_capabilities(true);
+        assert_eq!(user.set_uid(0), Err(Errno::PERM));
     }
 
     #[test]

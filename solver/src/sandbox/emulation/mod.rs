@@ -15,6 +15,7 @@
 //! | stat family | patched when the owner is not 0:0 |
 //! | rename, link | what comes from the base with an owner is copied up and recorded, as its path is lost |
 //! | chroot | noted, as paths mean something else from then on |
+//! | prctl about capabilities | carried on, and noted: who keeps them may change ids as another user |
 //!
 //! Paths are those of a hostile program, and it can change them in memory while they are looked at. So they are
 //! resolved by the kernel, by this process with the step's root directory as its own and with no more capabilities than
@@ -47,7 +48,7 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{AtFlags, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
-use rustix::thread::CapabilitySets;
+use rustix::thread::{CapabilitySet, CapabilitySets};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::os::unix::ffi::OsStrExt;
@@ -59,9 +60,12 @@ use table::{Stack, Table};
 pub enum Scope {
     /// Everything: there is one id.
     SingleId,
-    /// Only the making of device nodes, which a user namespace refuses. Where ids are real, stat is left to the kernel,
-    /// so that steps see an empty file in a device's place and nothing costs time; the layer has the device.
-    Devices,
+    /// Only device nodes, which a user namespace refuses to make: ids are real. The layer has the device; for the step, an
+    /// empty file is in its place.
+    Devices {
+        /// The stat family says that it is a device, which costs time at every look at a file.
+        shown: bool,
+    },
 }
 
 /// What is emulated, and the files through which owners come and go.
@@ -108,6 +112,8 @@ pub(super) struct Emulator {
     /// The root directory before.
     outside: OwnedFd,
     capabilities: CapabilitySets,
+    /// Those in effect while calls are answered.
+    effective: CapabilitySet,
     scope: Scope,
     /// The step sees this process's /proc.
     shared_proc: bool,
@@ -157,6 +163,7 @@ impl Emulator {
             descriptors,
             root,
             outside,
+            effective: capabilities.effective,
             capabilities,
             scope: emulation.scope,
             shared_proc,
@@ -171,8 +178,8 @@ impl Emulator {
     fn prepared(mut self, spec: &RunSpec, lists: Lists) -> sys::Result<Emulator> {
         enter(&self.root, &self.descriptors)?;
         if !spec.insecure {
-            let mut sets = self.capabilities;
-            sets.effective &= step::CAPABILITIES;
+            self.effective = self.capabilities.effective & step::CAPABILITIES;
+            let sets = CapabilitySets { effective: self.effective, ..self.capabilities };
             rustix::thread::set_capabilities(None, sets).call(|| "capset()".into())?;
         }
         _ = rustix::process::umask(Mode::empty());
@@ -222,6 +229,7 @@ impl Emulator {
     /// Answers one call.
     pub(super) fn serve(&mut self) -> sys::Result<()> {
         let Some(call) = notify::receive(&self.listener)? else { return Ok(()) };
+        self.table.forget_path();
         let answer = match self.calls.get(&(call.architecture, call.number)) {
             None => Ok(Answer::Continue),
             Some(known) => self.carry_out(&call, *known),
@@ -323,7 +331,7 @@ impl Emulator {
 
             Call::Chroot => {
                 // With real ids the kernel knows who may.
-                if self.scope == Scope::SingleId && self.credentials(call)?.user.effective != 0 {
+                if self.scope == Scope::SingleId && !self.credentials(call)?.is_privileged() {
                     return Err(Errno::PERM);
                 }
                 self.chroots = true;
@@ -336,18 +344,23 @@ impl Emulator {
             Call::GetLimit => self.tell_no_limit(call, known.layout, argument(1)),
             Call::ProcessLimit if argument(3) == 0 => Ok(Answer::Value(0)),
             Call::ProcessLimit => self.tell_no_limit(call, Layout::Native, argument(3)),
+            Call::Control => self.follow(call, |own| match number(0) as i32 {
+                libc::PR_SET_KEEPCAPS => own.keep_capabilities(number(1) != 0),
+                _ => own.set_secure_bits(number(1)),
+            }),
         }
     }
 
     // Ids
 
+    /// Those of the caller, if it still waits: [`Emulator::still_waiting`].
     fn credentials(&self, call: &Notification) -> Result<&Credentials, Errno> {
         let (number, _) = notify::locks_limit(call.thread).map_err(|error| errno(&error))?;
-        self.still_waiting(call)?;
         Ok(self.registry.find(number))
     }
 
-    /// What was found out by the caller's number was about the caller only if it still waits.
+    /// What was found out by the caller's number was about the caller only if it still waits. To be asked once, after all
+    /// looks and before anything is changed or written; answers alone reach nobody else.
     fn still_waiting(&self, call: &Notification) -> Result<(), Errno> {
         // Nobody hears the error.
         if notify::is_waiting(&self.listener, call.id) { Ok(()) } else { Err(Errno::SRCH) }
@@ -359,10 +372,31 @@ impl Emulator {
         change: impl FnOnce(&mut Credentials) -> Result<i64, Errno>,
     ) -> Result<Answer, Errno> {
         let mut own = self.credentials(call)?.clone();
+        if own.has_kept() {
+            // The kernel's sets are those that the process has left itself.
+            let effective = u64::from_str_radix(&self.status(call, "CapEff:")?, 16).map_err(|_| Errno::IO)?;
+            if !CapabilitySet::from_bits_retain(effective).intersects(CapabilitySet::SETUID | CapabilitySet::SETGID) {
+                own.give_up_capabilities();
+            }
+        }
         let value = change(&mut own)?;
         let number = self.registry.number(own)?;
+        self.still_waiting(call)?;
         notify::set_locks_limit(call.thread, number).map_err(|error| errno(&error))?;
         Ok(Answer::Value(value))
+    }
+
+    /// The kernel carries the call out, on its own sets, and what it means to the emulated ones is noted.
+    fn follow(&mut self, call: &Notification, change: impl FnOnce(&mut Credentials)) -> Result<Answer, Errno> {
+        let own = self.credentials(call)?.clone();
+        let mut after = own.clone();
+        change(&mut after);
+        if after != own {
+            let number = self.registry.number(after)?;
+            self.still_waiting(call)?;
+            notify::set_locks_limit(call.thread, number).map_err(|error| errno(&error))?;
+        }
+        Ok(Answer::Continue)
     }
 
     fn tell(&self, call: &Notification, known: Known, id: fn(&Credentials) -> u32) -> Result<Answer, Errno> {
@@ -462,6 +496,7 @@ impl Emulator {
         if !self.credentials(call)?.may_chown((before.uid, before.gid), (uid, gid)) {
             return Err(Errno::PERM);
         }
+        self.still_waiting(call)?;
         // To the ids that it has: this copies it up, clears what a change of owner clears, and fails where that would.
         let real = ((uid != KEEP).then_some(Uid::ROOT), (gid != KEEP).then_some(Gid::ROOT));
         rustix::fs::chownat(&file, "", real.0, real.1, AtFlags::EMPTY_PATH)?;
@@ -514,7 +549,9 @@ impl Emulator {
             Ok((stat, owner))
         });
         match found {
-            Ok((stat, owner)) if !owner.is_plain() => self.tell_stat(call, known, &stat, owner, place),
+            Ok((stat, owner)) if !owner.is_plain() => {
+                self.tell_stat(call, known, &stat, self.told(&stat, owner), place)
+            }
             _ => Ok(Answer::Continue),
         }
     }
@@ -563,7 +600,21 @@ impl Emulator {
                 self.table.owner(&file, &stat)
             }
         };
-        (!owner.is_plain()).then_some((stat, owner))
+        (!owner.is_plain()).then(|| {
+            let owner = self.told(&stat, owner);
+            (stat, owner)
+        })
+    }
+
+    /// What the caller hears of an owner: where ids are real, the kernel knows them better.
+    fn told(&self, stat: &RawStatx, owner: Owner) -> Owner {
+        match self.scope {
+            Scope::SingleId => owner,
+            Scope::Devices { .. } => {
+                let (uid, gid) = Metadata(stat).owner();
+                Owner { uid, gid, device: owner.device }
+            }
+        }
     }
 }
 

@@ -90,6 +90,10 @@ impl Metadata<'_> {
         self.word(28) & 0xffff
     }
 
+    pub(super) fn owner(&self) -> (u32, u32) {
+        (self.word(20), self.word(24))
+    }
+
     pub(super) fn inode(&self) -> u64 {
         self.long(32)
     }

@@ -11,6 +11,7 @@ use crate::sys::notify::{self, Notification, RawStatx};
 use rustix::fd::{AsRawFd, OwnedFd};
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
+use rustix::thread::{CapabilitySet, CapabilitySets};
 use std::ffi::{CString, OsStr};
 use std::os::unix::ffi::OsStrExt;
 
@@ -34,7 +35,7 @@ impl Emulator {
         while text.len() < PATH_MAX {
             // Memory may end at the end of a page.
             let length = (PAGE - at % PAGE).min(buffer.len() as u64) as usize;
-            let found = notify::read_memory(call.thread, at, &mut buffer[..length]).map_err(|_| Errno::FAULT)?;
+            let found = self.read_some(call, at, &mut buffer[..length])?;
             if found == 0 {
                 return Err(Errno::FAULT);
             }
@@ -51,19 +52,52 @@ impl Emulator {
     pub(super) fn read_exactly(&self, call: &Notification, address: u64, buffer: &mut [u8]) -> Result<(), Errno> {
         let mut done = 0;
         while done < buffer.len() {
-            match notify::read_memory(call.thread, address + done as u64, &mut buffer[done..]) {
-                Ok(length) if length > 0 => done += length,
-                _ => return Err(Errno::FAULT),
+            match self.read_some(call, address + done as u64, &mut buffer[done..])? {
+                0 => return Err(Errno::FAULT),
+                length => done += length,
             }
         }
         Ok(())
+    }
+
+    fn read_some(&self, call: &Notification, address: u64, buffer: &mut [u8]) -> Result<usize, Errno> {
+        let mut read = || {
+            notify::read_memory(call.thread, address, buffer).map_err(|error| match super::errno(&error) {
+                Errno::PERM => Errno::PERM,
+                _ => Errno::FAULT,
+            })
+        };
+        self.as_tracer(&mut read)
+    }
+
+    /// Does something with the memory or the descriptors of a caller that has made itself undumpable, as sudo and
+    /// ssh-agent do: that takes a capability more. `act` must follow no path that the step can choose.
+    fn as_tracer<T>(&self, act: &mut dyn FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
+        let refused = match act() {
+            Err(error @ (Errno::PERM | Errno::ACCESS)) => error,
+            result => return result,
+        };
+        if !self.capabilities.permitted.contains(CapabilitySet::SYS_PTRACE) {
+            return Err(refused);
+        }
+        let set = |effective| {
+            let sets = CapabilitySets { effective, ..self.capabilities };
+            rustix::thread::set_capabilities(None, sets)
+        };
+        let usual = self.effective;
+        set(usual | CapabilitySet::SYS_PTRACE)?;
+        let result = act();
+        set(usual)?;
+        result
     }
 
     /// Writes into the caller's memory.
     pub(super) fn write(&self, call: &Notification, address: u64, bytes: &[u8]) -> Result<(), Errno> {
         // Opened first and checked then: the number could be another process's by now, the open memory cannot.
         let path = format!("{}/mem", call.thread);
-        let memory = rustix::fs::openat(&self.proc, path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+        let memory = self.as_tracer(&mut || {
+            rustix::fs::openat(&self.proc, &*path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
+        })?;
         self.still_waiting(call)?;
         let mut done = 0;
         while done < bytes.len() {
@@ -76,7 +110,7 @@ impl Emulator {
         Ok(())
     }
 
-    // Paths
+    // Paths. What they lead to is the caller's only if it still waits: `still_waiting`.
 
     /// Opens what a path in the caller's memory leads to, as a place. Of `flags`, AT_SYMLINK_NOFOLLOW and AT_EMPTY_PATH
     /// count.
@@ -100,22 +134,22 @@ impl Emulator {
             return if flags & EMPTY_PATH != 0 { self.open_descriptor(call, dir) } else { Err(Errno::NOENT) };
         }
         let follow = flags & NOFOLLOW == 0;
-        let found = self.open_place(call, dir, path, follow);
-        let found = match found {
+        match self.open_place(call, dir, path, follow) {
             Err(Errno::NOENT | Errno::LOOP) => self.resolve_self(call, dir, path, follow),
             found => found,
-        };
-        // Only now is it sure that /proc was the caller's.
-        self.still_waiting(call)?;
-        found
+        }
     }
 
     /// What is open as number `file`, or the working directory.
     pub(super) fn open_descriptor(&self, call: &Notification, file: i32) -> Result<OwnedFd, Errno> {
-        let path = base(call, file);
-        let opened = rustix::fs::openat(&self.proc, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
-        self.still_waiting(call)?;
+        let opened = self.open_link(&base(call, file), OFlags::empty());
         opened.map_err(|error| if error == Errno::NOENT { Errno::BADF } else { error })
+    }
+
+    /// Opens one of the links in a thread's directory of /proc, as a place.
+    fn open_link(&self, link: &str, more: OFlags) -> Result<OwnedFd, Errno> {
+        let flags = OFlags::PATH | OFlags::CLOEXEC | more;
+        self.as_tracer(&mut || rustix::fs::openat(&self.proc, link, flags, Mode::empty()))
     }
 
     fn open_place(&self, call: &Notification, dir: i32, path: &[u8], follow: bool) -> Result<OwnedFd, Errno> {
@@ -126,12 +160,16 @@ impl Emulator {
             }
             let whole = [base(call, dir).as_bytes(), b"/", path].concat();
             if !self.shared_proc && whole.len() < PATH_MAX {
-                return rustix::fs::openat(&self.proc, OsStr::from_bytes(&whole), place_flags(follow), Mode::empty());
+                let whole = OsStr::from_bytes(&whole);
+                match rustix::fs::openat(&self.proc, whole, place_flags(follow), Mode::empty()) {
+                    // Perhaps it is the link alone that may not be followed.
+                    Err(Errno::ACCESS) => {}
+                    found => return found,
+                }
             }
-            let flags = OFlags::PATH | OFlags::CLOEXEC;
             let start = match absolute {
-                true => rustix::fs::open("/", flags, Mode::empty())?,
-                false => rustix::fs::openat(&self.proc, base(call, dir), flags, Mode::empty())?,
+                true => rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?,
+                false => self.open_link(&base(call, dir), OFlags::empty())?,
             };
             self.open_below(&start, path, follow)
         })
@@ -166,8 +204,10 @@ impl Emulator {
             }
             let stat =
                 RawStatx::of(&self.proc, &text(base(call, dir).into_bytes())?, flags & !(NOFOLLOW | EMPTY_PATH), mask);
-            self.still_waiting(call)?;
-            return stat;
+            return match stat {
+                Err(Errno::ACCESS) => RawStatx::of(self.open_descriptor(call, dir)?, c"", EMPTY_PATH, mask),
+                stat => stat,
+            };
         }
         let whole = match path.starts_with(b"/") {
             true => path.to_vec(),
@@ -176,13 +216,15 @@ impl Emulator {
         let simple = whole.len() < PATH_MAX && !self.chroots && !self.shared_proc && !names_self(path);
         let stat = match simple {
             true => RawStatx::of(&self.proc, &text(whole)?, flags & !EMPTY_PATH, mask),
-            false => {
+            false => Err(Errno::ACCESS),
+        };
+        match stat {
+            Err(Errno::ACCESS) => {
                 let file = self.resolve_text(call, dir, path, flags)?;
                 RawStatx::of(&file, c"", flags | EMPTY_PATH, mask)
             }
-        };
-        self.still_waiting(call)?;
-        stat
+            stat => stat,
+        }
     }
 
     /// The directory that the last component of a path is in, and that component. `None` for a path that names nothing
@@ -209,8 +251,7 @@ impl Emulator {
         if !self.chroots {
             return act();
         }
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let root = rustix::fs::openat(&self.proc, format!("{}/root", call.thread), flags, Mode::empty())?;
+        let root = self.open_link(&format!("{}/root", call.thread), OFlags::DIRECTORY)?;
         self.still_waiting(call)?;
         let io = |error: crate::sys::CallError| super::errno(&error.source);
         super::enter(&root, &self.descriptors).map_err(io)?;
@@ -224,8 +265,7 @@ impl Emulator {
         let (mut dir, mut path) = (dir, path.to_vec());
         for _ in 0..MAX_LINKS {
             if let Some((own, rest)) = own_link(call, &path) {
-                let flags = OFlags::PATH | OFlags::CLOEXEC;
-                let start = rustix::fs::openat(&self.proc, own, flags, Mode::empty())?;
+                let start = self.open_link(&own, OFlags::empty())?;
                 return match rest.is_empty() {
                     true => Ok(start),
                     false => self.open_below(&start, rest, follow),

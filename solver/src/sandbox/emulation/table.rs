@@ -8,8 +8,9 @@
 
 use super::owners::{Identity, LowerOwner, Metadata, Owner};
 use crate::sys::notify::RawStatx;
-use rustix::fd::{AsFd, AsRawFd, OwnedFd};
+use rustix::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags};
+use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -47,6 +48,8 @@ pub(super) struct Table {
     /// Something belongs to a group other than 0.
     has_groups: bool,
     has_lower: bool,
+    /// What an open object was last seen as, by its descriptor.
+    seen: RefCell<Option<(RawFd, Vec<u8>)>>,
 }
 
 /// Metadata of an open object.
@@ -65,6 +68,7 @@ impl Table {
             stacks,
             held: VecDeque::new(),
             descriptors,
+            seen: RefCell::new(None),
         }
     }
 
@@ -145,11 +149,23 @@ impl Table {
         Some((stack, [&stack.part, separator, rest].concat()))
     }
 
-    /// Where the kernel sees an open object, from the step's root, without leading slash.
+    /// Where the kernel sees an open object, from the step's root, without leading slash. Asked once a call.
     fn path(&self, fd: &OwnedFd) -> Option<Vec<u8>> {
-        let name = fd.as_raw_fd().to_string();
-        let path = rustix::fs::readlinkat(&self.descriptors, name, Vec::new()).ok()?.into_bytes();
-        path.strip_prefix(b"/").map(<[u8]>::to_vec)
+        let number = fd.as_raw_fd();
+        if let Some((seen, path)) = &*self.seen.borrow()
+            && *seen == number
+        {
+            return Some(path.clone());
+        }
+        let path = rustix::fs::readlinkat(&self.descriptors, number.to_string(), Vec::new()).ok()?.into_bytes();
+        let path = path.strip_prefix(b"/")?.to_vec();
+        *self.seen.borrow_mut() = Some((number, path.clone()));
+        Some(path)
+    }
+
+    /// To be told when a new call is looked at: descriptors get other meanings.
+    pub(super) fn forget_path(&mut self) {
+        *self.seen.get_mut() = None;
     }
 
     /// Whether an entry of an upper directory was copied up.
@@ -174,6 +190,7 @@ impl Table {
             self.held.pop_front();
         }
         self.held.push_back(fd);
+        self.forget_path();
         Ok(())
     }
 
