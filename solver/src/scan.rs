@@ -20,7 +20,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-/// How many directories of the current path are open at once; the usual limit of a process is 1024.
+/// How many directories of the path that a thread is in are open at once, where the process may have enough for all threads.
 const OPEN_DIRECTORIES: usize = 16;
 
 /// Size of an extended attribute the kernel allows (`XATTR_SIZE_MAX`), and of a list of names.
@@ -234,7 +234,7 @@ pub(crate) fn scan_in_pieces<F: Filter>(
     root: &Path,
     options: &ScanOptions<'_, F>,
 ) -> Result<Vec<Vec<Scanned>>, ScanError> {
-    let walk = Walk { root, options };
+    let walk = Walk { root, options, open: open_directories() };
     // The root itself may be named through symlinks: it is the caller's choice.
     let fd = openat(CWD, root, LIST_DIRECTORY - OFlags::NOFOLLOW, Mode::empty()).map_err(walk.failed("open", b""))?;
     let stat = stat_fd(&fd).map_err(walk.failed("stat", b""))?;
@@ -287,6 +287,15 @@ enum Visited<S> {
 struct Walk<'a, F> {
     root: &'a Path,
     options: &'a ScanOptions<'a, F>,
+    /// At most as many directories of a thread's path are open.
+    open: usize,
+}
+
+/// A quarter of the descriptors that the process may have, for all threads.
+fn open_directories() -> usize {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
+    let threads = rayon::current_num_threads().max(1) as u64;
+    usize::try_from(limit / 4 / threads).unwrap_or(usize::MAX).clamp(2, OPEN_DIRECTORIES)
 }
 
 impl<F: Filter> Walk<'_, F> {
@@ -374,7 +383,7 @@ impl<F: Filter> Walk<'_, F> {
                     let (entry, next) = frame(*directory, found.len());
                     found.push(entry);
                     stack.push(next);
-                    if let Some(far) = stack.len().checked_sub(OPEN_DIRECTORIES + 1) {
+                    if let Some(far) = stack.len().checked_sub(self.open + 1) {
                         stack[far].fd = None;
                     }
                 }

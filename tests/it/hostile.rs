@@ -387,6 +387,26 @@ fn killing_the_supervisor_ends_the_step() {
     assert_gone(&token);
 }
 
+/// Where steps share the /proc of what starts them, one can kill or stop the process that forks supervisors. The next step
+/// gets another one, and none of them is left behind.
+#[test]
+fn killing_the_spawner_costs_some_seconds_at_most() {
+    // Written so that it does not find itself, nor the step's supervisor, which goes by the same name.
+    let spawners = "for p in /proc/[0-9]*; do [ $p != /proc/$PPID ] && grep -q 'spawn[e]r' $p/cmdline 2>/dev/null && echo found && kill -SIGNAL ${p#/proc/}; done";
+    let (kill, stop) = (spawners.replace("SIGNAL", "KILL"), spawners.replace("SIGNAL", "STOP"));
+    let dockerfile =
+        format!("FROM busybox\nRUN {kill}; true\nRUN echo second; {stop}; true\nRUN echo third; {stop}; true\n");
+    let build = Build::new().dockerfile(&dockerfile);
+    let start = Instant::now();
+    let ended = run(behind_shared_proc(build.command()), None);
+    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+    assert!(start.elapsed() < PATIENCE, "a stopped spawner was waited for");
+    for (word, times) in [(" second", 1), (" third", 1), (" found", 3)] {
+        let lines = ended.stderr.lines().filter(|line| line.ends_with(word)).count();
+        assert!(lines >= times, "{word}: {lines}\n{}", ended.stderr);
+    }
+}
+
 /// Compresses well beyond what any honest archive does, or claims sizes that nobody has room for.
 #[test]
 fn archive_bombs() {

@@ -34,7 +34,7 @@ use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::{self, BufRead, Read, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 /// Layers that are fetched and unpacked at once.
@@ -958,24 +958,29 @@ enum Document {
 // ---- unpacking ----
 
 /// Digests and counts what is read, and keeps it if asked.
-struct Compressed {
+struct Compressed<'a> {
     inner: Box<dyn Read + Send>,
     hasher: Sha256,
     count: u64,
     limit: u64,
     keep: Option<BlobWriter>,
+    /// Set when the blob will not be kept.
+    unwanted: &'a AtomicBool,
     /// Why reading or keeping failed; what the decompressor makes of it says less.
     failed: Option<io::Error>,
 }
 
-impl Compressed {
+impl Compressed<'_> {
     fn receive(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         // One byte more than announced is enough to know.
-        let room = (self.limit + 1).saturating_sub(self.count);
+        let room = self.limit.saturating_add(1).saturating_sub(self.count);
         let length = buffer.len().min(usize::try_from(room).unwrap_or(usize::MAX));
         let count = self.inner.read(&mut buffer[..length])?;
         self.count += count as u64;
         self.hasher.update(&buffer[..count]);
+        if self.unwanted.load(Ordering::Relaxed) {
+            self.keep = None;
+        }
         if let Some(keep) = &mut self.keep {
             keep.write_all(&buffer[..count])?;
         }
@@ -983,7 +988,7 @@ impl Compressed {
     }
 }
 
-impl Read for Compressed {
+impl Read for Compressed<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if self.failed.is_some() {
             return Ok(0);
@@ -1167,6 +1172,9 @@ impl Drop for Staging {
     }
 }
 
+/// Most bytes of a blob that are still received when it cannot be unpacked, to tell whether it was the right one.
+const DRAINED_BYTES: u64 = 64 << 20;
+
 /// Reads a layer from where it is and checks digest and diff ID; a blob from a registry is stored on the way. What
 /// `sink` was given is valid only if this returns a tree. Also gives the size of the tar.
 fn read_layer(
@@ -1200,7 +1208,10 @@ fn read_layer(
             }
         }
     };
-    let compressed = Compressed { inner, hasher: Sha256::new(), count: 0, limit: descriptor.size, keep, failed: None };
+    let unwanted = AtomicBool::new(false);
+    let limit = descriptor.size;
+    let compressed =
+        Compressed { inner, hasher: Sha256::new(), count: 0, limit, keep, unwanted: &unwanted, failed: None };
     let (unpacked, drained, mut compressed) = std::thread::scope(|scope| {
         let (received, receiving) = ahead(scope, compressed);
         let mut shared = Shared(Arc::new(Mutex::new(received)));
@@ -1217,7 +1228,13 @@ fn read_layer(
         });
         // Bytes behind the compressed stream belong to the blob. When unpacking failed, reading on tells whether that is
         // because the blob is not the right one, which is the better message.
-        let drained = blob::copy(&mut shared, &mut io::sink());
+        if unpacked.is_err() {
+            unwanted.store(true, Ordering::Relaxed);
+        }
+        let most = if unpacked.is_err() { DRAINED_BYTES } else { u64::MAX };
+        let drained = blob::copy(&mut Read::take(&mut shared, most), &mut io::sink()).map(|count| count < most);
+        // The thread ends when nobody reads any more.
+        drop(shared);
         let compressed = receiving.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         (unpacked, drained, compressed)
     });
@@ -1227,7 +1244,10 @@ fn read_layer(
             (_, Err(error)) => failed(error),
         });
     }
-    drained.map_err(failed)?;
+    if !drained.map_err(failed)? {
+        // It cannot be unpacked, and so much is left that its digest is not waited for.
+        return unpacked.map(|(tree, plain)| (tree, plain.count));
+    }
     let image_name = image.name.clone();
     if compressed.count != descriptor.size {
         let (expected, found) = (descriptor.size, compressed.count);

@@ -507,6 +507,15 @@ impl Client {
 
     pub(super) fn http_client(&self, url: &Url) -> Result<reqwest::Client, RegistryError> {
         let reach = self.reach(url);
+        if let (Reach::Special(_), Some(proxy)) = (&reach, self.routes()?.of(url))
+            && proxy.scheme() == "https"
+        {
+            // One set of rules is used for both of them: the proxy would be trusted as the host is, and shown its certificate.
+            let proxy = self.routes()?.shown(url).unwrap_or_default();
+            let reason = "a proxy reached by https cannot lead to a host with certificates of its own or without verification; use one \
+                          reached by http, or name the host in NO_PROXY";
+            return Err(RegistryError::BadProxy { proxy, reason });
+        }
         if let Some(known) = locked(&self.0.clients).get(&reach) {
             return Ok(known.client.clone());
         }

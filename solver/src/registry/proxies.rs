@@ -91,7 +91,7 @@ impl Routes {
         let name = url.host_str()?.trim_start_matches('[').trim_end_matches(']').to_ascii_lowercase();
         let port = url.port_or_known_default().map(|port| port.to_string()).unwrap_or_default();
         let address = name.parse::<IpAddr>().ok();
-        let here = name == "localhost" || address.is_some_and(|address| address.is_loopback());
+        let here = name == "localhost" || address.is_some_and(|address| address.to_canonical().is_loopback());
         proxy.filter(|_| !here && !self.direct.iter().any(|entry| entry.covers(&name, &port, address)))
     }
 
@@ -192,6 +192,15 @@ fn without_password(text: &str) -> String {
     // The last one: a password that nobody has encoded may hold others, and slashes.
     let place = rest.rsplit('@').next().unwrap_or_default();
     let place = place.split(['/', '?', '#']).next().unwrap_or_default();
+    // Without a host, `user:password` looks like `host:port`.
+    let place = match place.rsplit_once(':') {
+        Some((host, port))
+            if !host.is_empty() && !place.ends_with(']') && !port.bytes().all(|byte| byte.is_ascii_digit()) =>
+        {
+            host.split(':').next().unwrap_or_default()
+        }
+        _ => place,
+    };
     if scheme.is_empty() { place.to_owned() } else { format!("{scheme}://{place}") }
 }
 

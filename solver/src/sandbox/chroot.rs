@@ -24,6 +24,7 @@ use rustix::io::Errno;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Character devices of /dev: name, major and minor number.
 const DEVICES: [(&str, u32, u32); 6] =
@@ -208,10 +209,12 @@ impl<'a> Furniture<'a> {
             Err(Errno::ISDIR | Errno::PERM) => {}
             _ => return Ok(()),
         }
-        let gone = self.aside.join("gone");
+        // A name of its own: what cannot be removed must not stand in the way of the next.
+        static REMOVED: AtomicUsize = AtomicUsize::new(0);
+        let gone = self.aside.join(format!("gone{}", REMOVED.fetch_add(1, Ordering::Relaxed)));
         match rustix::fs::renameat(parent, name, rustix::fs::CWD, &gone) {
             Ok(()) => materialize::remove_tree(&gone),
-            Err(_) => Ok(()),
+            Err(source) => Err(MaterializeError::Call { call: "rename", path: gone, source: source.into() }),
         }
     }
 }

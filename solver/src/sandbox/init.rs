@@ -27,6 +27,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 /// What the step tells its supervisor before it becomes the command.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -411,6 +412,9 @@ fn sweep() {
 /// Kills and collects what a supervisor that was killed has left of its step, which this process has inherited: all
 /// that is in another session than this process's own helpers.
 pub(super) fn sweep_inherited() {
+    /// Two at once would wait for each other's processes, whose numbers are free then.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let own = parent_and_session("self").map(|(_, session)| session);
     loop {
         let left: Vec<Pid> =

@@ -535,9 +535,9 @@ pub fn run_for(
     match report.and_then(|bytes| serde_json::from_slice::<Result<Outcome, Failure>>(&bytes).ok()) {
         _ if cancel.is_cancelled() => Err(SandboxError::Cancelled),
         _ if !in_time => Err(SandboxError::TimedOut),
-        Some(Ok(outcome)) => Ok(outcome),
+        Some(Ok(outcome)) if status.success() => Ok(outcome),
         Some(Err(failure)) => Err(failure.into_error()),
-        None => Err(SandboxError::Lost { status: status.to_string() }),
+        Some(Ok(_)) | None => Err(SandboxError::Lost { status: status.to_string() }),
     }
 }
 

@@ -10,22 +10,26 @@
 //! and this small process with one thread forks whenever the builder asks. Supervisors are the builder's own children
 //! (`CLONE_PARENT`), as if it had forked them: it waits for them, and they are told when it dies.
 //!
-//! It ends when the builder closes the socket or dies.
+//! A supervisor names itself to the builder before it does anything: where no name comes, nothing runs, and another spawner can
+//! be asked. That matters where a step shares the pid namespace and can stop or kill this process. It ends when the builder
+//! closes the socket or dies.
 
 use super::{SANDBOX_ARGUMENT, init, supervisor_program};
 use crate::sys::{self, Call, CallError, Fork};
 use rustix::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
+use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
 };
-use rustix::process::Pid;
+use rustix::process::{Pid, Signal};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, mpsc};
+use std::time::Duration;
 
 /// Follows [`SANDBOX_ARGUMENT`] for a process that is to be the spawner.
 pub(super) const ARGUMENT: &str = "spawner";
@@ -33,29 +37,52 @@ pub(super) const ARGUMENT: &str = "spawner";
 /// The order, and where the step's output goes.
 const DESCRIPTORS: usize = 3;
 
-/// The builder's end of the socket, while there is a spawner.
-static SPAWNER: Mutex<Option<OwnedFd>> = Mutex::new(None);
+/// How long a spawner may take to fork. One that takes longer has been stopped by a step.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+struct Spawner {
+    /// The builder's end.
+    socket: OwnedFd,
+    process: Child,
+}
+
+impl Drop for Spawner {
+    fn drop(&mut self) {
+        // Errors: it has ended already.
+        _ = self.process.kill();
+        _ = self.process.wait();
+    }
+}
+
+static SPAWNER: Mutex<Option<Spawner>> = Mutex::new(None);
 
 /// Starts a supervisor with these standard streams; its process id. It is a child of this process.
 pub(super) fn spawn(streams: [BorrowedFd<'_>; DESCRIPTORS]) -> sys::Result<Pid> {
     let mut spawner = SPAWNER.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    if let Some(socket) = &*spawner {
-        match ask(socket, streams) {
-            // It is gone: without a pid namespace, a step can kill it.
-            Err(error) if error.is(Errno::PIPE) || error.is(Errno::CONNRESET) => {}
-            answer => return answer,
+    if let Some(known) = &*spawner {
+        match ask(&known.socket, streams) {
+            Ok(answer) => return answer,
+            // It is gone, or will be: what is late must not be taken for the answer to another question.
+            Err(_) => *spawner = None,
         }
     }
-    ask(spawner.insert(start()?), streams)
+    let started = spawner.insert(start()?);
+    ask(&started.socket, streams).unwrap_or_else(|error| {
+        *spawner = None;
+        Err(error)
+    })
 }
 
-/// Starts the spawner; this end of its socket.
-fn start() -> sys::Result<OwnedFd> {
+fn start() -> sys::Result<Spawner> {
     let (own, other) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
         .call(|| "socketpair()".into())?;
+    for direction in [Timeout::Recv, Timeout::Send] {
+        sockopt::set_socket_timeout(&own, direction, Some(PATIENCE)).call(|| "setsockopt(timeout)".into())?;
+    }
     let program = supervisor_program()?;
     let mut command = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()));
     command.arg0("nacre").args([SANDBOX_ARGUMENT, ARGUMENT]).env_clear();
+    command.arg(std::process::id().to_string());
     if sys::gives_huge_pages() {
         command.env(sys::HUGE_PAGES, "1");
     }
@@ -71,7 +98,7 @@ fn start() -> sys::Result<OwnedFd> {
             // The end of the other end of the socket that this process has.
             drop(command);
             let failed = started.is_err();
-            if tell.send(started.map(drop)).is_err() || failed {
+            if tell.send(started).is_err() || failed {
                 return;
             }
             loop {
@@ -80,11 +107,12 @@ fn start() -> sys::Result<OwnedFd> {
         })
         .call(|| "thread(spawner)".into())?;
     let started = told.recv();
-    started.unwrap_or_else(|_| Err(CallError::new("thread(spawner)", io::Error::from(io::ErrorKind::BrokenPipe))))?;
-    Ok(own)
+    let lost = |_| Err(CallError::new("thread(spawner)", io::Error::from(io::ErrorKind::BrokenPipe)));
+    Ok(Spawner { socket: own, process: started.unwrap_or_else(lost)? })
 }
 
-fn ask(socket: &OwnedFd, streams: [BorrowedFd<'_>; DESCRIPTORS]) -> sys::Result<Pid> {
+/// What the spawner answers; the outer error is that it does not.
+fn ask(socket: &OwnedFd, streams: [BorrowedFd<'_>; DESCRIPTORS]) -> sys::Result<sys::Result<Pid>> {
     let call = || "sendmsg(spawner)".to_owned();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
     let mut control = SendAncillaryBuffer::new(&mut space);
@@ -96,8 +124,8 @@ fn ask(socket: &OwnedFd, streams: [BorrowedFd<'_>; DESCRIPTORS]) -> sys::Result<
     let mut answer = [0; 4];
     let length = repeated(|| rustix::net::recv(socket, &mut answer, RecvFlags::empty()).map(|(length, _)| length));
     match (length.call(call)?, i32::from_ne_bytes(answer)) {
-        (4, pid) if pid > 0 => Pid::from_raw(pid).ok_or(Errno::INVAL).call(call),
-        (4, error) => Err(CallError::new("clone(supervisor)", io::Error::from_raw_os_error(-error))),
+        (4, pid) if pid > 0 => Ok(Pid::from_raw(pid).ok_or(Errno::INVAL).call(call)),
+        (4, error) => Ok(Err(CallError::new("clone(supervisor)", io::Error::from_raw_os_error(-error)))),
         _ => Err(CallError::new(call(), Errno::PIPE)),
     }
 }
@@ -114,7 +142,17 @@ fn repeated<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::R
 /// Runs as the spawner; its children return as supervisors. The exit code.
 pub(super) fn main() -> i32 {
     sys::expect_children();
+    // Whatever the builder was given by its caller is not for this process to keep open.
+    if sys::close_from(3, false).is_err() {
+        return init::MISUSE;
+    }
     let Ok(socket) = sys::copy_of_stdin() else { return init::MISUSE };
+    // A process that is stopped reads no end of a socket. The signal is not passed on to the children.
+    let watch = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
+    let parent = std::env::args().nth(3).and_then(|pid| pid.parse().ok());
+    if watch.is_err() || rustix::process::getppid().map(Pid::as_raw_pid) != parent {
+        return init::MISUSE;
+    }
     loop {
         let streams = match receive(&socket) {
             Ok(Some(streams)) => streams,
@@ -124,17 +162,26 @@ pub(super) fn main() -> i32 {
         };
         let answer = match sys::fork(libc::CLONE_PARENT) {
             Ok(Fork::Child) => {
+                let own = rustix::process::getpid().as_raw_pid();
+                if tell(&socket, own).is_err() {
+                    // Nobody waits for this step any more.
+                    return init::MISUSE;
+                }
                 drop(socket);
                 return supervise(streams);
             }
-            Ok(Fork::Parent(pid)) => pid.as_raw_pid(),
-            Err(error) => -error.source.raw_os_error().unwrap_or(libc::EIO),
+            Ok(Fork::Parent(_)) => Ok(()),
+            Err(error) => tell(&socket, -error.source.raw_os_error().unwrap_or(libc::EIO)),
         };
         drop(streams);
-        if repeated(|| rustix::net::send(&socket, &answer.to_ne_bytes(), SendFlags::NOSIGNAL)).is_err() {
+        if answer.is_err() {
             return 0;
         }
     }
+}
+
+fn tell(socket: &OwnedFd, answer: i32) -> rustix::io::Result<()> {
+    repeated(|| rustix::net::send(socket, &answer.to_ne_bytes(), SendFlags::NOSIGNAL)).map(drop)
 }
 
 /// The descriptors of one request; `None` when there will be no more.
@@ -196,11 +243,11 @@ mod tests {
         });
         let (read, write) = rustix::pipe::pipe().unwrap();
         let streams = [one.as_fd(), write.as_fd(), write.as_fd()];
-        assert_eq!(ask(&one, streams).unwrap().as_raw_pid(), 7);
+        assert_eq!(ask(&one, streams).unwrap().unwrap().as_raw_pid(), 7);
         let mut text = [0; 7];
         assert_eq!(rustix::io::read(&read, &mut text).unwrap(), 7);
         assert_eq!(&text, b"through");
-        assert!(ask(&one, streams).unwrap_err().is(Errno::AGAIN));
+        assert!(ask(&one, streams).unwrap().unwrap_err().is(Errno::AGAIN));
         drop(one);
         assert!(answering.join().unwrap());
     }

@@ -344,10 +344,15 @@ impl Emulator {
             Call::GetLimit => self.tell_no_limit(call, known.layout, argument(1)),
             Call::ProcessLimit if argument(3) == 0 => Ok(Answer::Value(0)),
             Call::ProcessLimit => self.tell_no_limit(call, Layout::Native, argument(3)),
-            Call::Control => self.follow(call, |own| match number(0) as i32 {
-                libc::PR_SET_KEEPCAPS => own.keep_capabilities(number(1) != 0),
-                _ => own.set_secure_bits(number(1)),
-            }),
+            Call::Control if number(0) as i32 == libc::PR_SET_KEEPCAPS => match number(1) {
+                kept @ (0 | 1) => self.follow(call, |own| own.keep_capabilities(kept != 0)),
+                // The kernel refuses it.
+                _ => Ok(Answer::Continue),
+            },
+            Call::Control if self.credentials(call)?.is_privileged() => {
+                self.follow(call, |own| own.set_secure_bits(number(1)))
+            }
+            Call::Control => Err(Errno::PERM),
         }
     }
 

@@ -7,7 +7,10 @@
 //! pid namespace this process is in the step's /proc, and no path but those may lead through its links.
 
 use super::Emulator;
-use crate::sys::notify::{self, Notification, RawStatx};
+use crate::sys::{
+    self,
+    notify::{self, Notification, RawStatx},
+};
 use rustix::fd::{AsRawFd, OwnedFd};
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
@@ -87,7 +90,10 @@ impl Emulator {
         let usual = self.effective;
         set(usual | CapabilitySet::SYS_PTRACE)?;
         let result = act();
-        set(usual)?;
+        if set(usual).is_err() {
+            // Never to go on with it: the step ends with this process.
+            sys::exit_now(1);
+        }
         result
     }
 
