@@ -138,17 +138,7 @@ fn socks(mut client: TcpStream, hosts: Map, place: &str, log: &Log) -> std::io::
 
 /// A certificate for names that only the proxy knows.
 fn certificate(dir: &Path) {
-    let status = Command::new("openssl")
-        .args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=test"])
-        .args(["-addext", "subjectAltName=DNS:registry.example", "-addext", "basicConstraints=critical,CA:FALSE"])
-        .arg("-keyout")
-        .arg(dir.join("key.pem"))
-        .arg("-out")
-        .arg(dir.join("cert.pem"))
-        .stderr(Stdio::null())
-        .status()
-        .expect("these tests need the program openssl");
-    assert!(status.success());
+    crate::registry::self_signed(dir, &["subjectAltName=DNS:registry.example", "basicConstraints=critical,CA:FALSE"]);
 }
 
 /// A registry whose certificate is for registry.example.

@@ -287,9 +287,14 @@ fn what_others_pushed_is_read() {
 
 /// A certificate for 127.0.0.1 that signs itself, and is an authority, as `openssl req -x509` makes them.
 fn certificate(dir: &Path) {
+    self_signed(dir, &["subjectAltName=IP:127.0.0.1"]);
+}
+
+/// Makes `cert.pem`, a certificate that signs itself, with these extensions, and its `key.pem`.
+pub(crate) fn self_signed(dir: &Path, extensions: &[&str]) {
     let status = Command::new("openssl")
         .args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=test"])
-        .args(["-addext", "subjectAltName=IP:127.0.0.1"])
+        .args(extensions.iter().flat_map(|extension| ["-addext", extension]))
         .arg("-keyout")
         .arg(dir.join("key.pem"))
         .arg("-out")

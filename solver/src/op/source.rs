@@ -1228,9 +1228,7 @@ fn read_layer(
         });
         // Bytes behind the compressed stream belong to the blob. When unpacking failed, reading on tells whether that is
         // because the blob is not the right one, which is the better message.
-        if unpacked.is_err() {
-            unwanted.store(true, Ordering::Relaxed);
-        }
+        unwanted.store(unpacked.is_err(), Ordering::Relaxed);
         let most = if unpacked.is_err() { DRAINED_BYTES } else { u64::MAX };
         let drained = blob::copy(&mut Read::take(&mut shared, most), &mut io::sink()).map(|count| count < most);
         // The thread ends when nobody reads any more.

@@ -23,6 +23,7 @@ use std::io::{self, BufRead, Read, Write};
 use std::ops::Bound;
 
 use super::index::link_groups;
+use super::stream::copy_buffered;
 use super::tar_stream::{BLOCK, Header, TarStream, padding, read_some, show};
 use super::{Entry, Kind, Node, Origin, Tree, file_name, join, parent};
 
@@ -484,7 +485,7 @@ impl Builder {
                         let outcome = sink.file(&entry, &mut data);
                         if outcome.is_ok() {
                             // A failure is kept in `failed`.
-                            drop(io::copy(&mut data, &mut io::sink()));
+                            drop(copy_buffered(&mut data, &mut io::sink()));
                         }
                         if let Some(failure) = data.failed {
                             return Err(failure);
