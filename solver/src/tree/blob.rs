@@ -413,8 +413,8 @@ struct State<'a> {
     hashed: usize,
     written: usize,
     slots: HashMap<usize, Slot>,
-    /// A file that goes on in the chunk of this number.
-    carried: Option<(usize, Content<'a>)>,
+    /// Files that go on in the chunks of these numbers: several, as who reads one may be behind those who read others.
+    carried: HashMap<usize, Content<'a>>,
     /// Memory of chunks that are done, for those to come: fresh memory costs as much as reading a file into it.
     plain_buffers: Vec<Vec<u8>>,
     compressed_buffers: Vec<Vec<u8>>,
@@ -562,8 +562,7 @@ impl<'a> Pipeline<'a> {
         let mut offset = chunk.offset;
         let mut carried = None;
         if offset > 0 {
-            let found = self.wait(|state| state.carried.take_if(|(number, _)| *number == at));
-            let Some((_, content)) = found else { return Ok(false) };
+            let Some(content) = self.wait(|state| state.carried.remove(&at)) else { return Ok(false) };
             carried = Some(content);
         }
         while node < end_node || end_offset > 0 && node == end_node {
@@ -579,7 +578,7 @@ impl<'a> Pipeline<'a> {
             let to = if node == end_node { end_offset } else { size };
             content.read(take(&mut rest, (to - offset) as usize))?;
             if node == end_node {
-                self.tell(|state| state.carried = Some((at + 1, content)));
+                self.tell(|state| state.carried.insert(at + 1, content));
                 return Ok(true);
             }
             content.finish()?;
@@ -1032,6 +1031,54 @@ mod tests {
             assert!(sizes[..sizes.len() - 1].iter().all(|&size| size >= min), "{sizes:?}");
             assert_eq!(sizes.iter().sum::<usize>() as u64, plan.bytes);
         }
+    }
+
+    #[test]
+    fn files_that_go_on_in_other_chunks_do_not_meet() {
+        use std::sync::mpsc;
+        const PART: usize = 1 << 20;
+        /// Says when it has given its first part, or waits for that before it gives any.
+        enum When {
+            Tell(mpsc::Sender<()>),
+            Wait(mpsc::Receiver<()>),
+        }
+        struct Slow(io::Cursor<Vec<u8>>, When);
+        impl Read for Slow {
+            fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+                let at = self.0.position() as usize;
+                match &self.1 {
+                    When::Wait(said) if at == 0 => said.recv().map_err(io::Error::other)?,
+                    When::Tell(tell) if at >= PART => drop(tell.send(())),
+                    _ => {}
+                }
+                let most = if at < PART { buffer.len().min(PART - at) } else { buffer.len() };
+                self.0.read(&mut buffer[..most])
+            }
+        }
+        let bytes = [content("a", 5 * PART / 2), content("b", 5 * PART / 2)];
+        let tree = Tree::from_nodes(vec![file("a", &bytes[0], 0), file("b", &bytes[1], 0)]);
+        let blob = |threads: usize, ordered: bool| {
+            let (tell, said) = mpsc::channel();
+            let whens = [When::Wait(said), When::Tell(tell.clone())];
+            let readers = Mutex::new(
+                whens
+                    .into_iter()
+                    .zip(&bytes)
+                    .map(|(when, bytes)| Some(Slow(io::Cursor::new(bytes.clone()), when)))
+                    .collect::<Vec<_>>(),
+            );
+            if !ordered {
+                tell.send(()).unwrap();
+            }
+            let open = |node: &Node| -> io::Result<Box<dyn Read + Send>> {
+                let at = usize::from(node.entry.path == b"b");
+                Ok(Box::new(readers.lock().unwrap()[at].take().unwrap()))
+            };
+            let mut out = Vec::new();
+            write_blob(&tree, &open, &options(Codec::Gzip, threads), None, &mut out).map(|_| out).unwrap()
+        };
+        // The second file is carried on before the first one is.
+        assert!(blob(4, true) == blob(1, false));
     }
 
     #[test]
