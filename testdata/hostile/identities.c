@@ -50,6 +50,16 @@ static long lower_all(void)
     return syscall(SYS_capset, &header, data);
 }
 
+static long lower(int capability)
+{
+    struct __user_cap_header_struct header = { _LINUX_CAPABILITY_VERSION_3, 0 };
+    struct __user_cap_data_struct data[2];
+    if (syscall(SYS_capget, &header, data) != 0)
+        return -1;
+    data[0].effective &= ~(1U << capability);
+    return syscall(SYS_capset, &header, data);
+}
+
 static void undumpable(void)
 {
     gid_t groups[2] = { 5, 6 };
@@ -81,6 +91,8 @@ static void keeping(const char *self)
     gid_t group = 22;
     say("keep", prctl(PR_SET_KEEPCAPS, 1));
     say("setresuid", setresuid(21, 21, 21));
+    say("setuid too early", setuid(0));
+    say("chown too early", chown("/kept", 23, 24));
     say("capset", raise_all());
     say("setresgid", setresgid(22, 22, 22));
     say("setgroups", setgroups(1, &group));
@@ -88,6 +100,9 @@ static void keeping(const char *self)
     if (fork() == 0) {
         say("give up", lower_all());
         say("setresgid without", setresgid(26, 26, 26));
+        say("chown without", chown("/kept", 27, 27));
+        say("chroot without", chroot("/tmp"));
+        say("mknod without", mknod("/tmp/null", S_IFCHR | 0666, 0x103));
         _exit(0);
     }
     wait(0);
@@ -95,25 +110,66 @@ static void keeping(const char *self)
     _exit(1);
 }
 
+/* Root without some of its capabilities. */
+static void lowered(void)
+{
+    say("lower", lower(CAP_CHOWN));
+    say("root's chown", chown("/kept", 28, 28));
+    say("root's setgid", setgid(0));
+    say("raise", raise_all());
+    say("chown again", chown("/kept", 0, 0));
+    say("drop", prctl(PR_CAPBSET_DROP, CAP_SETGID));
+    say("setgid yet", setgid(29));
+    if (fork() == 0) {
+        say("setuid", setuid(30));
+        say("drop as a user", prctl(PR_CAPBSET_DROP, CAP_SETGID));
+        _exit(0);
+    }
+    wait(0);
+    execl("/proc/self/exe", "identities", "dropped", (char *)0);
+    _exit(1);
+}
+
+/* What a program that may be set-id is, and whose what it makes is. */
+static void make(const char *name)
+{
+    uid_t users[3], groups[3];
+    getresuid(users, users + 1, users + 2);
+    getresgid(groups, groups + 1, groups + 2);
+    printf("%s: %d %d %d, %d %d %d\n", name, users[0], users[1], users[2], groups[0], groups[1], groups[2]);
+    fflush(stdout);
+    close(open(name, O_CREAT | O_WRONLY, 0640));
+    show(name, AT_FDCWD);
+}
+
 int main(int count, char **arguments)
 {
-    if (count > 1) {
+    const char *what = count > 1 ? arguments[1] : "";
+    if (strcmp(what, "dropped") == 0) {
+        say("setgid after drop", setgid(31));
+        say("setuid after drop", setuid(32));
+    } else if (strcmp(what, "after") == 0) {
         gid_t group = 25;
         say("setgroups after exec", setgroups(1, &group));
         say("setuid after exec", setuid(0));
         say("create", close(open("/tmp/of-21", O_CREAT | O_WRONLY, 0640)));
-        return 0;
+    } else if (count > 1) {
+        make(what);
+    } else {
+        close(open("/kept", O_CREAT | O_WRONLY, 0600));
+        if (fork() == 0) {
+            undumpable();
+            _exit(0);
+        }
+        wait(0);
+        if (fork() == 0)
+            lowered();
+        wait(0);
+        if (fork() == 0)
+            keeping(arguments[0]);
+        wait(0);
+        show("/kept", AT_FDCWD);
+        show("/tmp/of-21", AT_FDCWD);
     }
-    close(open("/kept", O_CREAT | O_WRONLY, 0600));
-    if (fork() == 0) {
-        undumpable();
-        _exit(0);
-    }
-    wait(0);
-    if (fork() == 0)
-        keeping(arguments[0]);
-    wait(0);
-    show("/kept", AT_FDCWD);
-    show("/tmp/of-21", AT_FDCWD);
     return 0;
 }

@@ -177,7 +177,19 @@ fn programs_keep_capabilities_and_hide_their_memory() {
         "descriptor belongs to 10:11",
         "groups 5 6",
         "ids 13 14 13",
+        "setuid too early: Operation not permitted",
+        "chown too early: Operation not permitted",
         "setresgid without: Operation not permitted",
+        "chown without: Operation not permitted",
+        "chroot without: Operation not permitted",
+        "mknod without: Operation not permitted",
+        "root's chown: Operation not permitted",
+        "root's setgid: ok",
+        "chown again: ok",
+        "setgid yet: ok",
+        "drop as a user: Operation not permitted",
+        "setgid after drop: Operation not permitted",
+        "setuid after drop: ok",
         "setresgid: ok",
         "chown: ok",
         "setgroups after exec: Operation not permitted",
@@ -188,6 +200,33 @@ fn programs_keep_capabilities_and_hide_their_memory() {
         assert!(printed(&own).iter().any(|printed| printed == line), "`{line}` is not in {own}");
     }
     assert_eq!(combined(&ids), "ad6b15a87ecf1dd6");
+}
+
+#[test]
+fn set_id_programs_are_that_for_root_too() {
+    let program = crate::escape::compiled("identities", include_str!("../../testdata/hostile/identities.c"));
+    // As Debian's crontab, whose files belong to its group whoever calls it.
+    let dockerfile = "FROM busybox\nCOPY --chown=33:34 --chmod=6755 identities /both\nCOPY --chown=35:36 --chmod=2755 identities /group\n\
+         COPY --chown=37:38 --chmod=6644 identities /not\n\
+         RUN mkdir -m 777 /d && cd /d && /both a && /group b && ! /not c 2>/dev/null && su app -s /bin/sh -c '/both e; /group f'\n\
+         USER 7:8\nRUN cd /d && /both g && /group h\n";
+    let (ids, [emulated, own]) = both_with(dockerfile, |context| {
+        std::fs::copy(&program, context.join("identities")).expect("a file of our own");
+    });
+    assert_eq!(printed(&emulated), printed(&own));
+    for line in [
+        "a: 0 33 33, 0 34 34",
+        "a belongs to 33:34",
+        "b: 0 0 0, 0 36 36",
+        "b belongs to 0:36",
+        "e belongs to 33:34",
+        "f belongs to 1000:36",
+        "g: 7 33 33, 8 34 34",
+        "h belongs to 7:36",
+    ] {
+        assert!(printed(&own).iter().any(|printed| printed == line), "`{line}` is not in {own}");
+    }
+    assert_eq!(ids.len(), 5);
 }
 
 #[test]

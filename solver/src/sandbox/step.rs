@@ -124,9 +124,9 @@ pub(super) fn main(spec: &RunSpec, rootfs: &OwnedFd, group: Option<&Group>, repo
         .and_then(|()| prepare_process(spec, report));
     let ready = prepared.is_ok();
     // Stays open until the command starts: the supervisor takes a copy.
-    let (listener, failure) = match prepared {
-        Ok(listener) => (listener, None),
-        Err(failure) => (None, Some(failure)),
+    let (listener, later, failure) = match prepared {
+        Ok((listener, later)) => (listener, later, None),
+        Err(failure) => (None, None, Some(failure)),
     };
     let number = listener.as_ref().map(AsRawFd::as_raw_fd);
     // Said before the lookup: from here on, failures are the command's and go to its standard error.
@@ -138,6 +138,13 @@ pub(super) fn main(spec: &RunSpec, rootfs: &OwnedFd, group: Option<&Group>, repo
         // A call that is always asked about and makes nothing: it returns when the supervisor has the listener, which
         // closes with execve.
         _ = rustix::fs::mknodat(CWD, "", rustix::fs::FileType::CharacterDevice, Mode::empty(), 0);
+        // Asked about as well.
+        if let Some(allowed) = later
+            && let Err(error) = reduce_capabilities(spec, allowed)
+        {
+            _ = rustix::io::write(std::io::stderr(), format!("nacre: drop capabilities: {error}\n").as_bytes());
+            sys::exit_now(NOT_EXECUTABLE);
+        }
     }
     let (code, message) = execute(spec);
     // Nobody to tell if standard error is gone.
@@ -526,8 +533,8 @@ fn mask() -> sys::Result<()> {
 // Process
 
 /// Takes on the command's identity. Returns the descriptor through which calls about owners are to be answered, if they
-/// are emulated.
-fn prepare_process(spec: &RunSpec, report: KeptFd) -> Result<Option<OwnedFd>, Failure> {
+/// are emulated, and the capabilities to be reduced to when they are answered.
+fn prepare_process(spec: &RunSpec, report: KeptFd) -> Result<(Option<OwnedFd>, Option<CapabilitySet>), Failure> {
     sys::close_from(REPORT + 1, false).doing(|| "close descriptors".into())?;
     // Standard input is a pipe that nobody writes into, as in other builders.
     rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
@@ -584,8 +591,8 @@ fn prepare_process(spec: &RunSpec, report: KeptFd) -> Result<Option<OwnedFd>, Fa
         let (uid, gid) = (Uid::from_raw(spec.uid), Gid::from_raw(spec.gid));
         rustix::thread::set_thread_res_gid(gid, gid, gid).call(|| format!("setresgid({})", spec.gid)).doing(doing)?;
         rustix::thread::set_thread_res_uid(uid, uid, uid).call(|| format!("setresuid({})", spec.uid)).doing(doing)?;
+        reduce_capabilities(spec, allowed).doing(|| "drop capabilities".into())?;
     }
-    reduce_capabilities(spec, allowed).doing(|| "drop capabilities".into())?;
     if !entered {
         rustix::process::chdir(&spec.cwd)
             .call(|| format!("chdir({:?})", spec.cwd))
@@ -595,7 +602,7 @@ fn prepare_process(spec: &RunSpec, report: KeptFd) -> Result<Option<OwnedFd>, Fa
     // A change of user makes the kernel forget the signal.
     die_with_supervisor(report)?;
     _ = rustix::process::umask(Mode::from_raw_mode(spec.umask));
-    Ok(listener)
+    Ok((listener, (!switch).then_some(allowed)))
 }
 
 /// Installs the filter. Without CAP_SYS_ADMIN that takes a promise never to gain privileges again, with which set-uid

@@ -53,6 +53,7 @@ pub(crate) enum Call {
     GetLimit,
     ProcessLimit,
     Control,
+    SetCapabilities,
 }
 
 impl Call {
@@ -111,6 +112,7 @@ impl Call {
             "getrlimit" | "ugetrlimit" => Call::GetLimit,
             "prlimit64" => Call::ProcessLimit,
             "prctl" => Call::Control,
+            "capset" => Call::SetCapabilities,
             _ => return None,
         })
     }

@@ -10,6 +10,7 @@ use crate::sys::notify::Notification;
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid, openat};
 use rustix::io::Errno;
+use rustix::thread::CapabilitySet;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
@@ -129,7 +130,7 @@ impl Emulator {
                 None => Ok(Answer::Continue),
             };
         }
-        if device.is_some() && (whiteout || !self.credentials(call)?.is_privileged()) {
+        if device.is_some() && (whiteout || !self.credentials(call)?.can(CapabilitySet::MKNOD)) {
             return Err(Errno::PERM);
         }
         let kind = match (device, FileType::from_raw_mode(mode)) {

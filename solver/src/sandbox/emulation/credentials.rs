@@ -5,6 +5,7 @@
 //! the soft limit RLIMIT_LOCKS of each process, which means nothing else since Linux 2.4.
 
 use rustix::io::Errno;
+use rustix::thread::CapabilitySet;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -94,22 +95,34 @@ impl Ids {
     }
 }
 
-/// Whether a process has CAP_SETUID, CAP_SETGID and their like, which are taken as one, and what becomes of them when it
-/// changes its user: capabilities(7), "Effect of user ID changes on capabilities". The kernel's own sets stay root's.
+/// Capabilities that a process believes to have, as far as they decide what the supervisor answers, and what becomes of
+/// them when it changes its user: capabilities(7), "Effect of user ID changes on capabilities". The kernel's own sets stay
+/// root's, but for what the process itself gives up. Inheritable and ambient ones are left out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Capabilities {
-    permitted: bool,
-    effective: bool,
+    permitted: CapabilitySet,
+    effective: CapabilitySet,
+    bounding: CapabilitySet,
     /// PR_SET_KEEPCAPS.
     kept: bool,
     /// SECBIT_NO_SETUID_FIXUP.
     fixed: bool,
 }
 
+/// Those that come and go with the id for files.
+const OF_FILES: CapabilitySet = CapabilitySet::CHOWN.union(CapabilitySet::MKNOD);
+/// All that are asked about, which a container's root has.
+const ALL: CapabilitySet = OF_FILES
+    .union(CapabilitySet::SETUID)
+    .union(CapabilitySet::SETGID)
+    .union(CapabilitySet::SETPCAP)
+    .union(CapabilitySet::SYS_CHROOT);
+
 impl Capabilities {
     /// Those of a process whose ids are this one.
     fn of(id: u32) -> Capabilities {
-        Capabilities { permitted: id == 0, effective: id == 0, kept: false, fixed: false }
+        let own = if id == 0 { ALL } else { CapabilitySet::empty() };
+        Capabilities { permitted: own, effective: own, bounding: ALL, kept: false, fixed: false }
     }
 
     fn follow(&mut self, before: Ids, after: Ids) {
@@ -117,12 +130,20 @@ impl Capabilities {
             return;
         }
         if before.has(0) && !after.has(0) && !self.kept {
-            (self.permitted, self.effective) = (false, false);
+            (self.permitted, self.effective) = (CapabilitySet::empty(), CapabilitySet::empty());
         }
         match (before.effective == 0, after.effective == 0) {
-            // Nobody tells us when they are put into effect again, which is all that they can be kept for.
-            (true, false) => self.effective = self.kept && self.permitted,
+            (true, false) => self.effective = CapabilitySet::empty(),
             (false, true) => self.effective = self.permitted,
+            _ => {}
+        }
+    }
+
+    fn follow_file_system(&mut self, before: u32, after: u32) {
+        match (before == 0, after == 0) {
+            _ if self.fixed => {}
+            (true, false) => self.effective -= OF_FILES,
+            (false, true) => self.effective |= self.permitted & OF_FILES,
             _ => {}
         }
     }
@@ -149,10 +170,9 @@ impl Credentials {
         Credentials { user: Ids::all(uid), group: Ids::all(gid), groups, capabilities: Capabilities::of(uid) }
     }
 
-    /// Whether it has CAP_SETUID, CAP_SETGID and their like, which go and come with the effective id 0 unless the process
-    /// has asked to keep them.
-    pub(super) fn is_privileged(&self) -> bool {
-        self.capabilities.effective
+    /// Whether these capabilities are in effect.
+    pub(super) fn can(&self, what: CapabilitySet) -> bool {
+        self.capabilities.effective.contains(what)
     }
 
     /// prctl(PR_SET_KEEPCAPS).
@@ -168,18 +188,19 @@ impl Credentials {
         self.capabilities.kept = bits & KEEP_CAPS != 0;
     }
 
-    /// Whether it is another user than root that has kept them.
-    pub(super) fn has_kept(&self) -> bool {
-        self.user.effective != 0 && self.is_privileged()
+    /// prctl(PR_CAPBSET_DROP).
+    pub(super) fn drop_from_bounding(&mut self, dropped: CapabilitySet) {
+        self.capabilities.bounding -= dropped;
     }
 
-    /// capset(2) without them.
-    pub(super) fn give_up_capabilities(&mut self) {
-        (self.capabilities.permitted, self.capabilities.effective) = (false, false);
+    /// capset(2), which gives nobody what is not permitted already.
+    pub(super) fn set_capabilities(&mut self, effective: CapabilitySet, permitted: CapabilitySet) {
+        self.capabilities.permitted &= permitted;
+        self.capabilities.effective = effective & self.capabilities.permitted;
     }
 
     fn change_user(&mut self, change: impl FnOnce(&mut Ids, bool) -> Result<(), Errno>) -> Result<(), Errno> {
-        let (before, privileged) = (self.user, self.is_privileged());
+        let (before, privileged) = (self.user, self.can(CapabilitySet::SETUID));
         change(&mut self.user, privileged)?;
         self.capabilities.follow(before, self.user);
         Ok(())
@@ -190,7 +211,7 @@ impl Credentials {
     }
 
     pub(super) fn set_gid(&mut self, id: u32) -> Result<(), Errno> {
-        let privileged = self.is_privileged();
+        let privileged = self.can(CapabilitySet::SETGID);
         self.group.set(id, privileged)
     }
 
@@ -199,7 +220,7 @@ impl Credentials {
     }
 
     pub(super) fn set_two_gids(&mut self, real: u32, effective: u32) -> Result<(), Errno> {
-        let privileged = self.is_privileged();
+        let privileged = self.can(CapabilitySet::SETGID);
         self.group.set_two(real, effective, privileged)
     }
 
@@ -208,22 +229,24 @@ impl Credentials {
     }
 
     pub(super) fn set_three_gids(&mut self, [real, effective, saved]: [u32; 3]) -> Result<(), Errno> {
-        let privileged = self.is_privileged();
+        let privileged = self.can(CapabilitySet::SETGID);
         self.group.set_three(real, effective, saved, privileged)
     }
 
     pub(super) fn set_file_system_uid(&mut self, id: u32) -> u32 {
-        let privileged = self.is_privileged();
-        self.user.set_file_system(id, privileged)
+        let privileged = self.can(CapabilitySet::SETUID);
+        let before = self.user.set_file_system(id, privileged);
+        self.capabilities.follow_file_system(before, self.user.file_system);
+        before
     }
 
     pub(super) fn set_file_system_gid(&mut self, id: u32) -> u32 {
-        let privileged = self.is_privileged();
+        let privileged = self.can(CapabilitySet::SETGID);
         self.group.set_file_system(id, privileged)
     }
 
     pub(super) fn set_groups(&mut self, groups: Vec<u32>) -> Result<(), Errno> {
-        if !self.is_privileged() {
+        if !self.can(CapabilitySet::SETGID) {
             return Err(Errno::PERM);
         }
         self.groups = groups;
@@ -234,16 +257,16 @@ impl Credentials {
     pub(super) fn execute(&mut self, set_uid: Option<u32>, set_gid: Option<u32>) {
         self.user.execute(set_uid);
         self.group.execute(set_gid);
-        let root = (self.user.real, self.user.effective);
-        self.capabilities.permitted = root.0 == 0 || root.1 == 0;
-        self.capabilities.effective = root.1 == 0;
-        self.capabilities.kept = false;
+        let own = &mut self.capabilities;
+        let all_if = |root: bool| if root { own.bounding } else { CapabilitySet::empty() };
+        let effective = all_if(self.user.effective == 0);
+        (own.permitted, own.effective) = (all_if(self.user.real == 0) | effective, effective);
+        own.kept = false;
     }
 
     /// Whether an object of `(uid, gid)` may be given to `(new_uid, new_gid)`; [`KEEP`] leaves one. chown(2).
     pub(super) fn may_chown(&self, (uid, gid): (u32, u32), (new_uid, new_gid): (u32, u32)) -> bool {
-        // Root that takes another id for files only gives up its rights to them.
-        if self.user.file_system == 0 || self.has_kept() {
+        if self.can(CapabilitySet::CHOWN) {
             return true;
         }
         let owns = self.user.file_system == uid;
@@ -361,17 +384,21 @@ mod tests {
         // As setpriv(1) does it: the user first.
         let mut root = Credentials::default();
         root.keep_capabilities(true);
-        assert!(!root.has_kept());
         root.set_three_uids([7, 7, 7]).unwrap();
-        assert!(root.has_kept());
+        // They are permitted, and have to be put into effect again.
+        assert_eq!((root.set_uid(0), root.set_groups(vec![])), (Err(Errno::PERM), Err(Errno::PERM)));
+        let (both, all) = (CapabilitySet::CHOWN | CapabilitySet::SETGID, CapabilitySet::all());
+        root.set_capabilities(both, all);
         root.set_three_gids([8, 8, 8]).unwrap();
         root.set_groups(vec![8]).unwrap();
         assert!(root.may_chown((0, 0), (1, 1)));
+        assert_eq!(root.set_uid(0), Err(Errno::PERM));
         let mut next = root.clone();
         next.execute(None, None);
         assert_eq!((next.set_uid(0), next.set_groups(vec![])), (Err(Errno::PERM), Err(Errno::PERM)));
-        root.give_up_capabilities();
-        assert_eq!((root.set_uid(0), root.has_kept()), (Err(Errno::PERM), false));
+        root.set_capabilities(all, both);
+        root.set_capabilities(all, all);
+        assert_eq!((root.set_uid(0), root.can(both)), (Err(Errno::PERM), true));
 
         let mut fixed = Credentials::default();
         fixed.set_secure_bits(1 << 2);
@@ -380,7 +407,26 @@ mod tests {
         // A user who asks to keep what he has not.
         let mut user = Credentials::new(7, 7, vec![]);
         user.keep_capabilities(true);
+        user.set_capabilities(all, all);
         assert_eq!(user.set_uid(0), Err(Errno::PERM));
+    }
+
+    #[test]
+    fn root_without_capabilities() {
+        let mut root = Credentials::default();
+        root.set_file_system_uid(7);
+        assert!(!root.may_chown((0, 0), (7, 7)) && root.can(CapabilitySet::SETUID));
+        root.set_file_system_uid(0);
+        assert!(root.may_chown((0, 0), (7, 7)));
+        root.drop_from_bounding(CapabilitySet::CHOWN);
+        assert!(root.may_chown((0, 0), (7, 7)));
+        root.execute(None, None);
+        assert!(!root.may_chown((0, 0), (7, 7)) && root.can(CapabilitySet::SETUID));
+        root.set_capabilities(CapabilitySet::empty(), CapabilitySet::all());
+        assert_eq!(root.set_uid(7), Err(Errno::PERM));
+        // It is still root, and so is what it executes.
+        root.execute(None, None);
+        assert_eq!(root.set_uid(7), Ok(()));
     }
 
     #[test]

@@ -15,7 +15,7 @@
 //! | stat family | patched when the owner is not 0:0 |
 //! | rename, link | what comes from the base with an owner is copied up and recorded, as its path is lost |
 //! | chroot | noted, as paths mean something else from then on |
-//! | prctl about capabilities | carried on, and noted: who keeps them may change ids as another user |
+//! | capset, prctl about capabilities | carried on, and noted: who keeps some may change ids or owners as another user |
 //!
 //! Paths are those of a hostile program, and it can change them in memory while they are looked at. So they are
 //! resolved by the kernel, by this process with the step's root directory as its own and with no more capabilities than
@@ -331,7 +331,7 @@ impl Emulator {
 
             Call::Chroot => {
                 // With real ids the kernel knows who may.
-                if self.scope == Scope::SingleId && !self.credentials(call)?.is_privileged() {
+                if self.scope == Scope::SingleId && !self.credentials(call)?.can(CapabilitySet::SYS_CHROOT) {
                     return Err(Errno::PERM);
                 }
                 self.chroots = true;
@@ -349,10 +349,13 @@ impl Emulator {
                 // The kernel refuses it.
                 _ => Ok(Answer::Continue),
             },
-            Call::Control if self.credentials(call)?.is_privileged() => {
-                self.follow(call, |own| own.set_secure_bits(number(1)))
+            Call::Control if !self.credentials(call)?.can(CapabilitySet::SETPCAP) => Err(Errno::PERM),
+            Call::Control if number(0) as i32 == libc::PR_CAPBSET_DROP => {
+                let dropped = 1_u64.checked_shl(number(1)).unwrap_or(0);
+                self.follow(call, |own| own.drop_from_bounding(CapabilitySet::from_bits_retain(dropped)))
             }
-            Call::Control => Err(Errno::PERM),
+            Call::Control => self.follow(call, |own| own.set_secure_bits(number(1))),
+            Call::SetCapabilities => self.set_capabilities(call),
         }
     }
 
@@ -377,13 +380,6 @@ impl Emulator {
         change: impl FnOnce(&mut Credentials) -> Result<i64, Errno>,
     ) -> Result<Answer, Errno> {
         let mut own = self.credentials(call)?.clone();
-        if own.has_kept() {
-            // The kernel's sets are those that the process has left itself.
-            let effective = u64::from_str_radix(&self.status(call, "CapEff:")?, 16).map_err(|_| Errno::IO)?;
-            if !CapabilitySet::from_bits_retain(effective).intersects(CapabilitySet::SETUID | CapabilitySet::SETGID) {
-                own.give_up_capabilities();
-            }
-        }
         let value = change(&mut own)?;
         let number = self.registry.number(own)?;
         self.still_waiting(call)?;
@@ -402,6 +398,21 @@ impl Emulator {
             notify::set_locks_limit(call.thread, number).map_err(|error| errno(&error))?;
         }
         Ok(Answer::Continue)
+    }
+
+    /// capset(2): the structures are those of its manual page.
+    fn set_capabilities(&mut self, call: &Notification) -> Result<Answer, Errno> {
+        const FIRST_VERSION: u32 = 0x1998_0330;
+        let mut header = [0; 8];
+        self.read_exactly(call, call.arguments[0], &mut header)?;
+        let version = header.first_chunk().map_or(0, |bytes| u32::from_ne_bytes(*bytes));
+        // Effective, permitted and inheritable ones; the first version has the lower 32 of each only.
+        let mut sets = [0; 24];
+        let length = if version == FIRST_VERSION { sets.len() / 2 } else { sets.len() };
+        self.read_exactly(call, call.arguments[1], &mut sets[..length])?;
+        let word = |at: usize| sets[4 * at..].first_chunk().map_or(0, |bytes| u32::from_ne_bytes(*bytes));
+        let set = |at| CapabilitySet::from_bits_retain(u64::from(word(at)) | u64::from(word(at + 3)) << 32);
+        self.follow(call, |own| own.set_capabilities(set(0), set(1)))
     }
 
     fn tell(&self, call: &Notification, known: Known, id: fn(&Credentials) -> u32) -> Result<Answer, Errno> {
@@ -449,26 +460,26 @@ impl Emulator {
         Ok(Answer::Value(0))
     }
 
-    /// execve of a set-id program gives the caller the ids of its owner.
+    /// execve of a set-id program gives the caller the ids of its owner, also when that is root.
     fn execute(&mut self, call: &Notification, dir: i32, path: u64, flags: u32) -> Result<Answer, Errno> {
         let own = self.credentials(call)?.clone();
-        if own == Credentials::default() {
-            return Ok(Answer::Continue);
-        }
         // A path that leads nowhere is for the kernel to refuse, and changes nothing.
         let Ok(file) = self.resolve(call, dir, path, flags) else { return Ok(Answer::Continue) };
         let stat = table::metadata(&file)?;
-        let owner = self.table.owner(&file, &stat);
         let mode = Metadata(&stat).mode();
+        if mode & libc::S_IFMT != libc::S_IFREG || mode & 0o111 == 0 {
+            return Ok(Answer::Continue);
+        }
+        let set_gid = libc::S_ISGID | libc::S_IXGRP;
+        let by_user = mode & libc::S_ISUID != 0;
+        let by_group = mode & set_gid == set_gid;
         let mut after = own.clone();
-        let is_file = mode & libc::S_IFMT == libc::S_IFREG;
-        if is_file && mode & 0o111 != 0 {
-            let set_gid = libc::S_ISGID | libc::S_IXGRP;
-            let binary = mode & (libc::S_ISUID | libc::S_ISGID) != 0 && !self.is_script(&file);
-            after.execute(
-                (binary && mode & libc::S_ISUID != 0).then_some(owner.uid),
-                (binary && mode & set_gid == set_gid).then_some(owner.gid),
-            );
+        match (by_user || by_group) && !self.is_script(&file) && self.status(call, "NoNewPrivs:")? != "1" {
+            true => {
+                let owner = self.table.owner(&file, &stat);
+                after.execute(by_user.then_some(owner.uid), by_group.then_some(owner.gid));
+            }
+            false => after.execute(None, None),
         }
         if after != own {
             let number = self.registry.number(after)?;

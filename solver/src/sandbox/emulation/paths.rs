@@ -356,6 +356,7 @@ fn own_link<'a>(call: &Notification, path: &'a [u8]) -> Option<(String, &'a [u8]
     let (kind, rest) = match own.map(component) {
         Some((b"fd", rest)) => ("fd/", rest),
         Some((b"cwd", rest)) => return Some((format!("{}/cwd", call.thread), rest)),
+        Some((b"exe", b"")) => return Some((format!("{}/exe", call.thread), b"")),
         Some((b"root", rest)) => return Some((format!("{}/root", call.thread), rest)),
         _ => ("fd/", below(path, b"/dev/fd")?),
     };
@@ -392,6 +393,7 @@ mod tests {
             ("/proc/self//fd/3/../x", Some(("7/fd/3", "../x"))),
             ("/proc/thread-self/cwd/a/b", Some(("7/cwd", "a/b"))),
             ("/proc/self/root/", Some(("7/root", ""))),
+            ("/proc/self/exe", Some(("7/exe", ""))),
             ("/dev/fd/0", Some(("7/fd/0", ""))),
             ("/dev/stderr", Some(("7/fd/2", ""))),
             ("/proc/self/fd/../../1/root", None),
