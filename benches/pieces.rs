@@ -60,7 +60,7 @@ fn main() {
 
     let open = |node: &Node| -> io::Result<Box<dyn Read + Send>> {
         match &node.origin {
-            Origin::File(path) => Ok(Box::new(File::open(path.as_path())?)),
+            Origin::File(path) => Ok(Box::new(File::open(&**path)?)),
             _ => Ok(Box::new(io::empty())),
         }
     };

@@ -46,6 +46,7 @@ fn main() -> ExitCode {
         return build_command::sandbox();
     }
     nacre_solver::sys::forgo_huge_pages();
+    nacre_solver::sys::return_memory_at_once();
     // Ends by itself with code 2 and a usage line, or with 0 after --help.
     let cli = Cli::parse_from(cli::without_docker_groups(args));
     let env = Environment::of_process();

@@ -15,11 +15,11 @@
 //! read together with a file's content.
 
 use crate::key_patterns::{self, KeyKind};
-use crate::scan::{self, Choice, Filter, ScanError, ScanOptions, Scanned, Xattrs, open_below};
+use crate::scan::{self, Choice, Filter, ScanError, ScanOptions, Xattrs, open_below};
 use crate::tree::ignore::{self, IgnoreError, Matcher, Verdict};
-use crate::tree::{ContentDigest, Kind, Node, Origin, Tree};
+use crate::tree::{ContentDigest, Entry, Kind, Node, Origin, Tree};
 use rayon::prelude::*;
-use rustix::fs::{CWD, Mode, OFlags, Statx, openat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, Statx, openat};
 use rustix::io::Errno;
 use std::cell::RefCell;
 use std::cmp::Ordering;
@@ -107,7 +107,15 @@ pub struct Context {
 struct Walked {
     tree: Arc<Tree>,
     /// For each node of the tree.
-    stamps: Vec<Stamp>,
+    inodes: Vec<Inode>,
+}
+
+/// What a [`Stamp`] has and a node has not.
+#[derive(Debug, Clone, Copy)]
+struct Inode {
+    dev: u64,
+    ino: u64,
+    ctime: (i64, u32),
 }
 
 /// What tells whether a file is the same as before.
@@ -132,12 +140,12 @@ impl Stamp {
         }
     }
 
-    fn of_scanned(item: &Scanned) -> Self {
-        let size = match item.entry.kind {
+    fn of_walked(entry: &Entry, Inode { dev, ino, ctime }: Inode) -> Self {
+        let size = match entry.kind {
             Kind::File { size, .. } => size,
             _ => 0,
         };
-        Self { dev: item.dev, ino: item.ino, size, mtime: item.entry.mtime, ctime: item.ctime }
+        Self { dev, ino, size, mtime: entry.mtime, ctime }
     }
 }
 
@@ -230,22 +238,22 @@ impl Context {
         let options = ScanOptions { xattrs: Xattrs::None, filter: &Ignored(&self.matcher) };
         let found = scan::scan_in_pieces(&self.root, &options)?;
         let groups = scan::link_groups(found.iter().flatten());
-        let mut stamps = Vec::with_capacity(groups.len());
+        let mut inodes = Vec::with_capacity(groups.len());
         let mut nodes = Vec::with_capacity(groups.len());
         for (item, group) in found.into_iter().flatten().zip(groups) {
-            stamps.push(Stamp::of_scanned(&item));
+            inodes.push(Inode { dev: item.dev, ino: item.ino, ctime: item.ctime });
             let mut entry = item.entry;
             (entry.uid, entry.gid) = (0, 0);
             let origin = match &mut entry.kind {
                 Kind::File { link_group, .. } => {
                     *link_group = group;
-                    Origin::File(Arc::new(self.root.join(std::ffi::OsStr::from_bytes(&entry.path))))
+                    Origin::File(Arc::from(self.root.join(std::ffi::OsStr::from_bytes(&entry.path))))
                 }
                 _ => Origin::None,
             };
             nodes.push(Node { entry, origin });
         }
-        Ok(self.walked.get_or_init(|| Walked { tree: Arc::new(Tree::from_nodes(nodes)), stamps }))
+        Ok(self.walked.get_or_init(|| Walked { tree: Arc::new(Tree::from_nodes(nodes)), inodes }))
     }
 
     /// Path below the root, if it is one.
@@ -264,7 +272,7 @@ impl Context {
         let nodes = walked.tree.nodes();
         let compare = |at: usize| crate::tree::compare_paths(&nodes[at].entry.path, relative);
         *near = find_near(nodes.len(), *near, compare)?;
-        walked.stamps.get(*near).copied()
+        Some(Stamp::of_walked(&nodes[*near].entry, *walked.inodes.get(*near)?))
     }
 }
 
@@ -346,18 +354,20 @@ fn read_content(path: &Path, contexts: &[&Context]) -> io::Result<Record> {
         None => openat(CWD, path, READ_FILE, Mode::empty()),
     };
     let mut file = File::from(fd?);
-    if !file.metadata()?.is_file() {
-        return Err(Errno::INVAL.into());
-    }
     for _ in 0..3 {
-        let before = Stamp::of(&scan::stat_fd(&file)?);
+        let before = scan::stat_fd(&file)?;
+        if FileType::from_raw_mode(before.stx_mode.into()) != FileType::RegularFile {
+            return Err(Errno::INVAL.into());
+        }
         let mut key = None;
-        let (digest, length) = digest_and_look(&mut file, |start| key = key_patterns::find(start))?;
+        // Not asked whether there is more: what is appended meanwhile changes the stamp.
+        let mut content = Read::take(&mut file, before.stx_size);
+        let (digest, length) = digest_and_look(&mut content, |start| key = key_patterns::find(start))?;
         let stamp = Stamp::of(&scan::stat_fd(&file)?);
-        if before == stamp && length == stamp.size {
+        if Stamp::of(&before) == stamp && length == stamp.size {
             let mut value = [0; 256];
             let length = rustix::fs::fgetxattr(&file, "security.capability", &mut value[..]).unwrap_or(0);
-            return Ok(Record { stamp, digest, capability: value[..length].to_vec(), day: today(), key });
+            return Ok(Record { stamp, digest, capability: value[..length].into(), day: today(), key });
         }
         io::Seek::rewind(&mut file)?;
     }
@@ -388,7 +398,7 @@ pub fn digest_files(nodes: &mut [Node], contexts: &[&Context], cache: &mut Diges
 
 /// What is found out about a file, or known already and worth saying.
 struct Learned {
-    path: Arc<PathBuf>,
+    path: Arc<Path>,
     record: Record,
     /// For the next build, too.
     keep: bool,
@@ -434,7 +444,7 @@ fn fill_in(node: &mut Node, record: &Record, in_context: bool) {
     }
     node.entry.mtime = record.stamp.mtime;
     if !record.capability.is_empty() {
-        node.entry.xattrs.insert(b"security.capability".to_vec(), record.capability.clone());
+        node.entry.xattrs.insert(b"security.capability".to_vec(), record.capability.to_vec());
     }
 }
 
@@ -458,7 +468,7 @@ fn today() -> u32 {
 struct Record {
     stamp: Stamp,
     digest: ContentDigest,
-    capability: Vec<u8>,
+    capability: Box<[u8]>,
     day: u32,
     /// A key that it holds.
     key: Option<KeyKind>,
@@ -471,9 +481,31 @@ pub struct DigestCache {
     /// Content of the file without the checksum, and where each record starts.
     bytes: Vec<u8>,
     starts: Vec<usize>,
-    changes: BTreeMap<Vec<u8>, Record>,
+    changes: BTreeMap<ByBytes, Record>,
     /// Files that were asked for and hold keys.
-    keys: BTreeMap<Vec<u8>, KeyKind>,
+    keys: BTreeMap<ByBytes, KeyKind>,
+}
+
+/// A path in the order of its bytes, which is not that of its components.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct ByBytes(Arc<Path>);
+
+impl std::borrow::Borrow<[u8]> for ByBytes {
+    fn borrow(&self) -> &[u8] {
+        self.0.as_os_str().as_bytes()
+    }
+}
+
+impl Ord for ByBytes {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.0.as_os_str().as_bytes().cmp(other.0.as_os_str().as_bytes())
+    }
+}
+
+impl PartialOrd for ByBytes {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
 }
 
 const MAGIC: &[u8] = b"nacre digests 2\n";
@@ -509,22 +541,25 @@ impl DigestCache {
         if self.changes.is_empty() {
             return Ok(());
         }
+        fn bytes(path: &ByBytes) -> &[u8] {
+            std::borrow::Borrow::borrow(path)
+        }
         let mut out = MAGIC.to_vec();
         let oldest = today().saturating_sub(KEEP_DAYS);
         let mut changes = std::mem::take(&mut self.changes).into_iter().peekable();
         let old = self.starts.iter().filter_map(|&start| parse_record(&self.bytes, start));
         for (path, record, _) in old {
-            while let Some((path, record)) = changes.next_if(|change| change.0.as_slice() < path) {
-                write_record(&mut out, &path, &record);
+            while let Some((path, record)) = changes.next_if(|change| bytes(&change.0) < path) {
+                write_record(&mut out, bytes(&path), &record);
             }
-            match changes.next_if(|change| change.0 == path) {
-                Some((path, record)) => write_record(&mut out, &path, &record),
+            match changes.next_if(|change| bytes(&change.0) == path) {
+                Some((path, record)) => write_record(&mut out, bytes(&path), &record),
                 None if record.day >= oldest => write_record(&mut out, path, &record),
                 None => {}
             }
         }
         for (path, record) in changes {
-            write_record(&mut out, &path, &record);
+            write_record(&mut out, bytes(&path), &record);
         }
         let checksum = blake3::hash(&out);
         let failed = |source| ContextError::DigestCache { path: self.path.clone(), source };
@@ -538,12 +573,11 @@ impl DigestCache {
     }
 
     fn learn(&mut self, Learned { path, record, keep }: Learned) {
-        let path = path.as_os_str().as_bytes().to_vec();
         if let Some(key) = record.key {
-            self.keys.insert(path.clone(), key);
+            self.keys.insert(ByBytes(path.clone()), key);
         }
         if keep {
-            self.changes.insert(path, record);
+            self.changes.insert(ByBytes(path), record);
         }
     }
 
@@ -635,7 +669,7 @@ fn parse_record(bytes: &[u8], start: usize) -> Option<(&[u8], Record, usize)> {
     let (mtime, ctime) = (time()?, time()?);
     let day = u32::from_le_bytes(*take(&mut rest)?);
     let digest = *take(&mut rest)?;
-    let capability = take_counted(&mut rest)?.to_vec();
+    let capability = take_counted(&mut rest)?.into();
     let key = KeyKind::of_number(take::<1>(&mut rest)?[0]);
     let record = Record { stamp: Stamp { dev, ino, size, mtime, ctime }, digest, capability, day, key };
     Some((path, record, bytes.len() - rest.len()))
@@ -757,7 +791,7 @@ mod tests {
         write(dir.path(), "download", "content");
         let mut entry = crate::tree::Entry { mtime: (5, 0), ..crate::tree::Entry::dir("f", 0o600) };
         entry.kind = Kind::File { size: 7, digest: None, link_group: 0 };
-        let mut nodes = [Node { entry, origin: Origin::File(Arc::new(dir.path().join("download"))) }];
+        let mut nodes = [Node { entry, origin: Origin::File(Arc::from(dir.path().join("download"))) }];
         let mut cache = DigestCache::load(&dir.path().join("cache")).unwrap();
         digest_files(&mut nodes, &[], &mut cache).unwrap();
         assert_eq!(digests(&nodes), [*blake3::hash(b"content").as_bytes()]);
@@ -772,8 +806,8 @@ mod tests {
         let mut cache = DigestCache::load(&file).unwrap();
         let stamp = Stamp { dev: 1, ino: 2, size: 3, mtime: (4, 5), ctime: (-6, 7) };
         let record =
-            Record { stamp, digest: [9; 32], capability: b"cap".to_vec(), day: today(), key: Some(KeyKind::Npm) };
-        cache.changes.insert(b"/x".to_vec(), record.clone());
+            Record { stamp, digest: [9; 32], capability: (*b"cap").into(), day: today(), key: Some(KeyKind::Npm) };
+        cache.changes.insert(ByBytes(Path::new("/x").into()), record.clone());
         cache.save().unwrap();
         let bytes = std::fs::read(&file).unwrap();
         assert_eq!(DigestCache::load(&file).unwrap().look_up(Path::new("/x"), stamp, &mut 0), Some(record));

@@ -372,7 +372,7 @@ impl TreeWriter {
             Origin::File(path) => {
                 // NONBLOCK: somebody may have put a FIFO there.
                 let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-                let mut source = File::from(openat(CWD, path.as_path(), flags, Mode::empty())?);
+                let mut source = File::from(openat(CWD, &**path, flags, Mode::empty())?);
                 let metadata = source.metadata()?;
                 if !metadata.is_file() {
                     return Err(Errno::INVAL.into());
@@ -729,7 +729,7 @@ mod tests {
         };
         let target = dir.path().join("tree");
         let tree = Tree::from_nodes(vec![
-            big("a", Origin::File(Arc::new(source.clone()))),
+            big("a", Origin::File(Arc::from(source.clone()))),
             big("b", Origin::Layer(tree::LayerId("l".into()), Arc::from(&b"b"[..]))),
         ]);
         let read = |node: &Node| -> io::Result<Box<dyn Read>> {

@@ -8,13 +8,12 @@
 //!
 //! Reading file contents is left to others.
 
-use crate::tree::{Entry, Kind, join};
+use crate::tree::{Attributes, Entry, Kind, join};
 use rayon::prelude::*;
 use rustix::fs::{
     AtFlags, CWD, FileType, Mode, OFlags, RawDir, ResolveFlags, Statx, StatxFlags, openat, openat2, readlinkat, statx,
 };
 use rustix::io::Errno;
-use std::collections::BTreeMap;
 use std::ffi::{CStr, CString};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -489,7 +488,7 @@ fn scanned(path: Vec<u8>, stat: &Statx, kind: Kind) -> Scanned {
             uid: stat.stx_uid,
             gid: stat.stx_gid,
             mtime: (stat.stx_mtime.tv_sec, stat.stx_mtime.tv_nsec),
-            xattrs: BTreeMap::new(),
+            xattrs: Attributes::default(),
         },
         dev,
         ino,
@@ -532,7 +531,7 @@ enum Target<'a> {
 
 /// All attributes. There is no system call for attributes of a name in a directory before Linux 6.13, so that the name
 /// is reached through `/proc/self/fd`, which is the open directory itself.
-fn read_xattrs(target: Target<'_>) -> Result<BTreeMap<Vec<u8>, Vec<u8>>, Errno> {
+fn read_xattrs(target: Target<'_>) -> Result<Attributes, Errno> {
     let path = match &target {
         Target::Open(_) => Vec::new(),
         Target::Named(dir, name) => {
@@ -554,7 +553,7 @@ fn read_xattrs(target: Target<'_>) -> Result<BTreeMap<Vec<u8>, Vec<u8>>, Errno> 
         Err(Errno::NOTSUP) => 0,
         result => result?,
     };
-    let mut xattrs = BTreeMap::new();
+    let mut xattrs = Attributes::default();
     for name in names[..length].split(|&byte| byte == 0).filter(|name| !name.is_empty()) {
         let read = |buffer: &mut [u8]| match target {
             Target::Open(fd) => rustix::fs::fgetxattr(fd, name, buffer),

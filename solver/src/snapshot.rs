@@ -368,7 +368,7 @@ impl Workspace {
 
     /// A layer of which only the content key is known.
     pub(crate) fn layer_elsewhere(&self, content: &[u8; 32]) -> Layer {
-        self.layer(LayerId(format!("elsewhere-{}", Key(*content).hex())), Made::Elsewhere, None)
+        self.layer(LayerId(format!("elsewhere-{}", Key(*content).hex()).into()), Made::Elsewhere, None)
     }
 
     /// Are the entries of all layers at hand, so that nothing need be fetched to look at them?
@@ -418,7 +418,7 @@ impl Workspace {
         let id = match &layer.0.made {
             Made::Image(image, at) => source::ensure_layers(image, Form::Index, &self.sources)?.swap_remove(*at),
             Made::Step(_) => layer.0.id.clone(),
-            Made::Elsewhere => return Err(SnapshotError::Gone(layer.0.id.0.clone())),
+            Made::Elsewhere => return Err(SnapshotError::Gone(layer.0.id.0.to_string())),
         };
         Ok(located(Tree::clone(&*self.store.layer(&id)?)))
     }
@@ -477,7 +477,7 @@ impl Workspace {
             Origin::File(path) => open_regular(path),
             Origin::Layer(id, path) => {
                 let layer = self.layers.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned();
-                let layer = layer.ok_or_else(|| io::Error::other(SnapshotError::Gone(id.0.clone())))?;
+                let layer = layer.ok_or_else(|| io::Error::other(SnapshotError::Gone(id.0.to_string())))?;
                 let directory = self.tree_dir(&layer).map_err(io::Error::other)?;
                 open_regular(&directory.join(OsStr::from_bytes(path)))
             }
@@ -514,10 +514,10 @@ impl Workspace {
             None => match &layer.0.made {
                 Made::Image(image, at) => {
                     let id = source::ensure_layers(image, Form::Tree, &self.sources)?.swap_remove(*at);
-                    self.store.tree_dir(&id).ok_or_else(|| SnapshotError::Gone(id.0.clone()))?
+                    self.store.tree_dir(&id).ok_or_else(|| SnapshotError::Gone(id.0.to_string()))?
                 }
                 Made::Step(recipe) => self.make_tree(layer, recipe.as_ref())?,
-                Made::Elsewhere => return Err(SnapshotError::Gone(layer.0.id.0.clone())),
+                Made::Elsewhere => return Err(SnapshotError::Gone(layer.0.id.0.to_string())),
             },
         };
         Ok(layer.0.directory.get_or_init(|| directory).clone())
@@ -530,7 +530,7 @@ impl Workspace {
         let staging = self.store.begin_tree()?;
         let read = |node: &Node| self.open(node).map(|reader| reader as Box<dyn Read>);
         materialize::write_tree(&tree, &read, &staging, self.sources.write)
-            .map_err(|source| SnapshotError::Materialize { layer: name.clone(), source })?;
+            .map_err(|source| SnapshotError::Materialize { layer: name.to_string(), source })?;
         Ok(self.store.commit_tree(&staging, &layer.0.id)?)
     }
 
@@ -562,7 +562,7 @@ impl Workspace {
         }
         let again = match recipe {
             Some(recipe) => recipe.carry_out(self)?,
-            None => return Err(SnapshotError::Gone(name.clone())),
+            None => return Err(SnapshotError::Gone(name.to_string())),
         };
         let mut tree = Tree::clone(&tree);
         for node in tree.nodes_mut().iter_mut().filter(|node| dangling(node)) {
@@ -605,7 +605,7 @@ impl Workspace {
                 None
             }
             Made::Step(recipe) => recipe.as_ref(),
-            Made::Elsewhere => return Err(SnapshotError::Gone(layer.0.id.0.clone())),
+            Made::Elsewhere => return Err(SnapshotError::Gone(layer.0.id.0.to_string())),
         };
         let Compression { codec, level, clamp_mtime, .. } = compression;
         let name = &layer.0.id.0;
@@ -640,7 +640,7 @@ impl Workspace {
             }
             let mut out = Both { blob: self.store.trusting_blob_writer()?, also: also.as_deref_mut() };
             let info = write_blob(&tree, &open, &options, chunks.map(|chunks| chunks as &dyn ChunkCache), &mut out)
-                .map_err(|source| SnapshotError::Layer { layer: name.clone(), source })?;
+                .map_err(|source| SnapshotError::Layer { layer: name.to_string(), source })?;
             out.blob.commit(Some(&info.digest))?;
             Ok(info)
         };

@@ -19,10 +19,10 @@ use crate::op::changes::{is_same, number_groups};
 use crate::op::owners;
 use crate::sandbox::emulation::{Device, Identity, Records, UPPER};
 use crate::scan::{self, Everything, ScanError, ScanOptions, Scanned, Xattrs, keep_attributes, open_below};
-use crate::tree::{ContentDigest, Entry, Kind, Node, Origin, Tree, is_within};
+use crate::tree::{Attributes, ContentDigest, Entry, Kind, Node, Origin, Tree, is_within};
 use rayon::prelude::*;
 use rustix::fs::{CWD, Mode, OFlags, openat};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
@@ -107,7 +107,7 @@ pub fn scan_upper(
             }
             Kind::File { link_group, digest: own, .. } => {
                 (*link_group, *own) = (group, digest);
-                content = Origin::File(Arc::new(upper.join(std::ffi::OsStr::from_bytes(&entry.path))));
+                content = Origin::File(Arc::from(upper.join(std::ffi::OsStr::from_bytes(&entry.path))));
                 // Of hard links the kernel does not note where they came from.
                 let was_link = before.is_some_and(|node| matches!(node.entry.kind, Kind::File { link_group: 1.., .. }));
                 origin.is_some() || was_link
@@ -138,7 +138,7 @@ pub fn scan_upper(
 }
 
 /// Value of one of overlayfs's own attributes.
-fn overlay_mark<'a>(xattrs: &'a BTreeMap<Vec<u8>, Vec<u8>>, name: &str) -> Option<&'a [u8]> {
+fn overlay_mark<'a>(xattrs: &'a Attributes, name: &str) -> Option<&'a [u8]> {
     ["user.overlay.", "trusted.overlay."]
         .iter()
         .find_map(|prefix| xattrs.get(format!("{prefix}{name}").as_bytes()))

@@ -3,7 +3,9 @@
 use super::copy::CopyError;
 use super::passwd::Owner;
 use crate::tree::{Entry, Kind, Node, Origin, Tree, join, parent};
-use std::collections::{BTreeMap, HashMap, HashSet};
+use hashbrown::HashTable;
+use std::collections::{BTreeMap, HashSet};
+use std::hash::{BuildHasher as _, RandomState};
 
 /// Symlinks to follow for one path, as container tools do.
 const MAX_LINKS: usize = 255;
@@ -38,12 +40,17 @@ pub(super) fn shown(path: &[u8]) -> String {
     format!("/{}", String::from_utf8_lossy(path))
 }
 
+fn path_of(node: &Option<Node>) -> Option<&[u8]> {
+    node.as_ref().map(|node| node.entry.path.as_slice())
+}
+
 pub(super) struct Changes<'a> {
     base: &'a Tree,
     /// In the order in which they were put, mostly that of a tree, so that little is left to sort.
     nodes: Vec<Option<Node>>,
-    /// Positions in `nodes` by path.
-    changed: HashMap<Vec<u8>, usize>,
+    /// Positions in `nodes` by path. The paths stand there only: there can be very many.
+    changed: HashTable<usize>,
+    hasher: RandomState,
     /// Directories of the base that were removed, whatever stands there now.
     removed: HashSet<Vec<u8>>,
     now: (i64, u32),
@@ -52,11 +59,22 @@ pub(super) struct Changes<'a> {
 
 impl<'a> Changes<'a> {
     pub(super) fn new(base: &'a Tree, now: (i64, u32)) -> Self {
-        Self { base, nodes: Vec::new(), changed: HashMap::new(), removed: HashSet::new(), now, last_group: 0 }
+        let (changed, hasher) = (HashTable::new(), RandomState::new());
+        Self { base, nodes: Vec::new(), changed, hasher, removed: HashSet::new(), now, last_group: 0 }
+    }
+
+    /// Makes room for as many changes, so that their table need not grow, which takes it twice.
+    pub(super) fn reserve(&mut self, more: usize) {
+        self.nodes.reserve_exact(more);
+    }
+
+    /// Where a path was changed.
+    fn position(&self, path: &[u8]) -> Option<usize> {
+        self.changed.find(self.hasher.hash_one(path), |&at| path_of(&self.nodes[at]) == Some(path)).copied()
     }
 
     pub(super) fn look(&self, path: &[u8]) -> Look<'_> {
-        if let Some(node) = self.changed.get(path).and_then(|&at| self.nodes[at].as_ref()) {
+        if let Some(node) = self.position(path).and_then(|at| self.nodes[at].as_ref()) {
             return Look::Node(node);
         }
         if !self.removed.is_empty() {
@@ -153,11 +171,13 @@ impl<'a> Changes<'a> {
         if node.entry.path.is_empty() {
             return;
         }
-        match self.changed.get(&node.entry.path) {
-            Some(&at) => self.nodes[at] = Some(node),
+        match self.position(&node.entry.path) {
+            Some(at) => self.nodes[at] = Some(node),
             None => {
-                self.changed.insert(node.entry.path.clone(), self.nodes.len());
+                let (at, hash) = (self.nodes.len(), self.hasher.hash_one(node.entry.path.as_slice()));
                 self.nodes.push(Some(node));
+                let (nodes, hasher) = (&self.nodes, &self.hasher);
+                self.changed.insert_unique(hash, at, |&at| hasher.hash_one(path_of(&nodes[at]).unwrap_or_default()));
             }
         }
     }
@@ -166,16 +186,19 @@ impl<'a> Changes<'a> {
     pub(super) fn remove(&mut self, path: &[u8]) {
         if self.look(path).is_dir() {
             let nodes = &mut self.nodes;
-            self.changed.retain(|changed, at| {
-                let stays = !crate::tree::is_within(changed, path);
+            self.changed.retain(|at| {
+                let stays = path_of(&nodes[*at]).is_some_and(|changed| !crate::tree::is_within(changed, path));
                 if !stays {
                     nodes[*at] = None;
                 }
                 stays
             });
             self.removed.insert(path.to_vec());
-        } else if let Some(at) = self.changed.remove(path) {
-            self.nodes[at] = None;
+        } else {
+            let (nodes, hash) = (&mut self.nodes, self.hasher.hash_one(path));
+            if let Ok(found) = self.changed.find_entry(hash, |&at| path_of(&nodes[at]) == Some(path)) {
+                nodes[found.remove().0] = None;
+            }
         }
     }
 
@@ -246,7 +269,7 @@ pub fn without_unchanged(changeset: Tree, dest: &Tree) -> Tree {
 }
 
 /// The changeset with the directories above its entries, as they are in `dest`: what other builders write into layers.
-pub fn with_parents(changeset: &Tree, dest: &Tree) -> Tree {
+pub fn with_parents(changeset: Tree, dest: &Tree) -> Tree {
     let mut parents: BTreeMap<&[u8], &Node> = BTreeMap::new();
     for node in changeset.nodes() {
         let mut above = parent(&node.entry.path);
@@ -260,6 +283,8 @@ pub fn with_parents(changeset: &Tree, dest: &Tree) -> Tree {
             above = parent(above);
         }
     }
-    let parents = parents.into_values().cloned();
-    Tree::from_nodes(parents.chain(changeset.nodes().iter().cloned()).collect())
+    let parents: Vec<Node> = parents.into_values().cloned().collect();
+    let mut nodes = changeset.into_nodes();
+    nodes.splice(..0, parents);
+    Tree::from_nodes(nodes)
 }

@@ -58,7 +58,7 @@ pub(super) fn changes(
         let mut origin = Origin::None;
         if let Kind::File { link_group, digest: own, .. } = &mut entry.kind {
             (*link_group, *own) = (group, digest);
-            origin = Origin::File(Arc::new(root.join(std::ffi::OsStr::from_bytes(&entry.path))));
+            origin = Origin::File(Arc::from(root.join(std::ffi::OsStr::from_bytes(&entry.path))));
         }
         let known = recorded.get(&Identity { device: UPPER, inode: item.ino, born: item.born });
         if ownership == Ownership::SingleId {

@@ -270,9 +270,12 @@ fn find_owner(spec: &str, dest: &Tree, read: &ReadFile<'_>) -> Result<Owner, Cop
 struct Carriers<'a>(OnceCell<HashMap<u32, (&'a Origin, Option<ContentDigest>)>>);
 
 impl<'a> Carriers<'a> {
-    /// The node, with an origin and a digest if any name of its inode has them.
+    /// The node, with an origin and a digest if any name of its inode has them, and without its path: it gets another.
     fn complete(&self, tree: &'a Tree, node: &Node) -> Node {
-        let mut node = node.clone();
+        let Node { entry: Entry { path: _, kind, mode, uid, gid, mtime, xattrs }, origin } = node;
+        let (path, kind, xattrs) = (Vec::new(), kind.clone(), xattrs.clone());
+        let entry = Entry { path, kind, mode: *mode, uid: *uid, gid: *gid, mtime: *mtime, xattrs };
+        let mut node = Node { entry, origin: origin.clone() };
         let Kind::File { link_group: group @ 1.., digest, .. } = &mut node.entry.kind else { return node };
         // What lies on disk is digested there.
         if matches!(node.origin, Origin::File(_)) || node.origin != Origin::None && digest.is_some() {
@@ -356,7 +359,7 @@ impl From<'_> {
         }
     }
 
-    /// A node ready to be copied: with content, and an owner that counts.
+    /// A node ready to be copied: with content, and an owner that counts, but no path yet.
     fn take(&self, node: &Node) -> Node {
         let mut node = self.carriers.complete(self.tree, node);
         if self.by_root {
@@ -513,7 +516,11 @@ impl Copier<'_> {
             excluded: root(exclude),
         }];
         let skip = if top.is_empty() { 0 } else { top.len() + 1 };
-        for node in from.tree.subtree(top) {
+        let below = from.tree.subtree(top);
+        if include.is_none() && exclude.is_none() {
+            self.changes.reserve(below.len());
+        }
+        for node in below {
             let Some(path) = node.entry.path.get(skip..).filter(|path| !path.is_empty()) else { continue };
             while levels.len() > 1 && levels.last().is_some_and(|level| !is_within(path, &level.path)) {
                 levels.pop();
@@ -623,7 +630,7 @@ impl Copier<'_> {
         let dir = self.staging.join(self.archives.to_string());
         let stored = self.staging.join(format!("{}.archive", self.archives));
         let path = match &node.origin {
-            Origin::File(path) => path.as_path(),
+            Origin::File(path) => &**path,
             Origin::Inline(bytes) => {
                 std::fs::write(&stored, bytes).map_err(failed(&stored))?;
                 &stored
@@ -1099,7 +1106,7 @@ mod tests {
     fn parents_and_unchanged_entries() {
         let dest = tree("a/,700 a/b/ a/b/f=1 a/b/g=1");
         let changeset = run("COPY f /a/b/", &tree("f=2"), &dest).unwrap();
-        assert_eq!(words(&with_parents(&changeset, &dest)), "a/,700 a/b/ a/b/f=2");
+        assert_eq!(words(&with_parents(changeset, &dest)), "a/,700 a/b/ a/b/f=2");
         let same = run("COPY . /a/b/", &tree("f=1 g=2"), &dest).unwrap();
         assert_eq!(words(&without_unchanged(same, &dest)), "a/b/g=2");
     }

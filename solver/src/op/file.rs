@@ -225,7 +225,7 @@ impl Recipe {
             FileOp::Mkdir(op) => copy::mkdir(op, &dest, self.now, &|node| workspace.read_small(node))?,
         };
         self.digest(&mut changes)?;
-        Ok(if independent { changes } else { copy::with_parents(&changes, &dest) })
+        Ok(if independent { changes } else { copy::with_parents(changes, &dest) })
     }
 
     fn copy(&self, op: &CopyOp, dest: &Tree, workspace: &Workspace) -> Result<Tree, SnapshotError> {
@@ -301,7 +301,7 @@ fn digest_others(nodes: &mut [Node], locals: &[&Arc<LocalContext>]) -> Result<()
             return Ok(());
         }
         let mut hasher = blake3::Hasher::new();
-        let read = std::fs::File::open(path.as_path()).and_then(|file| Ok(hasher.update_reader(file)?.finalize()));
+        let read = std::fs::File::open(&**path).and_then(|file| Ok(hasher.update_reader(file)?.finalize()));
         let found = read.map_err(|source| ContextError::ReadFile { path: path.to_path_buf(), source })?;
         *digest = Some(*found.as_bytes());
         Ok(())

@@ -798,7 +798,7 @@ fn load(place: &Path) -> Option<Tree> {
 
 fn set_origins(tree: &mut Tree, top: &Path) {
     for node in tree.nodes_mut().iter_mut().filter(|node| node.entry.is_file()) {
-        node.origin = Origin::File(Arc::new(top.join(OsStr::from_bytes(&node.entry.path))));
+        node.origin = Origin::File(Arc::from(top.join(OsStr::from_bytes(&node.entry.path))));
     }
 }
 

@@ -489,7 +489,7 @@ fn execute_once(
             changes
         }
     };
-    let changes = crate::op::copy::with_parents(&changes, &flat);
+    let changes = crate::op::copy::with_parents(changes, &flat);
     Ok(Ran { changes, upper, ended, lost })
 }
 

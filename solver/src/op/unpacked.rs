@@ -83,7 +83,7 @@ pub fn tree_of(file: Node, name: &str, store: &Store, now: (i64, u32)) -> Result
 pub fn file_node(path: &Path, size: u64, mtime: (i64, u32)) -> Node {
     let kind = Kind::File { size, digest: None, link_group: 0 };
     let entry = Entry { kind, mtime, ..Entry::dir("", 0o600) };
-    Node { entry, origin: Origin::File(Arc::new(path.to_owned())) }
+    Node { entry, origin: Origin::File(Arc::from(path.to_owned())) }
 }
 
 /// Reads a file of a tree whose bytes are on disk, links followed inside the tree; `None` when there is none.
@@ -93,7 +93,7 @@ pub fn read_file(tree: &Tree, path: &str, limit: u64) -> io::Result<Option<Vec<u
     match (entry.is_file(), origin) {
         (true, Origin::File(file)) => {
             let mut bytes = Vec::new();
-            File::open(file.as_path())?.take(limit).read_to_end(&mut bytes)?;
+            File::open(file)?.take(limit).read_to_end(&mut bytes)?;
             Ok(Some(bytes))
         }
         _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file")),

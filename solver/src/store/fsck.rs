@@ -204,7 +204,7 @@ impl Check<'_> {
                 _ if record.version != RECORD_VERSION => Err(format!("it has version {}", record.version)),
                 _ if record.key != name(path) => Err(format!("it is of the key {}", record.key)),
                 Some(layer) if check_name(&layer.0).is_err() => Err("the name of its layer is none".to_owned()),
-                Some(layer) if !root.join("layers").join(&layer.0).join("index").exists() => {
+                Some(layer) if !root.join("layers").join(&*layer.0).join("index").exists() => {
                     Err(format!("its layer {} is not there", layer.0))
                 }
                 _ => Ok(()),
@@ -378,8 +378,8 @@ mod tests {
         assert_eq!(clean.findings, []);
         assert_eq!((clean.counts["layers"], clean.counts["trees"], clean.counts["names"]), (3, 3, 3));
 
-        fs::write(root.join("layers").join(&bad.0).join("tree/f"), "bat").unwrap();
-        fs::remove_dir_all(root.join("layers").join(&lost.0)).unwrap();
+        fs::write(root.join("layers").join(&*bad.0).join("tree/f"), "bat").unwrap();
+        fs::remove_dir_all(root.join("layers").join(&*lost.0)).unwrap();
         fs::write(root.join("blobs/sha256").join(blob::digest_hex(&manifest).unwrap()), "x").unwrap();
         fs::write(root.join("blobs/sha256/odd"), "x").unwrap();
         fs::write(root.join("records/half"), "{").unwrap();

@@ -45,7 +45,7 @@ pub struct OriginalBlob {
 
 /// The id of a layer that comes as a blob.
 pub fn pulled_layer_id(diff_id: &str) -> LayerId {
-    LayerId(format!("blob-{}", blake3::hash(diff_id.as_bytes()).to_hex()))
+    LayerId(format!("blob-{}", blake3::hash(diff_id.as_bytes()).to_hex()).into())
 }
 
 impl Store {
@@ -57,7 +57,7 @@ impl Store {
     /// long as this process lives.
     pub fn put_layer(&self, tree: Arc<Tree>) -> Result<LayerId, StoreError> {
         let bytes = index::encode(&tree);
-        let id = LayerId(blake3::hash(&bytes).to_hex().to_string());
+        let id = LayerId(blake3::hash(&bytes).to_hex().as_str().into());
         self.put_index(&id, &bytes)?;
         self.remember_tree(&id, tree);
         Ok(id)
@@ -183,7 +183,7 @@ impl Store {
     pub fn open_origin(&self, origin: &Origin) -> io::Result<Box<dyn Read + Send>> {
         Ok(match origin {
             Origin::None => return Err(io::Error::new(io::ErrorKind::NotFound, "a file without origin")),
-            Origin::File(path) => Box::new(File::open(path.as_path())?),
+            Origin::File(path) => Box::new(File::open(path)?),
             Origin::Inline(bytes) => Box::new(Cursor::new(bytes.clone())),
             Origin::Layer(id, path) => {
                 let tree = self.tree_dir(id).ok_or_else(|| {
@@ -265,7 +265,7 @@ impl Store {
     }
 
     fn read_layer_name(&self, path: &Path) -> Option<LayerId> {
-        let id = LayerId(fs::read_to_string(path).ok()?);
+        let id = LayerId(fs::read_to_string(path).ok()?.into());
         self.has_layer(&id).then_some(id)
     }
 }
@@ -418,7 +418,7 @@ mod tests {
     fn damaged_indexes_are_noticed() {
         let (directory, store) = temporary();
         let id = store.put_layer(Arc::new(tree(b"one"))).unwrap();
-        let path = store.root().join("layers").join(&id.0).join("index");
+        let path = store.root().join("layers").join(&*id.0).join("index");
         let good = fs::read(&path).unwrap();
         let check = |bytes: &[u8]| {
             fs::write(&path, bytes).unwrap();

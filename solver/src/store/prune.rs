@@ -590,7 +590,7 @@ mod tests {
         let id = layer(&store, "a");
         record(&store, "k", "s", &id, 0);
         store.write_blob(None, &mut &vec![7; 50_000][..]).unwrap();
-        let file = store.root.join("layers").join(&id.0).join("tree/a/file");
+        let file = store.root.join("layers").join(&*id.0).join("tree/a/file");
         fs::hard_link(&file, store.root.join("logs/linked")).unwrap();
         let usage = usage(&store).unwrap();
         let mine = store.own_tmp().expect("something was written");

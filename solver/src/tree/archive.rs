@@ -93,7 +93,7 @@ pub fn unpack(path: &Path, staging: &Path, limits: &Limits) -> Result<Option<Tre
     };
     let numbered = |number: u64| staging.join(number.to_string());
     let mut sink = Staging { numbered: &numbered, next: 0 };
-    let origin = |number| Origin::File(Arc::new(numbered(number)));
+    let origin = |number| Origin::File(Arc::from(numbered(number)));
     let tree = read_archive(&mut BufReader::with_capacity(READ_BYTES, tar), &mut sink, limits, &origin);
     tree.map(Some).map_err(|source| ArchiveError::Unpack { path: path.to_owned(), source })
 }
@@ -240,7 +240,7 @@ mod tests {
             let (_dir, result) = unpacked(&bytes, &Limits::default());
             let tree = result.unwrap().unwrap();
             let read = |path: &str| match &tree.get(path.as_bytes()).unwrap().origin {
-                Origin::File(path) => fs::read(path.as_path()).unwrap(),
+                Origin::File(path) => fs::read(path).unwrap(),
                 other => panic!("{other:?}"),
             };
             assert_eq!(read("etc/hosts"), b"127.0.0.1 localhost\n");

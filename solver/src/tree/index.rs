@@ -23,9 +23,9 @@
 //! | mtime | no | a rerun that writes the same bytes must give the same key |
 //! | anything but the path of a whiteout | no | it only removes; disks and tars disagree about its mode |
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
-use super::{ContentDigest, Entry, Kind, LayerId, Node, Origin, Tree, compare_paths};
+use super::{Attributes, ContentDigest, Entry, Kind, LayerId, Node, Origin, Tree, compare_paths};
 
 const MAGIC: &[u8; 8] = b"nacreidx";
 const VERSION: u8 = 1;
@@ -233,7 +233,7 @@ pub fn content_key(tree: &Tree) -> ContentDigest {
 
 /// Name of a layer that was built here: BLAKE3 over its encoded index, in hex.
 pub fn layer_id(tree: &Tree) -> LayerId {
-    LayerId(blake3::hash(&encode(tree)).to_hex().to_string())
+    LayerId(blake3::hash(&encode(tree)).to_hex().as_str().into())
 }
 
 /// The hard-link group of each node, numbered from 1 in path order; 0 where no other node shares the inode.
@@ -397,7 +397,7 @@ impl<'a> Reader<'a> {
         if flags & !(KIND_MASK | HAS_XATTRS | allowed) != 0 {
             return self.malformed("unknown flags");
         }
-        let mut xattrs = BTreeMap::new();
+        let mut xattrs = Attributes::default();
         if flags & HAS_XATTRS != 0 {
             for _ in 0..self.number()? {
                 xattrs.insert(self.byte_string()?.to_vec(), self.byte_string()?.to_vec());
@@ -466,7 +466,7 @@ pub(super) mod tests {
     fn format_stays() {
         let name = layer_id(&sample()).0;
         assert_eq!(
-            name, "3a9fdeb7a5d8e88f4f3b9e037f2ab10b935c912fe59eab9ec42e9ef167a1fe2e",
+            &*name, "3a9fdeb7a5d8e88f4f3b9e037f2ab10b935c912fe59eab9ec42e9ef167a1fe2e",
             "a new format needs a new version number"
         );
     }

@@ -25,7 +25,7 @@ use std::ops::Bound;
 use super::index::link_groups;
 use super::stream::copy_buffered;
 use super::tar_stream::{BLOCK, Header, TarStream, padding, read_some, show};
-use super::{Entry, Kind, Node, Origin, Tree, file_name, join, parent};
+use super::{Attributes, Entry, Kind, Node, Origin, Tree, file_name, join, parent};
 
 const WHITEOUT_PREFIX: &[u8] = b".wh.";
 const OPAQUE_NAME: &[u8] = b".wh..wh..opq";
@@ -266,10 +266,11 @@ impl<'a> Content<'a> {
         Ok(())
     }
 
-    /// Nothing may be left, and the digest must be that of the node, if it has one.
+    /// The digest must be that of the node; what has been appended since then does not count. Without one nothing may be
+    /// left.
     pub(super) fn finish(mut self) -> Result<(), LayerError> {
         let path = || show(&self.node.entry.path);
-        if let Some(reader) = &mut self.reader {
+        if let (Some(reader), Kind::File { digest: None, .. }) = (&mut self.reader, &self.node.entry.kind) {
             let more = read_some(&mut **reader, &mut [0]);
             if more.map_err(|source| LayerError::Content { path: path(), source })? != 0 {
                 return Err(LayerError::Changed { path: path() });
@@ -296,7 +297,7 @@ impl Header {
             uid: entry.uid,
             gid: entry.gid,
             mtime: (seconds, 0),
-            xattrs: entry.xattrs.clone(),
+            xattrs: BTreeMap::clone(&entry.xattrs),
             ..Header::default()
         };
         match &entry.kind {
@@ -419,7 +420,7 @@ struct Inode {
     uid: u32,
     gid: u32,
     mtime: (i64, u32),
-    xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+    xattrs: Attributes,
     /// Number among the files that the sink was given.
     ordinal: Option<u64>,
     names: u32,
@@ -754,7 +755,7 @@ impl Inode {
             uid: 0,
             gid: 0,
             mtime: (0, 0),
-            xattrs: BTreeMap::new(),
+            xattrs: Attributes::default(),
             ordinal: None,
             names: 0,
         }
@@ -915,14 +916,21 @@ pub(super) mod tests {
     #[test]
     fn changed_files_are_noticed() {
         let tree = Tree::from_nodes(vec![file("a", b"12345", 0)]);
-        let write = |content: &'static [u8]| {
+        let write_of = |tree: &Tree, content: &'static [u8]| {
             let open = |_: &Node| -> io::Result<Box<dyn Read + Send>> { Ok(Box::new(content)) };
-            write_tar(&tree, &open, &TarOptions::default(), &mut Vec::new())
+            let mut out = Vec::new();
+            write_tar(tree, &open, &TarOptions::default(), &mut out).map(|()| out)
         };
-        assert!(write(b"12345").is_ok());
-        for content in [&b"1234"[..], b"123456", b"12340", b""] {
+        let write = |content| write_of(&tree, content);
+        // What was appended after the file had been digested is not in the layer.
+        assert_eq!(write(b"12345").unwrap(), write(b"123456").unwrap());
+        for content in [&b"1234"[..], b"12340", b""] {
             assert!(matches!(write(content), Err(LayerError::Changed { path }) if path == "a"));
         }
+        let mut unread = tree.clone();
+        unread.nodes_mut()[0].entry.kind = Kind::File { size: 5, digest: None, link_group: 0 };
+        assert!(write_of(&unread, b"12340").is_ok());
+        assert!(matches!(write_of(&unread, b"123456"), Err(LayerError::Changed { .. })));
         let gone = |_: &Node| -> io::Result<Box<dyn Read + Send>> { Err(io::ErrorKind::NotFound.into()) };
         let result = write_tar(&tree, &gone, &TarOptions::default(), &mut Vec::new());
         assert!(matches!(result, Err(LayerError::Content { path, .. }) if path == "a"));
@@ -1122,7 +1130,7 @@ pub(super) mod tests {
         assert_eq!(negative.nodes()[0].entry.mtime, (-1, 0));
         let attributes = pax(&[("SCHILY.xattr.user.a", b"b=c\nd"), ("SCHILY.xattr.trusted.overlay.opaque", b"y")]);
         let tree = read(&[attributes, plain("f")].concat()).unwrap();
-        assert_eq!(tree.nodes()[0].entry.xattrs, BTreeMap::from([(b"user.a".to_vec(), b"b=c\nd".to_vec())]));
+        assert_eq!(tree.nodes()[0].entry.xattrs, [(b"user.a".to_vec(), b"b=c\nd".to_vec())].into_iter().collect());
     }
 
     #[test]

@@ -15,7 +15,7 @@ pub mod stream;
 mod tar_stream;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 
 /// BLAKE3 digest of a file's bytes; internal, never in an image.
@@ -37,7 +37,7 @@ pub struct Entry {
     /// Modification time: seconds and nanoseconds since the epoch.
     pub mtime: (i64, u32),
     /// Extended attributes that are kept (`security.capability`, `user.*` from RUN …), raw values.
-    pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
+    pub xattrs: Attributes,
 }
 
 /// Kinds of entries.
@@ -88,7 +88,7 @@ pub enum Origin {
     /// Not a regular file, or nobody will ask.
     None,
     /// A file on disk, read in place: of a context, of a layer's tree, of a staging directory.
-    File(Arc<PathBuf>),
+    File(Arc<Path>),
     /// Bytes that stood in the Dockerfile.
     Inline(Arc<[u8]>),
     /// Path `.1` of a stored layer whose tree may not have been made yet.
@@ -106,7 +106,53 @@ pub struct Node {
 
 /// Name of a stored layer: BLAKE3 over its encoded index (times included), in hex; for a layer that came as a blob, over its diff ID.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
-pub struct LayerId(pub String);
+pub struct LayerId(pub Arc<str>);
+
+/// Extended attributes by name. Hardly an entry has any, so that none take as little memory as can be.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[expect(clippy::box_collection, reason = "a map takes three words even when there is nothing in it")]
+pub struct Attributes(Option<Box<BTreeMap<Vec<u8>, Vec<u8>>>>);
+
+impl Attributes {
+    /// Adds one; the value that its name had before.
+    pub fn insert(&mut self, name: Vec<u8>, value: Vec<u8>) -> Option<Vec<u8>> {
+        self.0.get_or_insert_default().insert(name, value)
+    }
+
+    /// Removes all others.
+    pub fn retain(&mut self, keep: impl FnMut(&Vec<u8>, &mut Vec<u8>) -> bool) {
+        if let Some(map) = &mut self.0 {
+            map.retain(keep);
+        }
+        // Two without any are equal.
+        self.0.take_if(|map| map.is_empty());
+    }
+}
+
+impl std::ops::Deref for Attributes {
+    type Target = BTreeMap<Vec<u8>, Vec<u8>>;
+
+    fn deref(&self) -> &Self::Target {
+        static NONE: BTreeMap<Vec<u8>, Vec<u8>> = BTreeMap::new();
+        self.0.as_deref().unwrap_or(&NONE)
+    }
+}
+
+impl FromIterator<(Vec<u8>, Vec<u8>)> for Attributes {
+    fn from_iter<T: IntoIterator<Item = (Vec<u8>, Vec<u8>)>>(pairs: T) -> Self {
+        let map: BTreeMap<_, _> = pairs.into_iter().collect();
+        Self((!map.is_empty()).then(|| Box::new(map)))
+    }
+}
+
+impl<'a> IntoIterator for &'a Attributes {
+    type Item = (&'a Vec<u8>, &'a Vec<u8>);
+    type IntoIter = std::collections::btree_map::Iter<'a, Vec<u8>, Vec<u8>>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.iter()
+    }
+}
 
 /// A sorted table of nodes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -172,7 +218,7 @@ impl Entry {
             uid: 0,
             gid: 0,
             mtime: (0, 0),
-            xattrs: BTreeMap::new(),
+            xattrs: Attributes::default(),
         }
     }
 
