@@ -602,7 +602,7 @@ fn contexts(
         let error = |error: ContextError| context_error(&error);
         let context = Context::open(directory, ignore).map_err(error)?;
         let name = blake3_name(context.root());
-        let digests = DigestCache::load(&store.part("context").join(name)).map_err(error)?;
+        let digests = DigestCache::open(&store.part("context").join(name));
         Ok::<_, CommandError>(Arc::new(LocalContext::new(context, digests)))
     };
     let mut contexts = BTreeMap::new();

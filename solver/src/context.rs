@@ -15,7 +15,7 @@
 //! read together with a file's content.
 
 use crate::key_patterns::{self, KeyKind};
-use crate::scan::{self, Choice, Filter, ScanError, ScanOptions, Xattrs, open_below};
+use crate::scan::{self, Choice, Filter, ScanError, ScanOptions, Scanned, Xattrs, open_below};
 use crate::tree::ignore::{self, IgnoreError, Matcher, Verdict};
 use crate::tree::{ContentDigest, Entry, Kind, Node, Origin, Tree};
 use rayon::prelude::*;
@@ -240,8 +240,8 @@ impl Context {
         let groups = scan::link_groups(found.iter().flatten());
         let mut inodes = Vec::with_capacity(groups.len());
         let mut nodes = Vec::with_capacity(groups.len());
-        for (item, group) in found.into_iter().flatten().zip(groups) {
-            inodes.push(Inode { dev: item.dev, ino: item.ino, ctime: item.ctime });
+        let node = |item: Scanned, group: u32| {
+            let inode = Inode { dev: item.dev, ino: item.ino, ctime: item.ctime };
             let mut entry = item.entry;
             (entry.uid, entry.gid) = (0, 0);
             let origin = match &mut entry.kind {
@@ -251,9 +251,36 @@ impl Context {
                 }
                 _ => Origin::None,
             };
-            nodes.push(Node { entry, origin });
+            (Node { entry, origin }, inode)
+        };
+        let mut groups = groups.into_iter();
+        let mut pieces = found.into_iter().map(|piece| {
+            let groups: Vec<u32> = groups.by_ref().take(piece.len()).collect();
+            piece.into_iter().zip(groups)
+        });
+        // A pool of threads is woken for many files only, and gets few pieces at a time, so that little is there twice.
+        const AT_ONCE: usize = 512;
+        let make = |piece: std::iter::Zip<std::vec::IntoIter<Scanned>, std::vec::IntoIter<u32>>| {
+            piece.map(|(item, group)| node(item, group)).collect::<Vec<_>>()
+        };
+        loop {
+            let some: Vec<_> = pieces.by_ref().take(AT_ONCE).collect();
+            let made: Vec<Vec<(Node, Inode)>> = match some.len() {
+                0 => break,
+                AT_ONCE => some.into_par_iter().map(make).collect(),
+                _ => some.into_iter().map(make).collect(),
+            };
+            for (node, inode) in made.into_iter().flatten() {
+                nodes.push(node);
+                inodes.push(inode);
+            }
         }
         Ok(self.walked.get_or_init(|| Walked { tree: Arc::new(Tree::from_nodes(nodes)), inodes }))
+    }
+
+    /// Does the path, which must be clean, lead to something in the directory?
+    pub(crate) fn holds(&self, path: &Path) -> bool {
+        self.relative(path).is_some()
     }
 
     /// Path below the root, if it is one.
@@ -378,6 +405,7 @@ fn read_content(path: &Path, contexts: &[&Context]) -> io::Result<Record> {
 /// come from: such files are opened without following any symlink and are remembered, and their times and capabilities
 /// are taken at the same moment. Reads in parallel.
 pub fn digest_files(nodes: &mut [Node], contexts: &[&Context], cache: &mut DigestCache) -> Result<(), ContextError> {
+    cache.ready()?;
     let near = || (0, 0);
     // A pool of threads is woken for many files only.
     if nodes.len() < 64 {
@@ -478,9 +506,7 @@ struct Record {
 #[derive(Debug)]
 pub struct DigestCache {
     path: PathBuf,
-    /// Content of the file without the checksum, and where each record starts.
-    bytes: Vec<u8>,
-    starts: Vec<usize>,
+    old: Reading,
     changes: BTreeMap<ByBytes, Record>,
     /// Files that were asked for and hold keys.
     keys: BTreeMap<ByBytes, KeyKind>,
@@ -508,6 +534,36 @@ impl PartialOrd for ByBytes {
     }
 }
 
+/// How far reading has come.
+#[derive(Debug)]
+enum Reading {
+    /// To be read when it is needed.
+    Later,
+    Begun(std::thread::JoinHandle<io::Result<Old>>),
+    Done(Old),
+}
+
+/// The file as it was read.
+#[derive(Debug, Default)]
+struct Old {
+    /// Without the checksum.
+    bytes: Vec<u8>,
+    /// Where each record starts.
+    starts: Vec<usize>,
+}
+
+impl Old {
+    fn read(path: &Path) -> io::Result<Old> {
+        let mut bytes = match std::fs::read(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Old::default()),
+            bytes => bytes?,
+        };
+        let Some(starts) = record_starts(&bytes) else { return Ok(Old::default()) };
+        bytes.truncate(bytes.len() - 32);
+        Ok(Old { bytes, starts })
+    }
+}
+
 const MAGIC: &[u8] = b"nacre digests 2\n";
 
 /// Records that no build has used for so many days are dropped.
@@ -516,24 +572,34 @@ const KEEP_DAYS: u32 = 30;
 const REMEMBER_DAYS: u32 = 7;
 
 impl DigestCache {
-    /// Reads the file. A missing or damaged one is empty: digests can always be computed again.
-    pub fn load(path: &Path) -> Result<Self, ContextError> {
-        let mut bytes = match std::fs::read(path) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-            Err(source) => return Err(ContextError::DigestCache { path: path.to_owned(), source }),
+    /// Begins to read the file, for which no time is lost while the context is walked. A missing or damaged one is empty:
+    /// digests can always be computed again.
+    pub fn open(path: &Path) -> Self {
+        let own = path.to_owned();
+        let begun = std::thread::Builder::new().name("digests".into()).spawn(move || Old::read(&own));
+        let old = begun.map_or(Reading::Later, Reading::Begun);
+        Self { path: path.to_owned(), old, changes: BTreeMap::new(), keys: BTreeMap::new() }
+    }
+
+    /// Waits until the file has been read.
+    fn ready(&mut self) -> Result<(), ContextError> {
+        let read = match std::mem::replace(&mut self.old, Reading::Later) {
+            Reading::Later => Old::read(&self.path),
+            Reading::Begun(thread) => thread.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into())),
+            Reading::Done(old) => Ok(old),
         };
-        let starts = match record_starts(&bytes) {
-            Some(starts) => {
-                bytes.truncate(bytes.len() - 32);
-                starts
-            }
-            None => {
-                bytes.clear();
-                Vec::new()
-            }
-        };
-        Ok(Self { path: path.to_owned(), bytes, starts, changes: BTreeMap::new(), keys: BTreeMap::new() })
+        let failed = |source| ContextError::DigestCache { path: self.path.clone(), source };
+        self.old = Reading::Done(read.map_err(failed)?);
+        Ok(())
+    }
+
+    /// What was there before, if it has been read.
+    fn old(&self) -> &Old {
+        static NONE: Old = Old { bytes: Vec::new(), starts: Vec::new() };
+        match &self.old {
+            Reading::Done(old) => old,
+            Reading::Later | Reading::Begun(_) => &NONE,
+        }
     }
 
     /// Writes the file if anything is new, as a whole or not at all. Of two builds that write at once one wins.
@@ -544,10 +610,12 @@ impl DigestCache {
         fn bytes(path: &ByBytes) -> &[u8] {
             std::borrow::Borrow::borrow(path)
         }
+        self.ready()?;
         let mut out = MAGIC.to_vec();
         let oldest = today().saturating_sub(KEEP_DAYS);
         let mut changes = std::mem::take(&mut self.changes).into_iter().peekable();
-        let old = self.starts.iter().filter_map(|&start| parse_record(&self.bytes, start));
+        let Old { bytes: old, starts } = self.old();
+        let old = starts.iter().filter_map(|&start| parse_record(old, start));
         for (path, record, _) in old {
             while let Some((path, record)) = changes.next_if(|change| bytes(&change.0) < path) {
                 write_record(&mut out, bytes(&path), &record);
@@ -567,8 +635,8 @@ impl DigestCache {
         let mut file = tempfile::NamedTempFile::new_in(dir).map_err(failed)?;
         file.write_all(&out).and_then(|()| file.write_all(checksum.as_bytes())).map_err(failed)?;
         file.persist(&self.path).map_err(|error| failed(error.error))?;
-        self.starts = starts_within(&out).unwrap_or_default();
-        self.bytes = out;
+        // Hardly ever asked again: the build's steps are done.
+        self.old = Reading::Later;
         Ok(())
     }
 
@@ -596,9 +664,10 @@ impl DigestCache {
         if let Some(record) = self.changes.get(path) {
             return (record.stamp == stamp).then(|| record.clone());
         }
-        let compare = |at: usize| path_at(&self.bytes, self.starts[at]).unwrap_or_default().cmp(path);
-        *near = find_near(self.starts.len(), *near, compare)?;
-        let (_, record, _) = parse_record(&self.bytes, self.starts[*near])?;
+        let Old { bytes, starts } = self.old();
+        let compare = |at: usize| path_at(bytes, starts[at]).unwrap_or_default().cmp(path);
+        *near = find_near(starts.len(), *near, compare)?;
+        let (_, record, _) = parse_record(bytes, starts[*near])?;
         (record.stamp == stamp).then_some(record)
     }
 }
@@ -741,6 +810,12 @@ mod tests {
         }
     }
 
+    fn load(path: &Path) -> DigestCache {
+        let mut cache = DigestCache::open(path);
+        cache.ready().unwrap();
+        cache
+    }
+
     fn digest_all(dir: &Path, cache: &mut DigestCache) -> Result<Vec<Node>, ContextError> {
         let context = Context::open(dir, IgnoreFile::None)?;
         let mut nodes = context.tree()?.nodes().to_vec();
@@ -765,15 +840,15 @@ mod tests {
             write(dir.path(), name, name);
         }
         let expected: Vec<_> = ["a/c", "a-c", "b"].map(|name| *blake3::hash(name.as_bytes()).as_bytes()).into();
-        let mut cache = DigestCache::load(&file).unwrap();
+        let mut cache = load(&file);
         assert_eq!(digests(&digest_all(dir.path(), &mut cache).unwrap()), expected);
         assert!(cache.changes.is_empty(), "files of this very moment are not trusted");
         std::thread::sleep(Duration::from_millis(40));
         assert_eq!(digests(&digest_all(dir.path(), &mut cache).unwrap()), expected);
         assert_eq!(cache.changes.len(), 3);
         cache.save().unwrap();
-        let mut again = DigestCache::load(&file).unwrap();
-        assert_eq!(again.starts.len(), 3);
+        let mut again = load(&file);
+        assert_eq!(again.old().starts.len(), 3);
         assert_eq!(digests(&digest_all(dir.path(), &mut again).unwrap()), expected);
         assert!(again.changes.is_empty());
         write(dir.path(), "a-c", "new");
@@ -782,7 +857,7 @@ mod tests {
         assert_eq!(changed[1], *blake3::hash(b"new").as_bytes());
         assert_eq!(again.changes.len(), 1);
         again.save().unwrap();
-        assert_eq!(DigestCache::load(&file).unwrap().starts.len(), 3);
+        assert_eq!(load(&file).old().starts.len(), 3);
     }
 
     #[test]
@@ -792,7 +867,7 @@ mod tests {
         let mut entry = crate::tree::Entry { mtime: (5, 0), ..crate::tree::Entry::dir("f", 0o600) };
         entry.kind = Kind::File { size: 7, digest: None, link_group: 0 };
         let mut nodes = [Node { entry, origin: Origin::File(Arc::from(dir.path().join("download"))) }];
-        let mut cache = DigestCache::load(&dir.path().join("cache")).unwrap();
+        let mut cache = load(&dir.path().join("cache"));
         digest_files(&mut nodes, &[], &mut cache).unwrap();
         assert_eq!(digests(&nodes), [*blake3::hash(b"content").as_bytes()]);
         assert_eq!(nodes[0].entry.mtime, (5, 0));
@@ -803,17 +878,17 @@ mod tests {
     fn damaged_caches_are_empty() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("digests");
-        let mut cache = DigestCache::load(&file).unwrap();
+        let mut cache = load(&file);
         let stamp = Stamp { dev: 1, ino: 2, size: 3, mtime: (4, 5), ctime: (-6, 7) };
         let record =
             Record { stamp, digest: [9; 32], capability: (*b"cap").into(), day: today(), key: Some(KeyKind::Npm) };
         cache.changes.insert(ByBytes(Path::new("/x").into()), record.clone());
         cache.save().unwrap();
         let bytes = std::fs::read(&file).unwrap();
-        assert_eq!(DigestCache::load(&file).unwrap().look_up(Path::new("/x"), stamp, &mut 0), Some(record));
+        assert_eq!(load(&file).look_up(Path::new("/x"), stamp, &mut 0), Some(record));
         for length in 0..bytes.len() {
             std::fs::write(&file, &bytes[..length]).unwrap();
-            assert!(DigestCache::load(&file).unwrap().starts.is_empty(), "{length}");
+            assert!(load(&file).old().starts.is_empty(), "{length}");
         }
     }
 
@@ -826,7 +901,7 @@ mod tests {
         let mut nodes = context.tree().unwrap().nodes().to_vec();
         std::fs::rename(dir.path().join("ctx/d"), dir.path().join("ctx/e")).unwrap();
         std::os::unix::fs::symlink("../secret", dir.path().join("ctx/d")).unwrap();
-        let mut cache = DigestCache::load(&dir.path().join("cache")).unwrap();
+        let mut cache = load(&dir.path().join("cache"));
         let error = digest_files(&mut nodes, &[&context], &mut cache).unwrap_err();
         assert!(matches!(error, ContextError::ReadFile { path, .. } if path.ends_with("ctx/d/f")));
     }

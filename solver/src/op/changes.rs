@@ -2,7 +2,7 @@
 
 use super::copy::CopyError;
 use super::passwd::Owner;
-use crate::tree::{Entry, Kind, Node, Origin, Tree, join, parent};
+use crate::tree::{Entry, Kind, Node, Origin, Tree, compare_paths, join, parent};
 use hashbrown::HashTable;
 use std::collections::{BTreeMap, HashSet};
 use std::hash::{BuildHasher as _, RandomState};
@@ -40,17 +40,57 @@ pub(super) fn shown(path: &[u8]) -> String {
     format!("/{}", String::from_utf8_lossy(path))
 }
 
-fn path_of(node: &Option<Node>) -> Option<&[u8]> {
-    node.as_ref().map(|node| node.entry.path.as_slice())
+fn path_of(node: &Option<Node>) -> &[u8] {
+    node.as_ref().map_or(&[], |node| &node.entry.path)
+}
+
+/// Positions of nodes by path, of those that are still there. The paths themselves stand in the nodes only: there can be
+/// very many.
+struct Positions {
+    table: HashTable<usize>,
+    hasher: RandomState,
+}
+
+impl Positions {
+    fn of(nodes: &[Option<Node>]) -> Self {
+        let mut positions = Self { table: HashTable::with_capacity(nodes.len()), hasher: RandomState::new() };
+        (0..nodes.len()).for_each(|at| positions.insert(nodes, at));
+        positions
+    }
+
+    fn find(&self, nodes: &[Option<Node>], path: &[u8]) -> Option<usize> {
+        self.table.find(self.hasher.hash_one(path), |&at| path_of(&nodes[at]) == path).copied()
+    }
+
+    /// Adds a node whose path is not there yet.
+    fn insert(&mut self, nodes: &[Option<Node>], at: usize) {
+        let hash = |&at: &usize| self.hasher.hash_one(path_of(&nodes[at]));
+        self.table.insert_unique(hash(&at), at, hash);
+    }
+
+    fn remove(&mut self, nodes: &mut [Option<Node>], path: &[u8]) {
+        if let Ok(found) = self.table.find_entry(self.hasher.hash_one(path), |&at| path_of(&nodes[at]) == path) {
+            nodes[found.remove().0] = None;
+        }
+    }
+
+    fn remove_within(&mut self, nodes: &mut [Option<Node>], path: &[u8]) {
+        self.table.retain(|at| {
+            let stays = !crate::tree::is_within(path_of(&nodes[*at]), path);
+            if !stays {
+                nodes[*at] = None;
+            }
+            stays
+        });
+    }
 }
 
 pub(super) struct Changes<'a> {
     base: &'a Tree,
     /// In the order in which they were put, mostly that of a tree, so that little is left to sort.
     nodes: Vec<Option<Node>>,
-    /// Positions in `nodes` by path. The paths stand there only: there can be very many.
-    changed: HashTable<usize>,
-    hasher: RandomState,
+    /// Where they are, unless that order is a tree's.
+    positions: Option<Positions>,
     /// Directories of the base that were removed, whatever stands there now.
     removed: HashSet<Vec<u8>>,
     now: (i64, u32),
@@ -59,8 +99,7 @@ pub(super) struct Changes<'a> {
 
 impl<'a> Changes<'a> {
     pub(super) fn new(base: &'a Tree, now: (i64, u32)) -> Self {
-        let (changed, hasher) = (HashTable::new(), RandomState::new());
-        Self { base, nodes: Vec::new(), changed, hasher, removed: HashSet::new(), now, last_group: 0 }
+        Self { base, nodes: Vec::new(), positions: None, removed: HashSet::new(), now, last_group: 0 }
     }
 
     /// Makes room for as many changes, so that their table need not grow, which takes it twice.
@@ -70,7 +109,12 @@ impl<'a> Changes<'a> {
 
     /// Where a path was changed.
     fn position(&self, path: &[u8]) -> Option<usize> {
-        self.changed.find(self.hasher.hash_one(path), |&at| path_of(&self.nodes[at]) == Some(path)).copied()
+        match &self.positions {
+            Some(positions) => positions.find(&self.nodes, path),
+            // Almost always it comes after all that there is.
+            None if self.nodes.last().is_none_or(|last| compare_paths(path_of(last), path).is_lt()) => None,
+            None => self.nodes.binary_search_by(|node| compare_paths(path_of(node), path)).ok(),
+        }
     }
 
     pub(super) fn look(&self, path: &[u8]) -> Look<'_> {
@@ -174,31 +218,27 @@ impl<'a> Changes<'a> {
         match self.position(&node.entry.path) {
             Some(at) => self.nodes[at] = Some(node),
             None => {
-                let (at, hash) = (self.nodes.len(), self.hasher.hash_one(node.entry.path.as_slice()));
+                let in_order =
+                    self.nodes.last().is_none_or(|last| compare_paths(path_of(last), &node.entry.path).is_lt());
                 self.nodes.push(Some(node));
-                let (nodes, hasher) = (&self.nodes, &self.hasher);
-                self.changed.insert_unique(hash, at, |&at| hasher.hash_one(path_of(&nodes[at]).unwrap_or_default()));
+                match &mut self.positions {
+                    Some(positions) => positions.insert(&self.nodes, self.nodes.len() - 1),
+                    None if in_order => {}
+                    None => self.positions = Some(Positions::of(&self.nodes)),
+                }
             }
         }
     }
 
     /// Removes what stands at a path.
     pub(super) fn remove(&mut self, path: &[u8]) {
-        if self.look(path).is_dir() {
-            let nodes = &mut self.nodes;
-            self.changed.retain(|at| {
-                let stays = path_of(&nodes[*at]).is_some_and(|changed| !crate::tree::is_within(changed, path));
-                if !stays {
-                    nodes[*at] = None;
-                }
-                stays
-            });
+        let is_dir = self.look(path).is_dir();
+        let positions = self.positions.get_or_insert_with(|| Positions::of(&self.nodes));
+        if is_dir {
+            positions.remove_within(&mut self.nodes, path);
             self.removed.insert(path.to_vec());
         } else {
-            let (nodes, hash) = (&mut self.nodes, self.hasher.hash_one(path));
-            if let Ok(found) = self.changed.find_entry(hash, |&at| path_of(&nodes[at]) == Some(path)) {
-                nodes[found.remove().0] = None;
-            }
+            positions.remove(&mut self.nodes, path);
         }
     }
 
@@ -231,6 +271,9 @@ impl<'a> Changes<'a> {
 
 /// Numbers the hard-link groups of a tree from 1 in path order; a lone name has none.
 pub(crate) fn number_groups(tree: &mut Tree) {
+    if tree.nodes().iter().all(|node| node.entry.link_group() == 0) {
+        return;
+    }
     let numbers = crate::tree::index::link_groups(tree);
     for (node, number) in tree.nodes_mut().iter_mut().zip(numbers) {
         if let Kind::File { link_group, .. } = &mut node.entry.kind {

@@ -89,7 +89,7 @@ impl LocalContext {
 
     /// Does the file lie in the directory?
     fn holds(&self, path: &Path) -> bool {
-        self.directory.as_ref().is_some_and(|(context, _)| path.starts_with(context.root()))
+        self.directory.as_ref().is_some_and(|(context, _)| context.holds(path))
     }
 
     /// Keeps what was learned for the next build.

@@ -108,7 +108,14 @@ impl Build<'_> {
             add_parent(&mut parts, &parent);
             let key = parts.key();
             let reason = match self.look_up(&wanted, &key, &parts, Some(&recipe), selection.as_ref()) {
-                Ok(snapshot) => return Ok(self.found(id, snapshot, started)),
+                Ok(snapshot) => {
+                    // Very many files take a while to be let go, for which nobody has to wait.
+                    const MANY: usize = 4096;
+                    if selection.as_ref().is_some_and(|selection| selection.nodes().len() >= MANY) {
+                        rayon::spawn(move || drop(selection));
+                    }
+                    return Ok(self.found(id, snapshot, started));
+                }
                 Err(reason) => reason,
             };
             if !parent.is_whole() {

@@ -243,8 +243,8 @@ pub fn link_groups(tree: &Tree) -> Vec<u32> {
         _ => 0,
     };
     let mut members: HashMap<u32, u32> = HashMap::new();
-    for node in tree.nodes() {
-        *members.entry(group(node)).or_default() += 1;
+    for group in tree.nodes().iter().map(group).filter(|group| *group != 0) {
+        *members.entry(group).or_default() += 1;
     }
     let mut numbers: HashMap<u32, u32> = HashMap::new();
     let renumber = |node| match group(node) {
