@@ -80,7 +80,8 @@ fn drawing(panels: &[(&str, Points)]) -> String {
     let place = |value: f64, lowest: i32| (value.max(1e-9).log10() - f64::from(lowest)).max(0.0) * DECADE;
     let mut out = String::new();
     let width = panels.len() as f64 * 6.6 * DECADE + 50.0;
-    let height: f64 = ROWS.iter().map(|(_, low, high)| f64::from(high - low) * DECADE + 60.0).sum();
+    let rows: f64 = ROWS.iter().map(|(_, low, high)| f64::from(high - low) * DECADE + 60.0).sum();
+    let height = rows + 20.0;
     let _ = writeln!(
         out,
         "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width:.0} {height:.0}' font-family='sans-serif' font-size='10'>\n\

@@ -387,8 +387,10 @@ fn read_content(path: &Path, contexts: &[&Context]) -> io::Result<Record> {
             return Err(Errno::INVAL.into());
         }
         let mut key = None;
-        // Not asked whether there is more: what is appended meanwhile changes the stamp.
-        let mut content = Read::take(&mut file, before.stx_size);
+        // Not asked whether there is more: what is appended meanwhile changes the stamp. But files that are made while they
+        // are read say that they have nothing.
+        let expected = if before.stx_size == 0 { u64::MAX } else { before.stx_size };
+        let mut content = Read::take(&mut file, expected);
         let (digest, length) = digest_and_look(&mut content, |start| key = key_patterns::find(start))?;
         let stamp = Stamp::of(&scan::stat_fd(&file)?);
         if Stamp::of(&before) == stamp && length == stamp.size {

@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <grp.h>
 #include <linux/capability.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -110,6 +111,42 @@ static void keeping(const char *self)
     _exit(1);
 }
 
+static long ask_for(int capability)
+{
+    struct __user_cap_header_struct header = { _LINUX_CAPABILITY_VERSION_3, 0 };
+    struct __user_cap_data_struct data[2];
+    memset(data, 0, sizeof data);
+    data[0].permitted = data[0].effective = 1U << capability;
+    return syscall(SYS_capset, &header, data);
+}
+
+static void *lower_in_thread(void *unused)
+{
+    (void)unused;
+    say("lower in a thread", lower_all());
+    return 0;
+}
+
+/* What changes nothing: refused by the kernel, or of another thread. */
+static void unchanged(void)
+{
+    struct __user_cap_header_struct header = { 0, 0 };
+    struct stat stat;
+    pthread_t thread;
+    say("ask for more", ask_for(CAP_SYS_TIME));
+    say("chown after asking", chown("/kept", 0, 0));
+    say("version", syscall(SYS_capset, &header, 0));
+    printf("version %s\n", header.version == _LINUX_CAPABILITY_VERSION_3 ? "3" : "unknown");
+    fflush(stdout);
+    say("no such capability", prctl(PR_CAPBSET_DROP, 1UL << 32, 0, 0, 0));
+    if (pthread_create(&thread, 0, lower_in_thread, 0) != 0)
+        _exit(1);
+    pthread_join(thread, 0);
+    say("chown beside the thread", chown("/kept", 0, 0));
+    printf("own program: %s\n", lstat("/proc/self/exe", &stat) == 0 && S_ISLNK(stat.st_mode) ? "a link" : "no link");
+    fflush(stdout);
+}
+
 /* Root without some of its capabilities. */
 static void lowered(void)
 {
@@ -145,7 +182,11 @@ static void make(const char *name)
 int main(int count, char **arguments)
 {
     const char *what = count > 1 ? arguments[1] : "";
-    if (strcmp(what, "dropped") == 0) {
+    if (strcmp(what, "promise") == 0) {
+        say("promise", prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
+        execl(arguments[2], arguments[2], arguments[3], (char *)0);
+        return 1;
+    } else if (strcmp(what, "dropped") == 0) {
         say("setgid after drop", setgid(31));
         say("setuid after drop", setuid(32));
     } else if (strcmp(what, "after") == 0) {
@@ -159,6 +200,11 @@ int main(int count, char **arguments)
         close(open("/kept", O_CREAT | O_WRONLY, 0600));
         if (fork() == 0) {
             undumpable();
+            _exit(0);
+        }
+        wait(0);
+        if (fork() == 0) {
+            unchanged();
             _exit(0);
         }
         wait(0);

@@ -183,6 +183,13 @@ fn programs_keep_capabilities_and_hide_their_memory() {
         "chown without: Operation not permitted",
         "chroot without: Operation not permitted",
         "mknod without: Operation not permitted",
+        "ask for more: Operation not permitted",
+        "chown after asking: ok",
+        "version: Invalid argument",
+        "version 3",
+        "no such capability: Invalid argument",
+        "chown beside the thread: ok",
+        "own program: a link",
         "root's chown: Operation not permitted",
         "root's setgid: ok",
         "chown again: ok",
@@ -208,7 +215,7 @@ fn set_id_programs_are_that_for_root_too() {
     // As Debian's crontab, whose files belong to its group whoever calls it.
     let dockerfile = "FROM busybox\nCOPY --chown=33:34 --chmod=6755 identities /both\nCOPY --chown=35:36 --chmod=2755 identities /group\n\
          COPY --chown=37:38 --chmod=6644 identities /not\n\
-         RUN mkdir -m 777 /d && cd /d && /both a && /group b && ! /not c 2>/dev/null && su app -s /bin/sh -c '/both e; /group f'\n\
+         RUN mkdir -m 777 /d && cd /d && /both a && /group b && ! /not c 2>/dev/null && su app -s /bin/sh -c '/both e; /group f; /group promise /both i'\n\
          USER 7:8\nRUN cd /d && /both g && /group h\n";
     let (ids, [emulated, own]) = both_with(dockerfile, |context| {
         std::fs::copy(&program, context.join("identities")).expect("a file of our own");
@@ -221,12 +228,25 @@ fn set_id_programs_are_that_for_root_too() {
         "b belongs to 0:36",
         "e belongs to 33:34",
         "f belongs to 1000:36",
+        "i: 1000 1000 1000, 1000 36 36",
+        "i belongs to 1000:36",
         "g: 7 33 33, 8 34 34",
         "h belongs to 7:36",
     ] {
         assert!(printed(&own).iter().any(|printed| printed == line), "`{line}` is not in {own}");
     }
     assert_eq!(ids.len(), 5);
+
+    // In a container that allows no new privileges, the promise is not the step's.
+    let build = Build::new().dockerfile(dockerfile).flag("--ownership=emulate").env("SOURCE_DATE_EPOCH", "1700000000");
+    std::fs::copy(&program, build.path("context/identities")).expect("a file of our own");
+    let inner = build.command();
+    let mut command = std::process::Command::new("setpriv");
+    command.args(["--no-new-privs", "--"]).arg(inner.get_program()).args(inner.get_args());
+    command.env_clear().envs(inner.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let ended = crate::story::run(command, None);
+    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+    assert_eq!(printed(&ended.stderr), printed(&own));
 }
 
 #[test]

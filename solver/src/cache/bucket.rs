@@ -242,8 +242,8 @@ impl Bucket {
         let routes = client.routes().map_err(|error| self.failed(&Key::default(), error))?;
         http = match Url::parse(address).ok().and_then(|url| routes.of(&url).cloned()) {
             Some(proxy) => http.with_proxy_url(proxy.as_str()),
-            // Told of none, it would look for one in the environment, by other rules.
-            None => http.with_proxy_url("http://localhost").with_proxy_excludes("*"),
+            // Told of none, it would look for one in the environment, by other rules. The star is for names only.
+            None => http.with_proxy_url("http://localhost").with_proxy_excludes("*,0.0.0.0/0,::/0"),
         };
         let mut builder = AmazonS3Builder::new();
         for (name, value) in &settings.environment {

@@ -104,7 +104,10 @@ impl<'a> Changes<'a> {
 
     /// Makes room for as many changes, so that their table need not grow, which takes it twice.
     pub(super) fn reserve(&mut self, more: usize) {
-        self.nodes.reserve_exact(more);
+        match self.nodes.is_empty() {
+            true => self.nodes.reserve_exact(more),
+            false => self.nodes.reserve(more),
+        }
     }
 
     /// Where a path was changed.

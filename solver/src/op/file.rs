@@ -212,14 +212,30 @@ impl Recipe {
         found
     }
 
+    /// Whether the selected files of [`Recipe::parts`] are the layer: nothing is unpacked, they keep their owners, and what
+    /// they are copied onto is empty or does not count.
+    pub fn selects_layer(&self, workspace: &Workspace) -> Result<bool, SnapshotError> {
+        Ok(match &self.op {
+            FileOp::Copy(op) if op.owner.is_none() && !op.unpack.unwrap_or(op.add) => {
+                self.destination(workspace)?.nodes().is_empty()
+            }
+            _ => false,
+        })
+    }
+
+    /// What is changed, as far as it counts.
+    fn destination(&self, workspace: &Workspace) -> Result<Arc<Tree>, SnapshotError> {
+        match &self.op {
+            // Names of users are looked up in the destination even by an independent copy.
+            FileOp::Copy(op) if op.link && op.owner.is_none() => Ok(Arc::default()),
+            _ => workspace.flatten(&self.parent),
+        }
+    }
+
     /// The layer: changed entries and their parents, digests filled in.
     pub fn carry_out(&self, workspace: &Workspace) -> Result<Tree, SnapshotError> {
         let independent = matches!(&self.op, FileOp::Copy(op) if op.link);
-        let dest = match &self.op {
-            // Names of users are looked up in the destination even by an independent copy.
-            FileOp::Copy(op) if op.link && op.owner.is_none() => Arc::default(),
-            _ => workspace.flatten(&self.parent)?,
-        };
+        let dest = self.destination(workspace)?;
         let mut changes = match &self.op {
             FileOp::Copy(op) => self.copy(op, &dest, workspace)?,
             FileOp::Mkdir(op) => copy::mkdir(op, &dest, self.now, &|node| workspace.read_small(node))?,

@@ -234,7 +234,8 @@ fn decide(verdict: Verdict, code: &mut Vec<FilterInstruction>) {
         ]),
         Verdict::NotifyToKeep => code.extend([
             statement(LOAD, argument(0)),
-            jump(JUMP_EQUAL, libc::PR_SET_KEEPCAPS as u32, 2, 0),
+            jump(JUMP_EQUAL, libc::PR_SET_KEEPCAPS as u32, 3, 0),
+            jump(JUMP_EQUAL, libc::PR_SET_NO_NEW_PRIVS as u32, 2, 0),
             jump(JUMP_EQUAL, libc::PR_CAPBSET_DROP as u32, 1, 0),
             jump(JUMP_EQUAL, libc::PR_SET_SECUREBITS as u32, 0, 1),
             notify(),
@@ -361,6 +362,7 @@ mod tests {
             (emulate, "prctl", libc::SYS_prctl, [libc::PR_SET_KEEPCAPS as u32, 1, 0], NOTIFY),
             (emulate, "prctl", libc::SYS_prctl, [libc::PR_SET_SECUREBITS as u32, 4, 0], NOTIFY),
             (emulate, "prctl", libc::SYS_prctl, [libc::PR_CAPBSET_DROP as u32, 4, 0], NOTIFY),
+            (emulate, "prctl", libc::SYS_prctl, [libc::PR_SET_NO_NEW_PRIVS as u32, 1, 0], NOTIFY),
             (emulate, "capset", libc::SYS_capset, [0; 3], NOTIFY),
             (emulate, "capget", libc::SYS_capget, [0; 3], OK),
             (plain, "prctl", libc::SYS_prctl, [libc::PR_SET_KEEPCAPS as u32, 1, 0], OK),

@@ -109,11 +109,7 @@ impl Build<'_> {
             let key = parts.key();
             let reason = match self.look_up(&wanted, &key, &parts, Some(&recipe), selection.as_ref()) {
                 Ok(snapshot) => {
-                    // Very many files take a while to be let go, for which nobody has to wait.
-                    const MANY: usize = 4096;
-                    if selection.as_ref().is_some_and(|selection| selection.nodes().len() >= MANY) {
-                        rayon::spawn(move || drop(selection));
-                    }
+                    let_go(selection);
                     return Ok(self.found(id, snapshot, started));
                 }
                 Err(reason) => reason,
@@ -128,10 +124,19 @@ impl Build<'_> {
                 self.warn_of_keys(vertex, recipe.keys_in(selection));
             }
             // As large as the layer itself, and only of use to caches that are to be written.
-            let selection = selection.filter(|_| self.request.collect);
+            let (selection, selected) = match self.request.collect {
+                true => (selection, None),
+                false => (None, selection),
+            };
             self.span(id, Phase::LookUp, None, started, 0);
             let working = Instant::now();
-            let mut tree = recipe.carry_out(self.workspace)?;
+            let mut tree = match selected {
+                Some(selected) if recipe.selects_layer(self.workspace)? => selected,
+                other => {
+                    let_go(other);
+                    recipe.carry_out(self.workspace)?
+                }
+            };
             if let Some(before) = before {
                 self.keep_times(&mut tree, &before);
             }
@@ -324,5 +329,13 @@ impl Build<'_> {
             self.tell(Event::Finished { id: id.0, duration: started.elapsed() });
             return Ok(parent.with(layer, &content, Some(self.now.0)));
         }
+    }
+}
+
+/// Drops a tree. Very many files take a while, for which nobody has to wait.
+fn let_go(tree: Option<Tree>) {
+    const MANY: usize = 4096;
+    if tree.as_ref().is_some_and(|tree| tree.nodes().len() >= MANY) {
+        rayon::spawn(move || drop(tree));
     }
 }

@@ -209,8 +209,8 @@ impl<'a> TarEntries<'a> {
     }
 }
 
-/// Writes a tree as a tar stream. Sizes, and digests where the tree has them, are checked against the bytes that
-/// `open` gives.
+/// Writes a tree as a tar stream. Where the tree has digests, as many bytes as it says are taken of what `open` gives, and checked;
+/// elsewhere there must be as many.
 pub fn write_tar(tree: &Tree, open: &Open<'_>, options: &TarOptions, out: &mut dyn Write) -> Result<(), LayerError> {
     let write_error = |source| LayerError::Write { source };
     let entries = TarEntries::new(tree, options)?;

@@ -41,7 +41,7 @@ impl Emulator {
 
     /// Takes the caller's file mode creation mask.
     fn use_mask(&mut self, call: &Notification) -> Result<(), Errno> {
-        let mask = u32::from_str_radix(&self.status(call, "Umask:")?, 8).map_err(|_| Errno::IO)?;
+        let mask = u32::from_str_radix(self.status(call)?.field("Umask:")?, 8).map_err(|_| Errno::IO)?;
         if mask != self.umask {
             _ = rustix::process::umask(Mode::from_raw_mode(mask));
             self.umask = mask;
@@ -152,9 +152,9 @@ impl Emulator {
         device: Device,
     ) -> Result<Answer, Errno> {
         // Real, effective, saved and file system id: proc_pid_status(5).
+        let status = self.status(call)?;
         let ids = |field: &str| -> Result<[u32; 2], Errno> {
-            let line = self.status(call, field)?;
-            let mut ids = line.split_whitespace().skip(1).filter_map(|id| id.parse().ok());
+            let mut ids = status.field(field)?.split_whitespace().skip(1).filter_map(|id| id.parse().ok());
             match (ids.next(), ids.nth(1)) {
                 (Some(effective), Some(file_system)) => Ok([effective, file_system]),
                 _ => Err(Errno::IO),

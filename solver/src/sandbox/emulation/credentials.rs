@@ -107,6 +107,10 @@ pub(super) struct Capabilities {
     kept: bool,
     /// SECBIT_NO_SETUID_FIXUP.
     fixed: bool,
+    /// SECBIT_NOROOT.
+    no_root: bool,
+    /// PR_SET_NO_NEW_PRIVS, by the step itself.
+    promised: bool,
 }
 
 /// Those that come and go with the id for files.
@@ -122,7 +126,8 @@ impl Capabilities {
     /// Those of a process whose ids are this one.
     fn of(id: u32) -> Capabilities {
         let own = if id == 0 { ALL } else { CapabilitySet::empty() };
-        Capabilities { permitted: own, effective: own, bounding: ALL, kept: false, fixed: false }
+        let (kept, fixed, no_root, promised) = (false, false, false, false);
+        Capabilities { permitted: own, effective: own, bounding: ALL, kept, fixed, no_root, promised }
     }
 
     fn follow(&mut self, before: Ids, after: Ids) {
@@ -182,10 +187,22 @@ impl Credentials {
 
     /// prctl(PR_SET_SECUREBITS).
     pub(super) fn set_secure_bits(&mut self, bits: u32) {
+        const NO_ROOT: u32 = 1 << 0;
         const NO_SETUID_FIXUP: u32 = 1 << 2;
         const KEEP_CAPS: u32 = 1 << 4;
+        // The kernel refuses others.
+        const KNOWN: u32 = 0xfff;
+        if bits & !KNOWN != 0 {
+            return;
+        }
+        self.capabilities.no_root = bits & NO_ROOT != 0;
         self.capabilities.fixed = bits & NO_SETUID_FIXUP != 0;
         self.capabilities.kept = bits & KEEP_CAPS != 0;
+    }
+
+    /// prctl(PR_SET_NO_NEW_PRIVS).
+    pub(super) fn promise_no_new_privileges(&mut self) {
+        self.capabilities.promised = true;
     }
 
     /// prctl(PR_CAPBSET_DROP).
@@ -255,10 +272,11 @@ impl Credentials {
 
     /// After execve of a program that may be set-user-ID or set-group-ID.
     pub(super) fn execute(&mut self, set_uid: Option<u32>, set_gid: Option<u32>) {
-        self.user.execute(set_uid);
-        self.group.execute(set_gid);
         let own = &mut self.capabilities;
-        let all_if = |root: bool| if root { own.bounding } else { CapabilitySet::empty() };
+        self.user.execute(set_uid.filter(|_| !own.promised));
+        self.group.execute(set_gid.filter(|_| !own.promised));
+        let most = if own.promised { own.bounding & own.permitted } else { own.bounding };
+        let all_if = |root: bool| if root && !own.no_root { most } else { CapabilitySet::empty() };
         let effective = all_if(self.user.effective == 0);
         (own.permitted, own.effective) = (all_if(self.user.real == 0) | effective, effective);
         own.kept = false;
@@ -396,7 +414,7 @@ mod tests {
         let mut next = root.clone();
         next.execute(None, None);
         assert_eq!((next.set_uid(0), next.set_groups(vec![])), (Err(Errno::PERM), Err(Errno::PERM)));
-        root.set_capabilities(all, both);
+        root.set_capabilities(both, both);
         root.set_capabilities(all, all);
         assert_eq!((root.set_uid(0), root.can(both)), (Err(Errno::PERM), true));
 
@@ -426,7 +444,21 @@ mod tests {
         assert_eq!(root.set_uid(7), Err(Errno::PERM));
         // It is still root, and so is what it executes.
         root.execute(None, None);
-        assert_eq!(root.set_uid(7), Ok(()));
+        assert!(root.can(CapabilitySet::SETUID));
+        let mut other = root.clone();
+        other.set_secure_bits(1 << 13 | 1);
+        other.execute(None, None);
+        assert!(other.can(CapabilitySet::SETUID));
+        other.set_secure_bits(1);
+        other.execute(None, None);
+        assert_eq!((other.set_uid(7), other.user.effective), (Err(Errno::PERM), 0));
+        // Who has promised gains nothing by executing, neither its own nor others' privileges.
+        let mut other = root.clone();
+        other.promise_no_new_privileges();
+        other.set_capabilities(CapabilitySet::SETGID, CapabilitySet::SETGID);
+        other.execute(Some(9), Some(9));
+        assert_eq!((ids(other.user), ids(other.group)), ([0; 4], [0; 4]));
+        assert!(other.can(CapabilitySet::SETGID) && !other.can(CapabilitySet::SETUID));
     }
 
     #[test]

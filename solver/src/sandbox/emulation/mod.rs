@@ -45,7 +45,7 @@ use call::{Known, Layout};
 use credentials::{Credentials, KEEP, MAX_GROUPS, Registry};
 use owners::Metadata;
 use rustix::fd::{AsFd, OwnedFd};
-use rustix::fs::{AtFlags, Gid, Mode, OFlags, Uid};
+use rustix::fs::{AtFlags, Gid, Mode, OFlags, StatVfsMountFlags, Uid};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
 use rustix::thread::{CapabilitySet, CapabilitySets};
@@ -349,9 +349,13 @@ impl Emulator {
                 // The kernel refuses it.
                 _ => Ok(Answer::Continue),
             },
+            Call::Control if number(0) as i32 == libc::PR_SET_NO_NEW_PRIVS => match argument(1) {
+                1 => self.follow(call, Credentials::promise_no_new_privileges),
+                _ => Ok(Answer::Continue),
+            },
             Call::Control if !self.credentials(call)?.can(CapabilitySet::SETPCAP) => Err(Errno::PERM),
             Call::Control if number(0) as i32 == libc::PR_CAPBSET_DROP => {
-                let dropped = 1_u64.checked_shl(number(1)).unwrap_or(0);
+                let dropped = u32::try_from(argument(1)).ok().and_then(|number| 1_u64.checked_shl(number)).unwrap_or(0);
                 self.follow(call, |own| own.drop_from_bounding(CapabilitySet::from_bits_retain(dropped)))
             }
             Call::Control => self.follow(call, |own| own.set_secure_bits(number(1))),
@@ -400,19 +404,43 @@ impl Emulator {
         Ok(Answer::Continue)
     }
 
-    /// capset(2): the structures are those of its manual page.
+    /// capset(2): the structures are those of its manual page. The kernel carries it out; what it will refuse is not noted.
     fn set_capabilities(&mut self, call: &Notification) -> Result<Answer, Errno> {
         const FIRST_VERSION: u32 = 0x1998_0330;
+        const OTHER_VERSIONS: [u32; 2] = [0x2007_1026, 0x2008_0522];
         let mut header = [0; 8];
-        self.read_exactly(call, call.arguments[0], &mut header)?;
-        let version = header.first_chunk().map_or(0, |bytes| u32::from_ne_bytes(*bytes));
         // Effective, permitted and inheritable ones; the first version has the lower 32 of each only.
         let mut sets = [0; 24];
-        let length = if version == FIRST_VERSION { sets.len() / 2 } else { sets.len() };
-        self.read_exactly(call, call.arguments[1], &mut sets[..length])?;
-        let word = |at: usize| sets[4 * at..].first_chunk().map_or(0, |bytes| u32::from_ne_bytes(*bytes));
-        let set = |at| CapabilitySet::from_bits_retain(u64::from(word(at)) | u64::from(word(at + 3)) << 32);
-        self.follow(call, |own| own.set_capabilities(set(0), set(1)))
+        let word =
+            |bytes: &[u8], at: usize| bytes[4 * at..].first_chunk().map_or(0, |bytes| u32::from_ne_bytes(*bytes));
+        if self.read_exactly(call, call.arguments[0], &mut header).is_err() {
+            return Ok(Answer::Continue);
+        }
+        let length = match word(&header, 0) {
+            FIRST_VERSION => sets.len() / 2,
+            version if OTHER_VERSIONS.contains(&version) => sets.len(),
+            _ => return Ok(Answer::Continue),
+        };
+        if self.read_exactly(call, call.arguments[1], &mut sets[..length]).is_err() {
+            return Ok(Answer::Continue);
+        }
+        let set = |at| {
+            CapabilitySet::from_bits_retain(word(&sets, at).into())
+                | CapabilitySet::from_bits_retain(u64::from(word(&sets, at + 3)) << 32)
+        };
+        let (effective, permitted) = (set(0), set(1));
+        let status = self.status(call)?;
+        let itself = status.field("NSpid:")?.split_whitespace().next_back().map(str::to_owned);
+        let refused = !permitted.contains(effective)
+            || !status.capabilities("CapPrm:")?.contains(permitted)
+            || word(&header, 1) != 0 && Some(word(&header, 1).to_string()) != itself;
+        // Threads have capabilities of their own, but one number together. What one of several lays down is no reason to
+        // refuse something to the others.
+        let of_many = status.field("Threads:")? != "1" && status.field("Tgid:")? != status.field("Pid:")?;
+        if refused || of_many {
+            return Ok(Answer::Continue);
+        }
+        self.follow(call, |own| own.set_capabilities(effective, permitted))
     }
 
     fn tell(&self, call: &Notification, known: Known, id: fn(&Credentials) -> u32) -> Result<Answer, Errno> {
@@ -462,6 +490,11 @@ impl Emulator {
 
     /// execve of a set-id program gives the caller the ids of its owner, also when that is root.
     fn execute(&mut self, call: &Notification, dir: i32, path: u64, flags: u32) -> Result<Answer, Errno> {
+        /// Only asks whether it could be executed.
+        const CHECK: u32 = 0x1_0000;
+        if flags & CHECK != 0 {
+            return Ok(Answer::Continue);
+        }
         let own = self.credentials(call)?.clone();
         // A path that leads nowhere is for the kernel to refuse, and changes nothing.
         let Ok(file) = self.resolve(call, dir, path, flags) else { return Ok(Answer::Continue) };
@@ -473,8 +506,12 @@ impl Emulator {
         let set_gid = libc::S_ISGID | libc::S_IXGRP;
         let by_user = mode & libc::S_ISUID != 0;
         let by_group = mode & set_gid == set_gid;
+        // The step's root file system may lie on one that is mounted so: programs of the image are what they are.
+        let elsewhere = || Metadata(&stat).device() != self.table.root_device();
+        let is_nosuid =
+            || rustix::fs::fstatvfs(&file).is_ok_and(|found| found.f_flag.contains(StatVfsMountFlags::NOSUID));
         let mut after = own.clone();
-        match (by_user || by_group) && !self.is_script(&file) && self.status(call, "NoNewPrivs:")? != "1" {
+        match (by_user || by_group) && !self.is_script(&file) && !(elsewhere() && is_nosuid()) {
             true => {
                 let owner = self.table.owner(&file, &stat);
                 after.execute(by_user.then_some(owner.uid), by_group.then_some(owner.gid));

@@ -26,6 +26,22 @@ const MAX_LINKS: usize = 16;
 const EMPTY_PATH: u32 = libc::AT_EMPTY_PATH as u32;
 const NOFOLLOW: u32 = libc::AT_SYMLINK_NOFOLLOW as u32;
 
+/// What `/proc/PID/status` says: proc_pid_status(5).
+pub(super) struct Status(String);
+
+impl Status {
+    /// What stands behind `field`, such as `Umask:`.
+    pub(super) fn field(&self, field: &str) -> Result<&str, Errno> {
+        self.0.lines().find_map(|line| line.strip_prefix(field)).map(str::trim).ok_or(Errno::IO)
+    }
+
+    /// A set of capabilities, such as `CapPrm:`.
+    pub(super) fn capabilities(&self, field: &str) -> Result<CapabilitySet, Errno> {
+        let bits = u64::from_str_radix(self.field(field)?, 16).map_err(|_| Errno::IO)?;
+        Ok(CapabilitySet::from_bits_retain(bits))
+    }
+}
+
 impl Emulator {
     // Memory
 
@@ -271,6 +287,10 @@ impl Emulator {
         let (mut dir, mut path) = (dir, path.to_vec());
         for _ in 0..MAX_LINKS {
             if let Some((own, rest)) = own_link(call, &path) {
+                // The link itself, which the kernel knows.
+                if rest.is_empty() && !follow && !path.ends_with(b"/") {
+                    return Err(Errno::NOENT);
+                }
                 let start = self.open_link(&own, OFlags::empty())?;
                 return match rest.is_empty() {
                     true => Ok(start),
@@ -301,15 +321,15 @@ impl Emulator {
         Err(Errno::LOOP)
     }
 
-    /// A line of the caller's status.
-    pub(super) fn status(&self, call: &Notification, field: &str) -> Result<String, Errno> {
+    /// The caller's status.
+    pub(super) fn status(&self, call: &Notification) -> Result<Status, Errno> {
         let path = format!("{}/status", call.thread);
         let file = rustix::fs::openat(&self.proc, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
         let mut text = String::new();
         std::io::Read::read_to_string(&mut std::fs::File::from(file), &mut text)
             .map_err(|error| super::errno(&error))?;
         self.still_waiting(call)?;
-        text.lines().find_map(|line| line.strip_prefix(field)).map(|value| value.trim().to_owned()).ok_or(Errno::IO)
+        Ok(Status(text))
     }
 
     /// Whether a file starts with `#!`: the kernel ignores set-id bits of scripts.
