@@ -121,7 +121,8 @@ pub(crate) fn workloads(toolchain: Option<&Path>) -> Vec<Workload> {
     if let Some(tar) = toolchain {
         let compiling = |name, about, state| Workload {
             base: Some(Base::Tar(tar.to_owned())),
-            edit: |context, round| Ok(fs::write(context.join("f0.c"), source(0, round))?),
+            // Number 0 is what there was before.
+            edit: |context, round| Ok(fs::write(context.join("f0.c"), source(0, round + 1))?),
             ..plain(name, about, state, Output::Store, c_project)
         };
         all.push(compiling("gcc-cold", "C project of 40 files, cold", State::Cold));

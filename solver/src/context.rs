@@ -414,7 +414,8 @@ pub fn digest_files(nodes: &mut [Node], contexts: &[&Context], cache: &mut Diges
         let mut near = near();
         for node in nodes {
             if let Some(learned) = digest_node(node, contexts, &*cache, &mut near)? {
-                cache.learn(learned);
+                let kept = cache.learn(learned);
+                cache.changes.extend(kept);
             }
         }
         return Ok(());
@@ -422,7 +423,12 @@ pub fn digest_files(nodes: &mut [Node], contexts: &[&Context], cache: &mut Diges
     let known = &*cache;
     let digested = nodes.par_iter_mut().map_init(near, |near, node| digest_node(node, contexts, known, near));
     let learned = digested.filter_map(Result::transpose).collect::<Result<Vec<_>, _>>()?;
-    learned.into_iter().for_each(|learned| cache.learn(learned));
+    // In the same memory.
+    let kept: Vec<_> = learned.into_iter().filter_map(|learned| cache.learn(learned)).collect();
+    match cache.changes.is_empty() {
+        true => cache.changes = kept,
+        false => cache.changes.extend(kept),
+    }
     Ok(())
 }
 
@@ -509,7 +515,8 @@ struct Record {
 pub struct DigestCache {
     path: PathBuf,
     old: Reading,
-    changes: BTreeMap<ByBytes, Record>,
+    /// Learned since then, sorted by [`DigestCache::ready`]. A table, not a map: it can be as long as a context.
+    changes: Vec<(ByBytes, Record)>,
     /// Files that were asked for and hold keys.
     keys: BTreeMap<ByBytes, KeyKind>,
 }
@@ -580,7 +587,7 @@ impl DigestCache {
         let own = path.to_owned();
         let begun = std::thread::Builder::new().name("digests".into()).spawn(move || Old::read(&own));
         let old = begun.map_or(Reading::Later, Reading::Begun);
-        Self { path: path.to_owned(), old, changes: BTreeMap::new(), keys: BTreeMap::new() }
+        Self { path: path.to_owned(), old, changes: Vec::new(), keys: BTreeMap::new() }
     }
 
     /// Waits until the file has been read.
@@ -592,6 +599,15 @@ impl DigestCache {
         };
         let failed = |source| ContextError::DigestCache { path: self.path.clone(), source };
         self.old = Reading::Done(read.map_err(failed)?);
+        // Of what was learned twice, the last counts.
+        self.changes.sort_by(|a, b| a.0.cmp(&b.0));
+        self.changes.dedup_by(|next, kept| {
+            let same = next.0 == kept.0;
+            if same {
+                std::mem::swap(next, kept);
+            }
+            same
+        });
         Ok(())
     }
 
@@ -610,7 +626,7 @@ impl DigestCache {
             return Ok(());
         }
         fn bytes(path: &ByBytes) -> &[u8] {
-            std::borrow::Borrow::borrow(path)
+            path.0.as_os_str().as_bytes()
         }
         self.ready()?;
         let mut out = MAGIC.to_vec();
@@ -642,13 +658,12 @@ impl DigestCache {
         Ok(())
     }
 
-    fn learn(&mut self, Learned { path, record, keep }: Learned) {
+    /// Notes a key. What is to be added to `changes`.
+    fn learn(&mut self, Learned { path, record, keep }: Learned) -> Option<(ByBytes, Record)> {
         if let Some(key) = record.key {
             self.keys.insert(ByBytes(path.clone()), key);
         }
-        if keep {
-            self.changes.insert(ByBytes(path), record);
-        }
+        keep.then_some((ByBytes(path), record))
     }
 
     /// The key in a file whose digest was asked for, if there is one.
@@ -663,7 +678,9 @@ impl DigestCache {
 
     fn look_up(&self, path: &Path, stamp: Stamp, near: &mut usize) -> Option<Record> {
         let path = path.as_os_str().as_bytes();
-        if let Some(record) = self.changes.get(path) {
+        let changed = self.changes.binary_search_by(|(changed, _)| changed.0.as_os_str().as_bytes().cmp(path));
+        if let Ok(found) = changed {
+            let record = &self.changes[found].1;
             return (record.stamp == stamp).then(|| record.clone());
         }
         let Old { bytes, starts } = self.old();
@@ -884,7 +901,7 @@ mod tests {
         let stamp = Stamp { dev: 1, ino: 2, size: 3, mtime: (4, 5), ctime: (-6, 7) };
         let record =
             Record { stamp, digest: [9; 32], capability: (*b"cap").into(), day: today(), key: Some(KeyKind::Npm) };
-        cache.changes.insert(ByBytes(Path::new("/x").into()), record.clone());
+        cache.changes.push((ByBytes(Path::new("/x").into()), record.clone()));
         cache.save().unwrap();
         let bytes = std::fs::read(&file).unwrap();
         assert_eq!(load(&file).look_up(Path::new("/x"), stamp, &mut 0), Some(record));
