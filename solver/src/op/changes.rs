@@ -114,10 +114,15 @@ impl<'a> Changes<'a> {
     fn position(&self, path: &[u8]) -> Option<usize> {
         match &self.positions {
             Some(positions) => positions.find(&self.nodes, path),
-            // Almost always it comes after all that there is.
-            None if self.nodes.last().is_none_or(|last| compare_paths(path_of(last), path).is_lt()) => None,
+            // Almost always.
+            None if self.comes_last(path) => None,
             None => self.nodes.binary_search_by(|node| compare_paths(path_of(node), path)).ok(),
         }
+    }
+
+    /// Whether a path stands behind that of the last node in a tree.
+    fn comes_last(&self, path: &[u8]) -> bool {
+        self.nodes.last().is_none_or(|last| compare_paths(path_of(last), path).is_lt())
     }
 
     pub(super) fn look(&self, path: &[u8]) -> Look<'_> {
@@ -221,8 +226,7 @@ impl<'a> Changes<'a> {
         match self.position(&node.entry.path) {
             Some(at) => self.nodes[at] = Some(node),
             None => {
-                let in_order =
-                    self.nodes.last().is_none_or(|last| compare_paths(path_of(last), &node.entry.path).is_lt());
+                let in_order = self.comes_last(&node.entry.path);
                 self.nodes.push(Some(node));
                 match &mut self.positions {
                     Some(positions) => positions.insert(&self.nodes, self.nodes.len() - 1),

@@ -83,7 +83,7 @@ pub fn tree_of(file: Node, name: &str, store: &Store, now: (i64, u32)) -> Result
 pub fn file_node(path: &Path, size: u64, mtime: (i64, u32)) -> Node {
     let kind = Kind::File { size, digest: None, link_group: 0 };
     let entry = Entry { kind, mtime, ..Entry::dir("", 0o600) };
-    Node { entry, origin: Origin::File(Arc::from(path.to_owned())) }
+    Node { entry, origin: Origin::File(Arc::from(path)) }
 }
 
 /// Reads a file of a tree whose bytes are on disk, links followed inside the tree; `None` when there is none.

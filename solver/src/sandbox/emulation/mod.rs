@@ -495,7 +495,6 @@ impl Emulator {
         if flags & CHECK != 0 {
             return Ok(Answer::Continue);
         }
-        let own = self.credentials(call)?.clone();
         // A path that leads nowhere is for the kernel to refuse, and changes nothing.
         let Ok(file) = self.resolve(call, dir, path, flags) else { return Ok(Answer::Continue) };
         let stat = table::metadata(&file)?;
@@ -510,20 +509,11 @@ impl Emulator {
         let elsewhere = || Metadata(&stat).device() != self.table.root_device();
         let is_nosuid =
             || rustix::fs::fstatvfs(&file).is_ok_and(|found| found.f_flag.contains(StatVfsMountFlags::NOSUID));
-        let mut after = own.clone();
-        match (by_user || by_group) && !self.is_script(&file) && !(elsewhere() && is_nosuid()) {
-            true => {
-                let owner = self.table.owner(&file, &stat);
-                after.execute(by_user.then_some(owner.uid), by_group.then_some(owner.gid));
-            }
-            false => after.execute(None, None),
+        if !(by_user || by_group) || self.is_script(&file) || elsewhere() && is_nosuid() {
+            return self.follow(call, |own| own.execute(None, None));
         }
-        if after != own {
-            let number = self.registry.number(after)?;
-            self.still_waiting(call)?;
-            notify::set_locks_limit(call.thread, number).map_err(|error| errno(&error))?;
-        }
-        Ok(Answer::Continue)
+        let owner = self.table.owner(&file, &stat);
+        self.follow(call, |own| own.execute(by_user.then_some(owner.uid), by_group.then_some(owner.gid)))
     }
 
     // Owners
