@@ -484,6 +484,7 @@ fn build(
             host: host.clone(),
             git: git.clone(),
             collect,
+            compression: export_command::compression(request),
             project: input.project.clone(),
         };
         check_for_secrets(&definition, &solve_request.host)?;

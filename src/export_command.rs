@@ -133,6 +133,23 @@ fn describe(output: &Output) -> String {
     }
 }
 
+/// How the first output that is an image compresses its layers.
+pub(crate) fn compression(request: &BuildRequest) -> Option<snapshot::Compression> {
+    let is_image = |output: &&Output| {
+        matches!(
+            output.kind,
+            OutputKind::Store | OutputKind::Registry | OutputKind::Oci { .. } | OutputKind::Docker { .. }
+        )
+    };
+    request.outputs.iter().find(is_image).map(|output| compression_of(request, output))
+}
+
+fn compression_of(request: &BuildRequest, output: &Output) -> snapshot::Compression {
+    let (codec, level) = codec(output.compression);
+    let clamp_mtime = if output.rewrite_timestamp { request.source_date_epoch } else { None };
+    snapshot::Compression { codec, level, clamp_mtime, force: output.force_compression }
+}
+
 fn write(
     request: &BuildRequest,
     workspace: &Workspace,
@@ -149,7 +166,7 @@ fn write(
         OutputKind::CacheOnly => Ok(()),
         OutputKind::Tar { .. } | OutputKind::Local { .. } => write_files(workspace, built, output, clamp_mtime),
         OutputKind::Store | OutputKind::Registry | OutputKind::Oci { .. } | OutputKind::Docker { .. } => {
-            write_image(request, workspace, built, output, clamp_mtime, live)
+            write_image(request, workspace, built, output, live)
         }
     }
 }
@@ -245,11 +262,9 @@ fn write_image(
     workspace: &Workspace,
     built: &mut [Built],
     output: &Output,
-    clamp_mtime: Option<i64>,
     live: &Live<'_>,
 ) -> Result<(), CommandError> {
-    let (codec, level) = codec(output.compression);
-    let compression = snapshot::Compression { codec, level, clamp_mtime, force: output.force_compression };
+    let compression = compression_of(request, output);
     let media = if output.docker_media_types { Media::Docker } else { Media::Oci };
     let names = canonical_names(&output.names)?;
     let place = |place: AnnotationPlace| -> BTreeMap<String, String> {

@@ -29,7 +29,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Where the patterns of a context come from.
@@ -293,6 +293,14 @@ impl Context {
         }
     }
 
+    /// Opens a file that the walk saw, to be read once and whole. `keys` takes what it holds of that kind.
+    pub(crate) fn open_unread(&self, path: &Path, keys: &FoundKeys) -> io::Result<UnreadFile> {
+        let relative = self.relative(path).ok_or(io::ErrorKind::NotFound)?;
+        let stamp = self.stamp(relative, &mut 0).ok_or(io::ErrorKind::NotFound)?;
+        let file = File::from(open_below(self.fd.as_fd(), relative, READ_FILE)?);
+        Ok(UnreadFile { file, path: path.to_owned(), stamp, left: stamp.size, keys: Arc::clone(keys) })
+    }
+
     /// The stamp that the walk saw. `near` is where the one before was found.
     fn stamp(&self, relative: &[u8], near: &mut usize) -> Option<Stamp> {
         let walked = self.walked.get()?;
@@ -342,6 +350,9 @@ fn read_ignore_file(path: &Path) -> Result<Option<Matcher>, ContextError> {
 pub(crate) fn digest_of(reader: &mut impl Read) -> io::Result<(ContentDigest, u64)> {
     digest_and_look(reader, |_| {})
 }
+
+/// What the kernel keeps a file's capabilities in (capabilities(7)).
+const CAPABILITY: &str = "security.capability";
 
 /// As [`digest_of`]; `look` is shown the first bytes, up to 128 KiB of a file.
 fn digest_and_look(reader: &mut impl Read, mut look: impl FnMut(&[u8])) -> io::Result<(ContentDigest, u64)> {
@@ -395,12 +406,80 @@ fn read_content(path: &Path, contexts: &[&Context]) -> io::Result<Record> {
         let stamp = Stamp::of(&scan::stat_fd(&file)?);
         if Stamp::of(&before) == stamp && length == stamp.size {
             let mut value = [0; 256];
-            let length = rustix::fs::fgetxattr(&file, "security.capability", &mut value[..]).unwrap_or(0);
+            let length = rustix::fs::fgetxattr(&file, CAPABILITY, &mut value[..]).unwrap_or(0);
             return Ok(Record { stamp, digest, capability: value[..length].into(), day: today(), key });
         }
         io::Seek::rewind(&mut file)?;
     }
     Err(io::Error::new(io::ErrorKind::ResourceBusy, "the file changes while it is read"))
+}
+
+/// Keys in files that were read, each with the file's path.
+pub(crate) type FoundKeys = Arc<Mutex<Vec<(PathBuf, KeyKind)>>>;
+
+/// A file of a context that is read for the first time. With its last byte it is made sure that all of them are of one moment:
+/// the file is what it was when the context was walked. Else, or if it has what no walk sees (capabilities), reading fails.
+#[derive(Debug)]
+pub(crate) struct UnreadFile {
+    file: File,
+    path: PathBuf,
+    stamp: Stamp,
+    left: u64,
+    keys: FoundKeys,
+}
+
+impl Read for UnreadFile {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let length = usize::try_from(self.left).unwrap_or(usize::MAX).min(buffer.len());
+        if length == 0 {
+            return Ok(0);
+        }
+        let read = self.file.read(&mut buffer[..length])?;
+        if self.left == self.stamp.size
+            && let Some(key) = key_patterns::find(&buffer[..read])
+        {
+            self.keys.lock().unwrap_or_else(PoisonError::into_inner).push((self.path.clone(), key));
+        }
+        self.left -= read as u64;
+        if self.left == 0 && !self.is_as_walked()? {
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, "the file is not what it was"));
+        }
+        Ok(read)
+    }
+}
+
+impl UnreadFile {
+    fn is_as_walked(&self) -> io::Result<bool> {
+        let no_capabilities = match rustix::fs::fgetxattr(&self.file, CAPABILITY, &mut [0_u8; 64][..]) {
+            Ok(length) => length == 0,
+            Err(error) => error != Errno::RANGE,
+        };
+        Ok(no_capabilities && Stamp::of(&scan::stat_fd(&self.file)?) == self.stamp)
+    }
+}
+
+/// Bytes of the files of a context among these whose digests are not known, and of all.
+pub(crate) fn unread_bytes(
+    nodes: &[Node],
+    context: &Context,
+    cache: &mut DigestCache,
+) -> Result<(u64, u64), ContextError> {
+    cache.ready()?;
+    let (mut unread, mut all) = (0, 0);
+    let mut near = (0, 0);
+    for node in nodes {
+        let (Origin::File(path), Kind::File { digest: None, size, .. }) = (&node.origin, &node.entry.kind) else {
+            continue;
+        };
+        let Some(relative) = context.relative(path) else { continue };
+        all += size;
+        let known = !cache.is_empty()
+            && context
+                .stamp(relative, &mut near.0)
+                .is_some_and(|stamp| cache.look_up(path, stamp, &mut near.1).is_some());
+        unread += if known { 0 } else { *size };
+    }
+    Ok((unread, all))
 }
 
 /// Fills in digest and size of every file that has no digest and lies on disk. `contexts` are those that the files may
@@ -666,6 +745,36 @@ impl DigestCache {
         keep.then_some((ByBytes(path), record))
     }
 
+    /// Nothing is known.
+    fn is_empty(&self) -> bool {
+        self.changes.is_empty() && self.old().starts.is_empty()
+    }
+
+    /// Learns the digests of files of a context that were read as [`UnreadFile`]; that began at `started`.
+    pub(crate) fn learn_read<'a>(
+        &mut self,
+        nodes: impl Iterator<Item = &'a Node>,
+        context: &Context,
+        keys: &FoundKeys,
+        started: SystemTime,
+    ) {
+        let keys: BTreeMap<PathBuf, KeyKind> =
+            keys.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect();
+        let (mut near, day) = (0, today());
+        for node in nodes {
+            let (Origin::File(path), Kind::File { digest: Some(digest), .. }) = (&node.origin, &node.entry.kind) else {
+                continue;
+            };
+            let stamp = context.relative(path).and_then(|relative| context.stamp(relative, &mut near));
+            let Some(stamp) = stamp else { continue };
+            let key = keys.get(&**path).copied();
+            let record = Record { stamp, digest: *digest, capability: Box::default(), day, key };
+            let keep = is_settled(&stamp, started);
+            let kept = self.learn(Learned { path: path.clone(), record, keep });
+            self.changes.extend(kept);
+        }
+    }
+
     /// The key in a file whose digest was asked for, if there is one.
     pub fn key_in(&self, path: &Path) -> Option<KeyKind> {
         self.keys.get(path.as_os_str().as_bytes()).copied()
@@ -909,6 +1018,53 @@ mod tests {
             std::fs::write(&file, &bytes[..length]).unwrap();
             assert!(load(&file).old().starts.is_empty(), "{length}");
         }
+    }
+
+    #[test]
+    fn files_are_read_once_as_they_were_walked() {
+        let dir = tempfile::tempdir().unwrap();
+        let token = "AKIAQ7XH2LTRZ5WDKJ3M";
+        for (name, content) in [("ctx/d/same", "same"), ("ctx/edited", "before"), ("ctx/key", token), ("ctx/gone", "x")]
+        {
+            write(dir.path(), name, content);
+        }
+        let context = Context::open(&dir.path().join("ctx"), IgnoreFile::None).unwrap();
+        let nodes = context.tree().unwrap().nodes().to_vec();
+        let mut cache = load(&dir.path().join("cache"));
+        assert_eq!(unread_bytes(&nodes, &context, &mut cache).unwrap(), (31, 31));
+        // As long as before.
+        write(dir.path(), "ctx/edited", "beyond");
+        std::fs::remove_file(dir.path().join("ctx/gone")).unwrap();
+        std::os::unix::fs::symlink("key", dir.path().join("ctx/gone")).unwrap();
+        let keys = FoundKeys::default();
+        let read = |name: &str| {
+            let mut content = Vec::new();
+            let mut file = context.open_unread(&context.root().join(name), &keys)?;
+            file.read_to_end(&mut content).map(|_| content)
+        };
+        assert_eq!(read("d/same").unwrap(), b"same");
+        assert_eq!(read("key").unwrap(), token.as_bytes());
+        assert_eq!(read("edited").unwrap_err().kind(), io::ErrorKind::ResourceBusy);
+        assert!(read("gone").is_err() && read("never").is_err());
+        let mut read = nodes;
+        read.retain(|node| [&b"d/same"[..], b"key"].contains(&&*node.entry.path));
+        for (node, content) in read.iter_mut().zip([&b"same"[..], token.as_bytes()]) {
+            if let Kind::File { digest, .. } = &mut node.entry.kind {
+                *digest = Some(*blake3::hash(content).as_bytes());
+            }
+        }
+        cache.learn_read(read.iter(), &context, &keys, SystemTime::now() + Duration::from_secs(5));
+        assert_eq!(cache.key_in(&context.root().join("key")), Some(KeyKind::Aws));
+        cache.save().unwrap();
+        // The next build knows what was read.
+        let mut cache = load(&dir.path().join("cache"));
+        let context = Context::open(&dir.path().join("ctx"), IgnoreFile::None).unwrap();
+        let nodes = context.tree().unwrap().nodes();
+        assert_eq!(unread_bytes(nodes, &context, &mut cache).unwrap(), (6, 30));
+        // What changed too short a time before it was read is not remembered.
+        let mut fresh = load(&dir.path().join("fresh"));
+        fresh.learn_read(read.iter(), &context, &keys, UNIX_EPOCH);
+        assert!(fresh.is_empty());
     }
 
     #[test]

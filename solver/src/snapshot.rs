@@ -25,9 +25,9 @@ use crate::store::blob::BlobWriter;
 use crate::store::chunks::{BlobChunks, KnownChunks};
 use crate::store::layers::pulled_layer_id;
 use crate::store::{Store, StoreError};
-use crate::tree::blob::{BlobInfo, BlobOptions, ChunkCache, Codec, write_blob};
-use crate::tree::layer::{LayerError, TarOptions};
-use crate::tree::{LayerId, Node, Origin, Tree};
+use crate::tree::blob::{BlobInfo, BlobOptions, ChunkCache, Codec, EarlyBlob, write_blob, write_early_blob};
+use crate::tree::layer::{LayerError, Open, TarOptions};
+use crate::tree::{ContentDigest, LayerId, Node, Origin, Tree};
 use std::collections::{HashMap, VecDeque};
 use std::ffi::OsStr;
 use std::fs::File;
@@ -463,7 +463,7 @@ impl Workspace {
         self.open_whole(node).map(|reader| self.stoppable(reader))
     }
 
-    fn stoppable(&self, reader: Box<dyn Read + Send>) -> Box<dyn Read + Send> {
+    pub(crate) fn stoppable(&self, reader: Box<dyn Read + Send>) -> Box<dyn Read + Send> {
         match &self.cancel {
             None => reader,
             Some(cancel) => Box::new(Stoppable { reader, cancel: cancel.clone() }),
@@ -657,6 +657,52 @@ impl Workspace {
         }
         self.store.set_blob_memo(&layer.0.id, codec, level, clamp_mtime, &info)?;
         Ok(layer_blob(info))
+    }
+
+    /// Writes a layer's blob before the layer has a name. `open` gives files that are read for the first time; see
+    /// [`write_early_blob`]. `None` when this fails in any way.
+    pub(crate) fn early_blob(&self, tree: &Tree, open: &Open<'_>, compression: Compression) -> Option<UnclaimedBlob> {
+        let Compression { codec, level, clamp_mtime, .. } = compression;
+        self.prepare(tree).ok()?;
+        let options = BlobOptions { tar: TarOptions { clamp_mtime }, codec, level, threads: self.threads };
+        let mut writer = self.store.trusting_blob_writer().ok()?;
+        let blob = write_early_blob(tree, open, &options, &mut writer).ok()?;
+        Some(UnclaimedBlob { blob, writer, options })
+    }
+
+    /// Keeps a blob that was made of this layer's tree.
+    pub(crate) fn adopt_blob(&self, layer: &Layer, unclaimed: UnclaimedBlob) -> Result<(), SnapshotError> {
+        let UnclaimedBlob { blob, writer, options } = unclaimed;
+        let BlobOptions { codec, level, tar: TarOptions { clamp_mtime }, .. } = options;
+        let tree = self.tree(layer)?;
+        let info = blob.info.clone();
+        writer.commit(Some(&info.digest))?;
+        if codec != Codec::None {
+            let chunks = self.chunks.get_or_init(|| self.store.known_chunks()).blob();
+            blob.remember(&tree, &options, &chunks)
+                .map_err(|source| SnapshotError::Layer { layer: layer.0.id.0.to_string(), source })?;
+            self.store.put_chunks(&info.digest, chunks);
+        }
+        Ok(self.store.set_blob_memo(&layer.0.id, codec, level, clamp_mtime, &info)?)
+    }
+}
+
+/// A layer's blob before its layer is known. Dropped, it leaves nothing.
+pub(crate) struct UnclaimedBlob {
+    blob: EarlyBlob,
+    writer: BlobWriter,
+    options: BlobOptions,
+}
+
+impl UnclaimedBlob {
+    /// Digests of the files that were read, by their number in the tree.
+    pub(crate) fn digests(&self) -> &[(usize, ContentDigest)] {
+        &self.blob.digests
+    }
+
+    /// Size of the blob.
+    pub(crate) fn size_bytes(&self) -> u64 {
+        self.blob.info.size_bytes
     }
 }
 

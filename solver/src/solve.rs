@@ -19,6 +19,7 @@ use crate::plan::schedule::{self, Command, Schedule};
 use crate::registry::http::http_get;
 pub use crate::sandbox::Stream;
 use crate::sandbox::{Cancel, SandboxError};
+use crate::snapshot::Compression;
 use crate::snapshot::{Layer, Made, Snapshot, SnapshotError, Workspace};
 use crate::store::StoreError;
 use crate::tree::{LayerId, Tree, index};
@@ -308,6 +309,8 @@ pub struct Request {
     pub git: git::Settings,
     /// Remember what steps gave, for a cache that is to be written or was read.
     pub collect: bool,
+    /// How the layers of the image will be compressed, if they will be.
+    pub compression: Option<Compression>,
     /// Tells one project's steps from another's when a miss is explained: paths of context and Dockerfile.
     pub project: String,
 }
@@ -321,6 +324,10 @@ struct Build<'a> {
     values: Vec<RwLock<Option<Value>>>,
     /// Held while a step is run although a cache knew its result.
     realizing: Vec<Mutex<()>>,
+    /// Which vertices make layers of the image.
+    exported: Vec<bool>,
+    /// Held by who reads and compresses at once.
+    reading: Mutex<()>,
     results: Mutex<BTreeMap<usize, StepResult>>,
     turns: Mutex<HashMap<String, Arc<Mutex<()>>>>,
     now: (i64, u32),
@@ -357,6 +364,8 @@ pub fn solve(
         events,
         values: definition.vertices.iter().map(|_| RwLock::default()).collect(),
         realizing: definition.vertices.iter().map(|_| Mutex::default()).collect(),
+        exported: exported(definition),
+        reading: Mutex::default(),
         results: Mutex::default(),
         turns: Mutex::default(),
         now: (i64::try_from(now.as_secs()).unwrap_or(i64::MAX), now.subsec_nanos()),
@@ -374,6 +383,17 @@ pub fn solve(
     let names = |&id: &usize| lookup::steps(definition, VertexId(id), &request.project);
     let names = results.keys().map(names).collect();
     Ok(Solved { snapshot, steps: results.into_values().collect(), names })
+}
+
+/// Which vertices stand in the image's own chain.
+fn exported(definition: &Definition) -> Vec<bool> {
+    let mut exported = vec![false; definition.vertices.len()];
+    let mut next = definition.image.top;
+    while let Some(VertexId(at)) = next {
+        exported[at] = true;
+        next = definition.vertices[at].inputs.first().copied().flatten();
+    }
+    exported
 }
 
 impl Build<'_> {

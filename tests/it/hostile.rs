@@ -4,6 +4,7 @@
 use crate::escape::{behind_shared_proc, compiled};
 use crate::story::{Build, Ended, assert_store_is_whole, run};
 use std::fs;
+use std::io::Read;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
@@ -257,6 +258,10 @@ fn links_that_take_the_place_of_files_meanwhile() {
             if built == 10 {
                 break;
             }
+            // Every other time there is so much to read that it is read and compressed at once.
+            if built % 2 == 1 {
+                build.write("large", &built.to_string().repeat(2 << 20));
+            }
             let mut command = build.command();
             command.arg("--no-cache").arg(format!("--output=type=oci,compression=uncompressed,dest={}", out.display()));
             let ended = run(command, None);
@@ -287,6 +292,24 @@ fn memchr(text: &[u8], word: &[u8]) -> Option<usize> {
     text.windows(word.len()).position(|window| window == word)
 }
 
+/// A file of the layers, which are not compressed, in an archive of an image.
+fn file_in_layers(archive: &Path, name: &str) -> Option<Vec<u8>> {
+    let mut outer = tar::Archive::new(fs::File::open(archive).expect("an archive"));
+    for blob in outer.entries().expect("an archive") {
+        let mut bytes = Vec::new();
+        blob.expect("an archive").read_to_end(&mut bytes).expect("an archive");
+        for entry in tar::Archive::new(bytes.as_slice()).entries().expect("memory").map_while(Result::ok) {
+            let mut entry = entry;
+            if entry.path_bytes().as_ref() == name.as_bytes() {
+                let mut content = Vec::new();
+                entry.read_to_end(&mut content).expect("a layer");
+                return Some(content);
+            }
+        }
+    }
+    None
+}
+
 #[test]
 fn a_context_that_changes_meanwhile() {
     let build =
@@ -296,7 +319,7 @@ fn a_context_that_changes_meanwhile() {
     let change = |round: u32| {
         let letter = [b"a", b"b", b"c"][(round % 3) as usize];
         // Longer and shorter, in place.
-        let _ = fs::write(data.join("file"), letter.repeat(300_000 + (round % 50) as usize * 4096));
+        let _ = fs::write(data.join("file"), letter.repeat(1_100_000 + (round % 50) as usize * 4096));
     };
     change(0);
     let out = build.path("out");
@@ -313,6 +336,20 @@ fn a_context_that_changes_meanwhile() {
             // At each moment the file holds one letter only, and each time another length.
             let kept = fs::read(out.join("data/file")).expect("it was copied");
             assert!(kept.windows(2).all(|pair| pair[0] == pair[1]), "two versions of a file in one");
+        }
+        let archive = build.path("image.tar");
+        for _ in 0..10 {
+            let mut command = build.command();
+            // Read and written at once.
+            command
+                .arg("--no-cache")
+                .arg(format!("--output=type=oci,compression=uncompressed,dest={}", archive.display()));
+            let ended = run(command, None);
+            assert!(matches!(ended.code, Some(0 | 3 | 7)), "{:?} {}", ended.code, ended.stderr);
+            if ended.code == Some(0) {
+                let kept = file_in_layers(&archive, "data/file").expect("it was copied");
+                assert!(kept.windows(2).all(|pair| pair[0] == pair[1]), "two versions of a file in one");
+            }
         }
     });
     // Whatever was seen is what was kept.

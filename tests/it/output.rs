@@ -220,6 +220,78 @@ fn neither_threads_nor_known_chunks_change_a_byte() {
     }
 }
 
+/// Was the layer of the last COPY compressed while its files were read, before anything was stored? By the trace of the build.
+#[track_caller]
+fn compressed_early(trace: &std::path::Path) -> bool {
+    let trace: Value = serde_json::from_slice(&fs::read(trace).expect("a trace")).expect("JSON");
+    let events = trace["traceEvents"].as_array().expect("events");
+    let begun = |name: &str| {
+        let found = events.iter().filter(|event| {
+            event["name"] == name && event["args"]["step"].as_str().is_some_and(|step| step.contains("COPY"))
+        });
+        found.filter_map(|event| event["ts"].as_u64()).min()
+    };
+    begun("compress").expect("it was compressed") < begun("hash").expect("it was stored")
+}
+
+#[test]
+fn a_first_build_reads_its_files_once() {
+    let make = |copy: &str| {
+        let token = "AKIAQ7XH2LTRZ5WDKJ3M";
+        let build = several_chunks().file("data/empty", "").file("data/.env", token);
+        fs::hard_link(build.path("context/data/file05"), build.path("context/data/another")).expect("a link");
+        let trace = build.path("trace.json");
+        build.dockerfile(&format!("FROM busybox\n{copy}\n")).flag(format!("--trace={}", trace.display()))
+    };
+    let early = |build: &Build| compressed_early(&build.path("trace.json"));
+    for (copy, codec) in [
+        ("COPY data /data", "gzip"),
+        ("COPY data /data", "zstd"),
+        ("COPY data /data", "uncompressed"),
+        ("COPY --chown=7:8 --chmod=640 data /data", "gzip"),
+        ("COPY --link data /data", "gzip"),
+    ] {
+        let once = make(copy);
+        let archive = archive_of(&once, &[], codec);
+        assert!(early(&once), "{copy}, {codec}");
+        // The same bytes when the layer is there before anybody wants it compressed.
+        let twice = make(copy);
+        let mut cache_only = twice.command();
+        cache_only.arg("--output=type=cacheonly");
+        let ended = run(cache_only, None);
+        assert!(ended.code == Some(0) && ended.stderr.contains("`data/.env` looks as if it held"), "{}", ended.stderr);
+        assert!(archive_of(&twice, &[], codec) == archive, "{copy}, {codec}");
+        // All is known from then on.
+        let again = once.runs();
+        assert!(again.ran().is_empty(), "{}", again.stderr);
+        assert!(archive_of(&once, &[], codec) == archive, "{copy}, {codec}");
+    }
+    // What a walk does not see of a file goes into the layer, too, and changes how it is written.
+    let capable = |build: Build| {
+        let file = build.path("context/data/file07");
+        let set =
+            "import os, sys; os.setxattr(sys.argv[1], 'security.capability', bytes([1, 0, 0, 2, 0, 32] + [0] * 14))";
+        let set = std::process::Command::new("unshare").args(["-Ur", "python3", "-c", set]).arg(file).status();
+        assert!(set.is_ok_and(|status| status.success()), "a capability can be set in a namespace");
+        build
+    };
+    let once = capable(make("COPY data /data"));
+    let archive = archive_of(&once, &[], "gzip");
+    assert!(!early(&once));
+    let plain = make("COPY data /data");
+    assert!(archive_of(&plain, &[], "gzip") != archive);
+}
+
+#[test]
+fn a_first_build_stores_nothing_that_must_not_be() {
+    let build = several_chunks().flag("--secret=id=s,env=SECRET").env("SECRET", "s3cr3t-value-4711");
+    let build = build.file("data/file99", "s3cr3t-value-4711");
+    build.fails_with(4, &["secret `s` stands in", "/data/file99"]);
+    let blobs = fs::read_dir(build.store().join("blobs/sha256")).expect("a directory").flatten();
+    let large = blobs.filter(|blob| blob.metadata().is_ok_and(|metadata| metadata.len() > 100_000)).count();
+    assert_eq!(large, 0, "a blob of the layer");
+}
+
 #[test]
 fn where_the_time_went() {
     let build = simple();

@@ -137,6 +137,11 @@ impl Imports {
         self.records(context, warn).by_inputs.get(&key.hex()).cloned()
     }
 
+    /// Is there a record of a step, whatever its key? Records are fetched for it.
+    pub fn has_step(&self, step: &str, context: &SourceContext, warn: &dyn Fn(String)) -> bool {
+        self.records(context, warn).by_step.contains_key(step)
+    }
+
     /// A record of a step, whatever its key. Nothing is fetched for it.
     pub fn last_of_step(&self, step: &str) -> Option<Hit> {
         self.loaded.get()?.by_step.get(step).cloned()

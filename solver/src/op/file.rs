@@ -3,7 +3,7 @@
 //! Carrying one of these out only computes: nothing is written until somebody wants the layer's tree or blob. That is
 //! why a layer from the cache that has neither can be had again from its [`Recipe`].
 
-use crate::context::{self, Context, ContextError, DigestCache};
+use crate::context::{self, Context, ContextError, DigestCache, FoundKeys};
 use crate::key_patterns::KeyKind;
 use crate::op::copy::{self, CopyInput};
 use crate::op::unpacked::{self, UnpackError};
@@ -11,11 +11,13 @@ use crate::plan::cache_key::Parts;
 use crate::registry::http::HttpFile;
 use crate::snapshot::{Snapshot, SnapshotError, Workspace};
 use crate::store::Store;
-use crate::tree::{Kind, Node, Origin, Tree, index};
+use crate::tree::{ContentDigest, Entry, Kind, Node, Origin, Tree, index};
 use nacre_frontend::llb::{CopyOp, CopySource, MkdirOp};
 use rayon::prelude::*;
+use std::io::{self, Read};
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::SystemTime;
 
 /// Result of a vertex.
 #[derive(Clone)]
@@ -70,6 +72,19 @@ impl LocalContext {
         let Some((context, digests)) = &self.directory else { return Ok(()) };
         let mut digests = digests.lock().unwrap_or_else(PoisonError::into_inner);
         context::digest_files(nodes, &[context], &mut digests)
+    }
+
+    /// Bytes of the files of the directory among these whose digests are not known, and of all.
+    fn unread(&self, nodes: &[Node]) -> Result<(u64, u64), ContextError> {
+        let Some((context, digests)) = &self.directory else { return Ok((0, 0)) };
+        let mut digests = digests.lock().unwrap_or_else(PoisonError::into_inner);
+        context::unread_bytes(nodes, context, &mut digests)
+    }
+
+    /// Remembers the digests of those of these files that lie in the directory; reading them began at `started`.
+    fn learn<'a>(&self, nodes: impl Iterator<Item = &'a Node>, keys: &FoundKeys, started: SystemTime) {
+        let Some((context, digests)) = &self.directory else { return };
+        digests.lock().unwrap_or_else(PoisonError::into_inner).learn_read(nodes, context, keys, started);
     }
 
     /// Files among these that hold keys, by their paths in the directory. Their digests must be known.
@@ -157,27 +172,32 @@ pub enum FileOp {
 }
 
 impl Recipe {
-    /// The key's parts, and the selected files for telling what changed.
-    pub fn parts(&self, workspace: &Workspace) -> Result<(Parts, Option<Tree>), SnapshotError> {
+    /// The files that a copy selects: those of contexts may have no digest yet.
+    pub(crate) fn select(&self, workspace: &Workspace) -> Result<Option<Tree>, SnapshotError> {
+        let FileOp::Copy(op) = &self.op else { return Ok(None) };
+        // On an empty destination, as plain files and without look-up of names: what is left is the selection.
+        let bare = CopyOp { owner: None, unpack: Some(false), ..(**op).clone() };
+        self.copy(&bare, &Tree::default(), workspace).map(Some)
+    }
+
+    /// The key's parts. The selected files get their digests.
+    pub(crate) fn parts(&self, selection: Option<&mut Tree>) -> Result<Parts, SnapshotError> {
         let mut parts = Parts::default();
-        let selection = match &self.op {
+        match &self.op {
             FileOp::Mkdir(op) => {
                 parts.add("op", "mkdir");
                 parts.add("path", &op.path);
                 parts.add("user", &op.user);
-                None
             }
             FileOp::Copy(op) => {
                 describe(op, &mut parts);
-                // On an empty destination, as plain files and without look-up of names: what is left is the selection.
-                let bare = CopyOp { owner: None, unpack: Some(false), ..(**op).clone() };
-                let mut selection = self.copy(&bare, &Tree::default(), workspace)?;
-                self.digest(&mut selection)?;
-                parts.add("files", hex(&index::content_key(&selection)));
-                Some(selection)
+                if let Some(selection) = selection {
+                    self.digest(selection)?;
+                    parts.add("files", hex(&index::content_key(selection)));
+                }
             }
-        };
-        Ok((parts, selection))
+        }
+        Ok(parts)
     }
 
     /// The key's parts with the content of whole stages in place of the selected files: they can be had without a look
@@ -202,11 +222,7 @@ impl Recipe {
     /// Files of directories among those that were selected that look as if they hold keys: path there, and what it is.
     /// Known for what [`Recipe::parts`] gave.
     pub fn keys_in(&self, selection: &Tree) -> Vec<(String, KeyKind)> {
-        let locals = self.inputs.iter().flatten().filter_map(|value| match value {
-            Value::Context(local) => Some(local),
-            _ => None,
-        });
-        let mut found: Vec<_> = locals.flat_map(|local| local.keys_in(selection.nodes())).collect();
+        let mut found: Vec<_> = self.locals().flat_map(|local| local.keys_in(selection.nodes())).collect();
         found.sort_unstable();
         found.dedup();
         found
@@ -234,14 +250,83 @@ impl Recipe {
 
     /// The layer: changed entries and their parents, digests filled in.
     pub fn carry_out(&self, workspace: &Workspace) -> Result<Tree, SnapshotError> {
+        let mut layer = self.undigested(workspace)?;
+        self.digest(&mut layer)?;
+        Ok(layer)
+    }
+
+    /// The layer: of files that lie in contexts or elsewhere on disk, the digests are not filled in.
+    pub(crate) fn undigested(&self, workspace: &Workspace) -> Result<Tree, SnapshotError> {
         let independent = matches!(&self.op, FileOp::Copy(op) if op.link);
         let dest = self.destination(workspace)?;
-        let mut changes = match &self.op {
+        let changes = match &self.op {
             FileOp::Copy(op) => self.copy(op, &dest, workspace)?,
             FileOp::Mkdir(op) => copy::mkdir(op, &dest, self.now, &|node| workspace.read_small(node))?,
         };
-        self.digest(&mut changes)?;
         Ok(if independent { changes } else { copy::with_parents(changes, &dest) })
+    }
+
+    /// Bytes of the files among these whose digests are not known, and of all: of what a COPY takes out of contexts. `None` for
+    /// everything else.
+    pub(crate) fn unread(&self, selection: &Tree) -> Result<Option<(u64, u64)>, ContextError> {
+        match &self.op {
+            FileOp::Copy(op) if !op.unpack.unwrap_or(op.add) => {}
+            _ => return Ok(None),
+        }
+        let (mut unread, mut all) = (0, 0);
+        for local in self.locals() {
+            let counted = local.unread(selection.nodes())?;
+            (unread, all) = (unread + counted.0, all + counted.1);
+        }
+        Ok(Some((unread, all)))
+    }
+
+    /// Opens a file of a context that has not been read: `None` for what lies elsewhere. See [`Context::open_unread`].
+    pub(crate) fn open_unread(&self, node: &Node, keys: &FoundKeys) -> Option<io::Result<Box<dyn Read + Send>>> {
+        let Origin::File(path) = &node.origin else { return None };
+        let context = self.locals().find_map(|local| local.context().filter(|context| context.holds(path)))?;
+        Some(context.open_unread(path, keys).map(|file| Box::new(file) as Box<dyn Read + Send>))
+    }
+
+    /// Takes in the digests, by the files' numbers, that were found when files were read by way of [`Self::open_unread`], and
+    /// fills in those that are left. False if what is left turned out to be something else than the tree says.
+    pub(crate) fn learn(
+        &self,
+        tree: &mut Tree,
+        digests: &[(usize, ContentDigest)],
+        keys: FoundKeys,
+        started: SystemTime,
+    ) -> Result<bool, ContextError> {
+        for (at, found) in digests {
+            if let Some(Kind::File { digest, .. }) = tree.nodes_mut().get_mut(*at).map(|node| &mut node.entry.kind) {
+                *digest = Some(*found);
+            }
+        }
+        let read = digests.iter().filter_map(|(at, _)| tree.nodes().get(*at));
+        for local in self.locals() {
+            local.learn(read.clone(), &keys, started);
+        }
+        // Without content, or another name of a file that was read.
+        let without = |node: &Node| matches!(node.entry.kind, Kind::File { digest: None, .. });
+        let before: Vec<Entry> =
+            tree.nodes().iter().filter(|node| without(node)).map(|node| node.entry.clone()).collect();
+        let at: Vec<usize> = (0..tree.nodes().len()).filter(|&at| without(&tree.nodes()[at])).collect();
+        self.digest(tree)?;
+        Ok(at.into_iter().zip(before).all(|(at, mut before)| {
+            let now = &tree.nodes()[at].entry;
+            if let (Kind::File { digest, .. }, Kind::File { digest: found, .. }) = (&mut before.kind, &now.kind) {
+                *digest = *found;
+            }
+            before == *now
+        }))
+    }
+
+    /// The contexts among the inputs.
+    fn locals(&self) -> impl Iterator<Item = &Arc<LocalContext>> {
+        self.inputs.iter().flatten().filter_map(|value| match value {
+            Value::Context(local) => Some(local),
+            _ => None,
+        })
     }
 
     fn copy(&self, op: &CopyOp, dest: &Tree, workspace: &Workspace) -> Result<Tree, SnapshotError> {
@@ -274,15 +359,7 @@ impl Recipe {
     }
 
     fn digest(&self, tree: &mut Tree) -> Result<(), ContextError> {
-        let locals: Vec<&Arc<LocalContext>> = self
-            .inputs
-            .iter()
-            .flatten()
-            .filter_map(|value| match value {
-                Value::Context(local) => Some(local),
-                _ => None,
-            })
-            .collect();
+        let locals: Vec<&Arc<LocalContext>> = self.locals().collect();
         digest_others(tree.nodes_mut(), &locals)?;
         locals.iter().try_for_each(|local| local.digest(tree.nodes_mut()))
     }

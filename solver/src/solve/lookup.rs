@@ -223,6 +223,15 @@ impl Build<'_> {
         before
     }
 
+    /// Is there any record of a step, here or elsewhere?
+    pub(super) fn has_run(&self, id: VertexId) -> bool {
+        let here = steps(self.definition, id, &self.request.project);
+        let there = steps(self.definition, id, "");
+        let context = &self.workspace.sources;
+        here.iter().any(|step| self.workspace.store.last_record_of_step(step).is_ok_and(|record| record.is_some()))
+            || there.iter().any(|step| self.workspace.imports.has_step(step, context, &|message| self.warn(message)))
+    }
+
     /// The parts of the last record of a step, and the files that it selected then.
     fn last(&self, id: VertexId, parts: &Parts) -> Option<(Vec<Part>, Option<Arc<Tree>>)> {
         let store = &self.workspace.store;

@@ -5,16 +5,17 @@
 
 use super::lookup::{Wanted, add_parent};
 use super::{Build, Event, Phase, Span, StepLog, Stream, VertexError};
+use crate::context::FoundKeys;
 use crate::key_patterns::KeyKind;
 use crate::leak::{Leak, LeakStream};
 use crate::op::file::{FileOp, Recipe, Value};
 use crate::op::run::{self, RunError};
-use crate::snapshot::{Layer, Made, Snapshot, SnapshotError};
+use crate::snapshot::{Layer, Made, Snapshot, SnapshotError, UnclaimedBlob};
 use crate::tree::{Entry, Kind, Node, Tree, index};
 use crate::upper::LostAttribute;
 use nacre_frontend::llb::{RunOp, Vertex, VertexId};
 use std::sync::{Arc, PoisonError};
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 fn is_whole(value: &Value) -> bool {
     match value {
@@ -43,6 +44,14 @@ pub(super) fn is_verdict(error: &VertexError) -> bool {
 fn file_bytes(tree: &Tree) -> u64 {
     let size = |node: &Node| if let Kind::File { size, .. } = node.entry.kind { size } else { 0 };
     tree.nodes().iter().map(size).sum()
+}
+
+/// A layer that was compressed while its files were read for the first time.
+struct Early {
+    blob: UnclaimedBlob,
+    /// `None`: what the step selects is the layer.
+    tree: Option<Tree>,
+    ended: Instant,
 }
 
 impl Build<'_> {
@@ -77,6 +86,55 @@ impl Build<'_> {
         })
     }
 
+    /// Reads the files of a COPY and compresses its layer at once, where a result cannot be expected to be known: on the first
+    /// build of the step, when its files have not been read before, and only for layers of the image that is written. To look
+    /// the step up first would take reading them twice. `None` when that is not so, or did not work: then the usual way tells
+    /// what is the matter. `begun` says whether the step has been told of.
+    fn read_early(
+        &self,
+        wanted: &Wanted<'_>,
+        recipe: &Recipe,
+        selection: Option<&mut Tree>,
+        begun: &mut bool,
+    ) -> Result<Option<Early>, VertexError> {
+        /// Below, reading twice takes no time.
+        const MIN_BYTES: u64 = 1 << 20;
+        let (Some(selection), Some(compression)) = (selection, self.request.compression) else { return Ok(None) };
+        let is_wanted = self.exported[wanted.id.0] && wanted.parent.is_whole() && self.request.host.leaks.is_none();
+        if !is_wanted || !wanted.vertex.ignore_cache && self.has_run(wanted.id) {
+            return Ok(None);
+        }
+        match recipe.unread(selection)? {
+            Some((unread, all)) if unread >= MIN_BYTES && unread > all / 2 => {}
+            _ => return Ok(None),
+        }
+        // One at a time: each takes all processors, and the memory for what they do.
+        let _turn = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
+        self.tell(Event::Started { id: wanted.id.0 });
+        *begun = true;
+        let (clock, started) = (SystemTime::now(), Instant::now());
+        let mut own = None;
+        let tree: &mut Tree = match !self.request.collect && recipe.selects_layer(self.workspace)? {
+            true => selection,
+            false => own.insert(recipe.undigested(self.workspace)?),
+        };
+        let keys = FoundKeys::default();
+        let open = |node: &Node| match recipe.open_unread(node, &keys) {
+            Some(opened) => opened.map(|reader| self.workspace.stoppable(reader)),
+            None => self.workspace.open(node),
+        };
+        let blob = self.workspace.early_blob(tree, &open, compression);
+        if self.cancel.is_cancelled() {
+            return Err(RunError::Interrupted.into());
+        }
+        let Some(blob) = blob else { return Ok(None) };
+        if !recipe.learn(tree, blob.digests(), keys, clock)? {
+            return Ok(None);
+        }
+        self.span(wanted.id, Phase::Compress, None, started, blob.size_bytes());
+        Ok(Some(Early { blob, tree: own, ended: Instant::now() }))
+    }
+
     pub(super) fn file(
         &self,
         id: VertexId,
@@ -103,7 +161,10 @@ impl Build<'_> {
                 inputs = self.realize_inputs(vertex)?;
                 continue;
             }
-            let (mut parts, selection) = recipe.parts(self.workspace)?;
+            let mut selection = recipe.select(self.workspace)?;
+            let mut begun = false;
+            let early = self.read_early(&wanted, &recipe, selection.as_mut(), &mut begun)?;
+            let mut parts = recipe.parts(selection.as_mut())?;
             parts.add("platform", vertex.platform.to_string());
             add_parent(&mut parts, &parent);
             let key = parts.key();
@@ -118,8 +179,12 @@ impl Build<'_> {
                 inputs = self.realize_inputs(vertex)?;
                 continue;
             }
-            self.tell(Event::Started { id: id.0 });
+            if !begun {
+                self.tell(Event::Started { id: id.0 });
+            }
             let before = self.explain(id, reason, &parts, selection.as_ref());
+            // Times are to be kept after all: another build has made the step meanwhile.
+            let mut early = early.filter(|_| before.is_none());
             if let Some(selection) = selection.as_ref().filter(|_| self.request.host.key_warnings) {
                 self.warn_of_keys(vertex, recipe.keys_in(selection));
             }
@@ -128,13 +193,14 @@ impl Build<'_> {
                 true => (selection, None),
                 false => (None, selection),
             };
-            self.span(id, Phase::LookUp, None, started, 0);
+            let looked_up = early.as_ref().map_or(started, |early| early.ended);
+            self.span(id, Phase::LookUp, None, looked_up, 0);
             let working = Instant::now();
-            let mut tree = match selected {
-                Some(selected) if recipe.selects_layer(self.workspace)? => selected,
-                other => {
+            let mut tree = match (early.as_mut().and_then(|early| early.tree.take()), selected) {
+                (None, Some(selected)) if recipe.selects_layer(self.workspace)? => selected,
+                (made, other) => {
                     let_go(other);
-                    recipe.carry_out(self.workspace)?
+                    made.map_or_else(|| recipe.carry_out(self.workspace), Ok)?
                 }
             };
             if let Some(before) = before {
@@ -147,6 +213,9 @@ impl Build<'_> {
             let content = index::content_key(&tree);
             let layer_id = self.workspace.store.put_layer(tree.clone())?;
             let layer = self.workspace.layer(layer_id, Made::Step(Some(recipe)), Some(tree));
+            if let Some(early) = early {
+                self.workspace.adopt_blob(&layer, early.blob)?;
+            }
             self.keep(&wanted, &key, &parts, selection.as_ref(), (&layer, &content, started))?;
             self.span(id, Phase::Hash, Some(&layer), storing, bytes);
             self.tell(Event::Finished { id: id.0, duration: started.elapsed() });

@@ -20,7 +20,7 @@ use sha2::{Digest, Sha256};
 
 use super::layer::{Content, END, LayerError, Open, TarEntries, TarOptions};
 use super::tar_stream::padding;
-use super::{Kind, Node, Tree};
+use super::{ContentDigest, Kind, Node, Tree};
 
 /// Goes into the keys of the chunk cache. To be raised when a compressor's version changes the bytes.
 const CHUNK_FORMAT: &[u8] = b"nacre chunk 3\0";
@@ -155,62 +155,148 @@ pub fn write_blob(
     cache: Option<&dyn ChunkCache>,
     out: &mut dyn Write,
 ) -> Result<BlobInfo, LayerError> {
-    let level = options.codec.level(options.level)?;
+    let method = Method::of(options)?;
     let entries = TarEntries::new(tree, &options.tar)?;
-    let method =
-        Method { codec: options.codec, level, adapts: options.codec == Codec::Gzip && options.level.is_none() };
     let seed = cache.map(|_| method.key_hasher());
     let plan = plan(&entries, options.codec, seed.as_ref());
     let known = cache.map(|cache| beginning(cache, &plan.chunks)).unwrap_or_default();
-    let (mut plain, mut blob) = (Sha256::new(), Sha256::new());
-    let mut size_bytes = 0;
-    if let (Some(last), Some(cache)) = (known.last(), cache) {
-        (plain, blob) = (restore(&last.plain_state)?, restore(&last.blob_state)?);
-        let mut buffer = Vec::new();
-        for record in &known {
-            let chunk = record.entries.as_ref().and_then(|key| cache.get(key, &mut buffer));
-            let chunk = chunk.filter(|chunk| chunk.digest == record.digest).ok_or(LayerError::Remembered)?;
-            out.write_all(&buffer[..chunk.length]).map_err(|source| LayerError::Write { source })?;
-            size_bytes += chunk.length as u64;
-            cache.put(record);
+    let work = Work { entries: &entries, plan: &plan, known, method, cache, open, learned: None };
+    work.carry_out(options.threads, out)
+}
+
+/// A blob whose files had not been read before.
+pub struct EarlyBlob {
+    /// The blob.
+    pub info: BlobInfo,
+    /// Digests of the files that had none, by their number in the tree. Of hard links, the first name's.
+    pub digests: Vec<(usize, ContentDigest)>,
+    chunks: Vec<ChunkRecord>,
+}
+
+impl EarlyBlob {
+    /// Tells `cache` of the chunks. `tree` is the one that was written, now with the digests of all files.
+    pub fn remember(self, tree: &Tree, options: &BlobOptions, cache: &dyn ChunkCache) -> Result<(), LayerError> {
+        let entries = TarEntries::new(tree, &options.tar)?;
+        let plan = plan(&entries, options.codec, Some(&Method::of(options)?.key_hasher()));
+        for (chunk, record) in plan.chunks.iter().zip(self.chunks) {
+            cache.put(&ChunkRecord { entries: chunk.key, ..record });
+        }
+        Ok(())
+    }
+}
+
+/// As [`write_blob`], of a tree with files whose digests are not known: they are read once, digested and compressed at the
+/// same time. `open` must give as many bytes as the tree says and see to it that they are of one moment.
+pub fn write_early_blob(
+    tree: &Tree,
+    open: &Open<'_>,
+    options: &BlobOptions,
+    out: &mut dyn Write,
+) -> Result<EarlyBlob, LayerError> {
+    /// Knows nothing, and keeps what it is told.
+    #[derive(Default)]
+    struct Keep(Mutex<Vec<ChunkRecord>>);
+    impl ChunkCache for Keep {
+        fn get(&self, _: &[u8; 32], _: &mut Vec<u8>) -> Option<Known> {
+            None
+        }
+        fn beginning(&self, _: &[Option<[u8; 32]>]) -> Vec<ChunkRecord> {
+            Vec::new()
+        }
+        fn put(&self, record: &ChunkRecord) {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).push(record.clone());
         }
     }
-    let threads = options.threads.max(1);
-    let pipeline = Pipeline {
+    let method = Method::of(options)?;
+    let entries = TarEntries::new(tree, &options.tar)?;
+    let plan = plan(&entries, options.codec, None);
+    let (keep, learned) = (Keep::default(), Mutex::default());
+    let work = Work {
         entries: &entries,
-        chunks: &plan.chunks,
+        plan: &plan,
+        known: Vec::new(),
         method,
-        cache,
+        cache: Some(&keep),
         open,
-        in_flight: 2 * threads + 1,
-        state: Mutex::new(State { next: known.len(), hashed: known.len(), written: known.len(), ..State::default() }),
-        changed: Condvar::new(),
+        learned: Some(&learned),
     };
-    std::thread::scope(|scope| {
-        let diff_id = scope.spawn(|| {
-            let _guard = Guard(&pipeline);
-            pipeline.hash(plain)
-        });
-        for _ in 0..threads {
-            scope.spawn(|| {
-                let _guard = Guard(&pipeline);
-                pipeline.work();
-            });
+    let info = work.carry_out(options.threads, out)?;
+    let chunks = keep.0.into_inner().unwrap_or_else(PoisonError::into_inner);
+    Ok(EarlyBlob { info, digests: learned.into_inner().unwrap_or_else(PoisonError::into_inner), chunks })
+}
+
+/// A blob to be written.
+struct Work<'a> {
+    entries: &'a TarEntries<'a>,
+    plan: &'a Plan,
+    /// What is known of the first chunks.
+    known: Vec<ChunkRecord>,
+    method: Method,
+    cache: Option<&'a dyn ChunkCache>,
+    open: &'a Open<'a>,
+    /// Takes the digests of files that have none. Keys of chunks are not made then.
+    learned: Option<&'a Mutex<Vec<(usize, ContentDigest)>>>,
+}
+
+impl Work<'_> {
+    fn carry_out(self, threads: usize, out: &mut dyn Write) -> Result<BlobInfo, LayerError> {
+        let Self { entries, plan, known, method, cache, open, learned } = self;
+        let (mut plain, mut blob) = (Sha256::new(), Sha256::new());
+        let mut size_bytes = 0;
+        if let (Some(last), Some(cache)) = (known.last(), cache) {
+            (plain, blob) = (restore(&last.plain_state)?, restore(&last.blob_state)?);
+            let mut buffer = Vec::new();
+            for record in &known {
+                let chunk = record.entries.as_ref().and_then(|key| cache.get(key, &mut buffer));
+                let chunk = chunk.filter(|chunk| chunk.digest == record.digest).ok_or(LayerError::Remembered)?;
+                out.write_all(&buffer[..chunk.length]).map_err(|source| LayerError::Write { source })?;
+                size_bytes += chunk.length as u64;
+                cache.put(record);
+            }
         }
-        let written = {
-            let _guard = Guard(&pipeline);
-            pipeline.write(&mut blob, &mut size_bytes, out)
+        let threads = threads.max(1);
+        let pipeline = Pipeline {
+            entries,
+            chunks: &plan.chunks,
+            method,
+            cache,
+            open,
+            learned,
+            in_flight: 2 * threads + 1,
+            state: Mutex::new(State {
+                next: known.len(),
+                hashed: known.len(),
+                written: known.len(),
+                ..State::default()
+            }),
+            changed: Condvar::new(),
         };
-        let diff_id = diff_id.join().map_err(|_| worker_lost())?;
-        written?;
-        Ok(BlobInfo {
-            diff_id: sha256_name(&diff_id.finalize()),
-            digest: sha256_name(&blob.finalize()),
-            size_bytes,
-            uncompressed_bytes: plan.bytes,
-            media_type: options.codec.media_type(),
+        std::thread::scope(|scope| {
+            let diff_id = scope.spawn(|| {
+                let _guard = Guard(&pipeline);
+                pipeline.hash(plain)
+            });
+            for _ in 0..threads {
+                scope.spawn(|| {
+                    let _guard = Guard(&pipeline);
+                    pipeline.work();
+                });
+            }
+            let written = {
+                let _guard = Guard(&pipeline);
+                pipeline.write(&mut blob, &mut size_bytes, out)
+            };
+            let diff_id = diff_id.join().map_err(|_| worker_lost())?;
+            written?;
+            Ok(BlobInfo {
+                diff_id: sha256_name(&diff_id.finalize()),
+                digest: sha256_name(&blob.finalize()),
+                size_bytes,
+                uncompressed_bytes: plan.bytes,
+                media_type: method.codec.media_type(),
+            })
         })
-    })
+    }
 }
 
 /// The plain tar of a blob: gzip (all members), zstd (all frames) or plain, told by the first bytes.
@@ -400,6 +486,8 @@ struct Pipeline<'a> {
     method: Method,
     cache: Option<&'a dyn ChunkCache>,
     open: &'a Open<'a>,
+    /// See [`Work::learned`].
+    learned: Option<&'a Mutex<Vec<(usize, ContentDigest)>>>,
     /// How many chunks there are at once, at most.
     in_flight: usize,
     state: Mutex<State<'a>>,
@@ -527,7 +615,7 @@ impl<'a> Pipeline<'a> {
         let compressed = if self.method.codec == Codec::None {
             Compressed { bytes: Bytes::Plain(plain), digest: [0; 32], key: None }
         } else {
-            let by_bytes = chunk.has_part || chunk.key.is_none();
+            let by_bytes = chunk.has_part || chunk.key.is_none() && self.learned.is_none();
             let key = (self.cache.is_some() && by_bytes).then(|| self.method.bytes_key(&plain));
             let mut get = |key: Option<&[u8; 32]>| self.cache?.get(key?, &mut buffer);
             let (length, digest) = match get(chunk.key.as_ref()).or_else(|| get(key.as_ref())) {
@@ -561,6 +649,7 @@ impl<'a> Pipeline<'a> {
         let mut node = chunk.node;
         let mut offset = chunk.offset;
         let mut carried = None;
+        let mut learned = Vec::new();
         if offset > 0 {
             let Some(content) = self.wait(|state| state.carried.remove(&at)) else { return Ok(false) };
             carried = Some(content);
@@ -579,14 +668,22 @@ impl<'a> Pipeline<'a> {
             content.read(take(&mut rest, (to - offset) as usize))?;
             if node == end_node {
                 self.tell(|state| state.carried.insert(at + 1, content));
+                self.learn(&mut learned);
                 return Ok(true);
             }
-            content.finish()?;
+            learned.extend(content.finish()?.map(|digest| (node, digest)));
             take(&mut rest, padding(size)).fill(0);
             (node, offset) = (node + 1, 0);
         }
         rest.fill(0);
+        self.learn(&mut learned);
         Ok(true)
+    }
+
+    fn learn(&self, digests: &mut Vec<(usize, ContentDigest)>) {
+        if let Some(learned) = self.learned {
+            learned.lock().unwrap_or_else(PoisonError::into_inner).append(digests);
+        }
     }
 
     /// Keeps the memory when nobody else has the chunk any more.
@@ -704,6 +801,11 @@ enum Compressor {
 }
 
 impl Method {
+    fn of(options: &BlobOptions) -> Result<Self, LayerError> {
+        let BlobOptions { codec, level, .. } = *options;
+        Ok(Method { codec, level: codec.level(level)?, adapts: codec == Codec::Gzip && level.is_none() })
+    }
+
     /// The beginning of all keys.
     fn key_hasher(self) -> blake3::Hasher {
         let mut hasher = blake3::Hasher::new();
@@ -1017,6 +1119,59 @@ mod tests {
         }
         let result = write_blob(&tree, &open, &options(Codec::Gzip, 2), Some(&cache), &mut io::sink());
         assert!(matches!(result, Err(LayerError::Remembered)));
+    }
+
+    #[test]
+    fn what_was_not_read_before_gives_the_same() {
+        let (mut tree, mut files) = big(None);
+        // Two names of a file, one of which is in front of the other.
+        files.insert(b"d/0300-other".to_vec(), files[&b"d/0300-large"[..]].clone());
+        let mut other = tree.get(b"d/0300-large").unwrap().clone();
+        other.entry.path = b"d/0300-other".to_vec();
+        let mut nodes = tree.into_nodes();
+        nodes.push(other);
+        nodes.push(file("empty", b"", 0));
+        tree = Tree::from_nodes(nodes);
+        for node in tree.nodes_mut() {
+            if let Kind::File { link_group, .. } = &mut node.entry.kind {
+                *link_group = u32::from(node.entry.path.starts_with(b"d/0300-"));
+            }
+        }
+        let mut unread = tree.clone();
+        for (at, node) in unread.nodes_mut().iter_mut().enumerate() {
+            if let Kind::File { digest, .. } = &mut node.entry.kind
+                && at != 7
+            {
+                *digest = None;
+            }
+        }
+        let open = |node: &Node| -> io::Result<Box<dyn Read + Send>> {
+            Ok(Box::new(io::Cursor::new(files[&node.entry.path].clone())))
+        };
+        for (codec, threads) in [(Codec::Gzip, 1), (Codec::Gzip, 3), (Codec::Zstd, 2), (Codec::None, 2)] {
+            let options = options(codec, threads);
+            let usual = Cache::default();
+            let mut expected = Vec::new();
+            let info = write_blob(&tree, &open, &options, Some(&usual), &mut expected).unwrap();
+            let mut blob = Vec::new();
+            let early = write_early_blob(&unread, &open, &options, &mut blob).unwrap();
+            assert!(blob == expected && early.info == info, "{codec:?}");
+            let mut found = early.digests.clone();
+            found.sort_unstable();
+            let wanted = tree.nodes().iter().enumerate().filter_map(|(at, node)| match node.entry.kind {
+                // Read by its first name; nothing to read; known.
+                _ if node.entry.path == b"d/0300-other" || node.entry.path == b"empty" || at == 7 => None,
+                Kind::File { digest, .. } => Some((at, digest?)),
+                _ => None,
+            });
+            assert!(found == wanted.collect::<Vec<_>>(), "{codec:?}");
+            let cache = Cache::default();
+            early.remember(&tree, &options, &cache).unwrap();
+            assert!(*cache.records.lock().unwrap() == *usual.records.lock().unwrap(), "{codec:?}");
+        }
+        let short = |_: &Node| -> io::Result<Box<dyn Read + Send>> { Ok(Box::new(io::empty())) };
+        let result = write_early_blob(&unread, &short, &options(Codec::Gzip, 2), &mut io::sink());
+        assert!(matches!(result, Err(LayerError::Changed { .. })));
     }
 
     #[test]

@@ -25,7 +25,7 @@ use std::ops::Bound;
 use super::index::link_groups;
 use super::stream::copy_buffered;
 use super::tar_stream::{BLOCK, Header, TarStream, padding, read_some, show};
-use super::{Attributes, Entry, Kind, Node, Origin, Tree, file_name, join, parent};
+use super::{Attributes, ContentDigest, Entry, Kind, Node, Origin, Tree, file_name, join, parent};
 
 const WHITEOUT_PREFIX: &[u8] = b".wh.";
 const OPAQUE_NAME: &[u8] = b".wh..wh..opq";
@@ -267,8 +267,8 @@ impl<'a> Content<'a> {
     }
 
     /// The digest must be that of the node; what has been appended since then does not count. Without one nothing may be
-    /// left.
-    pub(super) fn finish(mut self) -> Result<(), LayerError> {
+    /// left, and the digest of what was read is given.
+    pub(super) fn finish(mut self) -> Result<Option<ContentDigest>, LayerError> {
         let path = || show(&self.node.entry.path);
         if let (Some(reader), Kind::File { digest: None, .. }) = (&mut self.reader, &self.node.entry.kind) {
             let more = read_some(&mut **reader, &mut [0]);
@@ -282,7 +282,8 @@ impl<'a> Content<'a> {
             {
                 Err(LayerError::Changed { path: path() })
             }
-            _ => Ok(()),
+            Kind::File { digest: None, .. } if self.reader.is_some() => Ok(Some(*self.hasher.finalize().as_bytes())),
+            _ => Ok(None),
         }
     }
 }
