@@ -455,7 +455,10 @@ fn build(
     let mut all = Vec::new();
     let mut pasta = None;
     let collect = !request.cache_from.is_empty() || !request.cache_to.is_empty();
-    for platform in platforms(request)? {
+    let platforms = platforms(request)?;
+    // Archives of several platforms begin with what all of them need.
+    let archive = export_command::planned_archive(request).filter(|_| platforms.len() == 1).map(Arc::new);
+    for platform in platforms {
         let mut options = options(request, platform)?;
         options.ignored = contexts.get("context").and_then(|local| ignored(local.context()?));
         let (definition, images) = lowered(&dockerfile, &options, &workspace, events, &mut found.warnings)?;
@@ -485,6 +488,7 @@ fn build(
             git: git.clone(),
             collect,
             compression: export_command::compression(request),
+            archive: archive.clone(),
             project: input.project.clone(),
         };
         check_for_secrets(&definition, &solve_request.host)?;
@@ -492,7 +496,7 @@ fn build(
         plans.push((definition, solve_request));
     }
     let live = Live { events, stop: &|| cancel.is_cancelled() };
-    while let Err(error) = export_command::export(request, &workspace, &mut all, &live) {
+    while let Err(error) = export_command::export(request, &workspace, &mut all, archive.as_deref(), &live) {
         // A cache that lacks a layer which only an output needed: its step runs, and the outputs begin again.
         let lost = all.iter().any(|one| !one.snapshot().is_whole());
         // What another output has sent to standard output cannot be taken back.
@@ -501,6 +505,8 @@ fn build(
         if !lost || printed || cancel.is_cancelled() {
             return Err(error);
         }
+        // The layers that are in it may become others.
+        archive.iter().for_each(|archive| archive.forget());
         for (one, (definition, solve_request)) in all.iter_mut().zip(&plans) {
             *one = solved(&dockerfile, definition, &workspace, solve_request, &request.limits, cancel, events)?;
         }

@@ -8,7 +8,7 @@ use nacre_frontend::llb::Image;
 use nacre_frontend::reference::Reference;
 use nacre_solver::cache::INLINE_MEMBER;
 use nacre_solver::cache::export::{StepResult, inline_document};
-use nacre_solver::export::{self, Archive, Dest, ExportError, ExportImage};
+use nacre_solver::export::{self, Archive, Dest, ExportError, ExportImage, PlannedArchive};
 use nacre_solver::image::{Annotations, Assembled, Descriptor, Media, Timestamp, assemble, assemble_index};
 use nacre_solver::op::source::{ResolvedImage, SourceContext};
 use nacre_solver::push::{PushBlob, PushError, PushImage, PushReport, push, push_ahead};
@@ -96,6 +96,7 @@ pub(crate) fn export(
     request: &BuildRequest,
     workspace: &Workspace,
     built: &mut [Built],
+    planned: Option<&PlannedArchive>,
     live: &Live<'_>,
 ) -> Result<(), CommandError> {
     let Live { events, stop } = live;
@@ -106,7 +107,8 @@ pub(crate) fn export(
         let what = describe(output);
         let started = Instant::now();
         events(Event::Exporting { what: what.clone() });
-        write(request, workspace, built, output, live)?;
+        let planned = planned.filter(|_| first_image(request).is_some_and(|first| std::ptr::eq(first, output)));
+        write(request, workspace, built, (output, planned), live)?;
         events(Event::Exported { what, duration: started.elapsed() });
     }
     Ok(())
@@ -133,15 +135,30 @@ fn describe(output: &Output) -> String {
     }
 }
 
-/// How the first output that is an image compresses its layers.
-pub(crate) fn compression(request: &BuildRequest) -> Option<snapshot::Compression> {
+/// The first output that is an image.
+fn first_image(request: &BuildRequest) -> Option<&Output> {
     let is_image = |output: &&Output| {
         matches!(
             output.kind,
             OutputKind::Store | OutputKind::Registry | OutputKind::Oci { .. } | OutputKind::Docker { .. }
         )
     };
-    request.outputs.iter().find(is_image).map(|output| compression_of(request, output))
+    request.outputs.iter().find(is_image)
+}
+
+/// How the first output that is an image compresses its layers.
+pub(crate) fn compression(request: &BuildRequest) -> Option<snapshot::Compression> {
+    first_image(request).map(|output| compression_of(request, output))
+}
+
+/// The first output that is an image, when it is an archive, which layers may go into before the image is there.
+pub(crate) fn planned_archive(request: &BuildRequest) -> Option<PlannedArchive> {
+    match &first_image(request)?.kind {
+        OutputKind::Oci { dest, tar: true } | OutputKind::Docker { dest, tar: true } => {
+            Some(PlannedArchive::new(destination(dest)))
+        }
+        _ => None,
+    }
 }
 
 fn compression_of(request: &BuildRequest, output: &Output) -> snapshot::Compression {
@@ -154,7 +171,7 @@ fn write(
     request: &BuildRequest,
     workspace: &Workspace,
     built: &mut [Built],
-    output: &Output,
+    (output, planned): (&Output, Option<&PlannedArchive>),
     live: &Live<'_>,
 ) -> Result<(), CommandError> {
     let clamp_mtime = if output.rewrite_timestamp { request.source_date_epoch } else { None };
@@ -166,7 +183,7 @@ fn write(
         OutputKind::CacheOnly => Ok(()),
         OutputKind::Tar { .. } | OutputKind::Local { .. } => write_files(workspace, built, output, clamp_mtime),
         OutputKind::Store | OutputKind::Registry | OutputKind::Oci { .. } | OutputKind::Docker { .. } => {
-            write_image(request, workspace, built, output, live)
+            write_image(request, workspace, built, (output, planned), live)
         }
     }
 }
@@ -261,7 +278,7 @@ fn write_image(
     request: &BuildRequest,
     workspace: &Workspace,
     built: &mut [Built],
-    output: &Output,
+    (output, planned): (&Output, Option<&PlannedArchive>),
     live: &Live<'_>,
 ) -> Result<(), CommandError> {
     let compression = compression_of(request, output);
@@ -280,7 +297,8 @@ fn write_image(
     let mut images = Vec::new();
     let archive = match &output.kind {
         OutputKind::Oci { dest, tar: true } | OutputKind::Docker { dest, tar: true } if built.len() == 1 => {
-            Archive::begin(&destination(dest)).map_err(export_error)?
+            let begun = planned.map_or_else(|| Archive::begin(&destination(dest)), PlannedArchive::take);
+            begun.map_err(export_error)?
         }
         _ => None,
     };
@@ -437,7 +455,7 @@ pub(crate) fn layer_blobs(
     layers: &[Layer],
     compression: snapshot::Compression,
     later: bool,
-    archive: Option<&Archive>,
+    archive: Option<&Arc<Archive>>,
     events: &(dyn Fn(Event) + Sync),
     made: &(dyn Fn(&Layer, &LayerBlob) + Sync),
 ) -> Result<Vec<LayerBlob>, SnapshotError> {

@@ -2,8 +2,8 @@
 
 use crate::report::{CommandError, Exit};
 use nacre_solver::sandbox::Cancel;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 /// A signal that comes so soon after another is the same wish: who signals a process group reaches this process twice,
@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 const SAME_WISH: Duration = Duration::from_millis(300);
 /// After this time a build that has not stopped is left as it is. The store can bear it, and the kernel ends the steps.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// How long somebody may take to read the last words.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How often the flags are looked at.
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -60,12 +62,21 @@ impl Signals {
             std::thread::park_timeout(PAUSE);
         }
         if !done.load(Ordering::SeqCst) {
-            // Nobody may be reading, and then the words would wait for ever.
-            std::thread::spawn(move || crate::print_error(&last_words));
-            std::thread::sleep(PAUSE * 5);
+            print_in_time(last_words);
             std::process::exit(Exit::Interrupted as i32);
         }
     }
+}
+
+/// Prints, or gives up: nobody may be reading, and then the words would wait for ever.
+fn print_in_time(words: String) {
+    let (printed, done) = mpsc::channel::<()>();
+    std::thread::spawn(move || {
+        crate::print_error(&words);
+        drop(printed);
+    });
+    // Ends with an error either way: nothing is ever sent.
+    let _ = done.recv_timeout(LAST_WORDS);
 }
 
 /// Lets signals end the process with the code of the signal, as a shell counts (130, 143), after a word about it. For
@@ -85,9 +96,7 @@ fn wait_for_end(seen: &AtomicUsize, last_words: String) -> ! {
     while seen.load(Ordering::SeqCst) == 0 {
         std::thread::sleep(PAUSE);
     }
-    // Nobody may be reading, and then the words would wait for ever.
-    std::thread::spawn(move || crate::print_error(&last_words));
-    std::thread::sleep(PAUSE * 5);
+    print_in_time(last_words);
     std::process::exit(128 + i32::try_from(seen.load(Ordering::SeqCst)).unwrap_or_default())
 }
 

@@ -21,7 +21,7 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Seek, Write};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tempfile::NamedTempFile;
 
 /// Annotation with the date of an image.
@@ -130,6 +130,12 @@ pub enum ExportError {
         path: PathBuf,
         /// What is wrong.
         source: serde_json::Error,
+    },
+    /// A layer is still on its way into an archive.
+    #[error("{} is still being written", path.display())]
+    Busy {
+        /// The archive.
+        path: PathBuf,
     },
     /// The root file system cannot be written as tar.
     #[error("cannot write the root file system")]
@@ -391,6 +397,41 @@ pub struct Archive {
     begun: Mutex<Begun>,
 }
 
+/// An archive that is begun when somebody has a layer for it, or when it is to be written.
+pub struct PlannedArchive {
+    dest: Dest,
+    begun: Mutex<Option<Arc<Archive>>>,
+}
+
+impl PlannedArchive {
+    /// Nothing is begun yet.
+    pub fn new(dest: Dest) -> Self {
+        Self { dest, begun: Mutex::default() }
+    }
+
+    /// The archive; `None` when it cannot be begun, for whatever reason.
+    pub(crate) fn get(&self) -> Option<Arc<Archive>> {
+        let mut begun = self.begun.lock().unwrap_or_else(PoisonError::into_inner);
+        if begun.is_none() {
+            *begun = Archive::begin(&self.dest).ok().flatten();
+        }
+        begun.clone()
+    }
+
+    /// Removes what has been begun.
+    pub fn forget(&self) {
+        *self.begun.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// The archive with what is in it so far. Who asks again gets a new one: as [`Archive::begin`].
+    pub fn take(&self) -> Result<Option<Arc<Archive>>, ExportError> {
+        match self.begun.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some(archive) => Ok(Some(archive)),
+            None => Archive::begin(&self.dest),
+        }
+    }
+}
+
 /// How far an archive is.
 struct Begun {
     end: u64,
@@ -404,7 +445,7 @@ struct Begun {
 
 impl Archive {
     /// Begins an archive; `None` when the destination is not a file of its own.
-    pub fn begin(dest: &Dest) -> Result<Option<Self>, ExportError> {
+    pub fn begin(dest: &Dest) -> Result<Option<Arc<Self>>, ExportError> {
         let Dest::Path(path) = dest else { return Ok(None) };
         let target = fs::canonicalize(path).unwrap_or_else(|_| path.clone());
         if fs::metadata(&target).is_ok_and(|metadata| !metadata.is_file()) {
@@ -414,7 +455,7 @@ impl Archive {
         let begin = directories().map_err(io_error("write", path))?;
         temporary.as_file().write_all_at(&begin, 0).map_err(io_error("write", path))?;
         let begun = Begun { end: begin.len() as u64, next: 0, busy: false, there: Vec::new() };
-        Ok(Some(Self { path: path.clone(), target, temporary, begun: Mutex::new(begun) }))
+        Ok(Some(Arc::new(Self { path: path.clone(), target, temporary, begun: Mutex::new(begun) })))
     }
 
     fn begun(&self) -> MutexGuard<'_, Begun> {
@@ -422,17 +463,22 @@ impl Archive {
     }
 
     /// A place for layer number `at`, if it is its turn.
-    pub fn layer(&self, at: usize) -> Option<ArchiveLayer<'_>> {
+    pub fn layer(self: &Arc<Self>, at: usize) -> Option<ArchiveLayer> {
         let mut begun = self.begun();
         if begun.busy || begun.next != at {
             return None;
         }
         begun.busy = true;
-        Some(ArchiveLayer { archive: self, start: begun.end + 512, size: 0, failed: false })
+        Some(ArchiveLayer { archive: self.clone(), start: begun.end + 512, size: 0, failed: false })
     }
 
-    /// Writes the rest. All layers must be in the store.
-    pub fn finish(self, image: &ExportImage<'_>, store: &Store, docker: bool) -> Result<(), ExportError> {
+    /// Writes the rest. All layers must be in the store, and nobody may still write one.
+    pub fn finish(self: Arc<Self>, image: &ExportImage<'_>, store: &Store, docker: bool) -> Result<(), ExportError> {
+        let busy = |archive: Arc<Self>| ExportError::Busy { path: archive.path.clone() };
+        Arc::try_unwrap(self).map_err(busy)?.write_rest(image, store, docker)
+    }
+
+    fn write_rest(self, image: &ExportImage<'_>, store: &Store, docker: bool) -> Result<(), ExportError> {
         if docker && image.images.len() != 1 {
             return Err(ExportError::ManyPlatforms { count: image.images.len() });
         }
@@ -449,15 +495,15 @@ impl Archive {
 }
 
 /// A layer on its way into an [`Archive`]. Dropped without [`ArchiveLayer::end`], it leaves nothing.
-pub struct ArchiveLayer<'a> {
-    archive: &'a Archive,
+pub struct ArchiveLayer {
+    archive: Arc<Archive>,
     start: u64,
     size: u64,
     /// What cannot be written now is written at the end, where failure is told.
     failed: bool,
 }
 
-impl ArchiveLayer<'_> {
+impl ArchiveLayer {
     /// The layer is made. Nothing of it has been written if it was there before; it is copied then.
     pub fn end(mut self, layer: &Descriptor, store: &Store) {
         if self.archive.begun().there.contains(&layer.digest) {
@@ -488,13 +534,13 @@ impl ArchiveLayer<'_> {
     }
 }
 
-impl AlsoTo for ArchiveLayer<'_> {
+impl AlsoTo for ArchiveLayer {
     fn restart(&mut self) {
         self.size = 0;
     }
 }
 
-impl Write for ArchiveLayer<'_> {
+impl Write for ArchiveLayer {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if !self.failed {
             let at = self.start + self.size;
@@ -509,7 +555,7 @@ impl Write for ArchiveLayer<'_> {
     }
 }
 
-impl Drop for ArchiveLayer<'_> {
+impl Drop for ArchiveLayer {
     fn drop(&mut self) {
         self.archive.begun().busy = false;
     }

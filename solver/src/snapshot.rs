@@ -586,6 +586,20 @@ impl Workspace {
         stays.then(|| LayerBlob { descriptor: layer.descriptor.clone(), diff_id: layer.diff_id.clone() })
     }
 
+    /// The blob that was made of the layer, if the store has it.
+    fn made_blob(&self, layer: &Layer, compression: Compression) -> Option<LayerBlob> {
+        let Compression { codec, level, clamp_mtime, .. } = compression;
+        let memo = self.store.blob_memo(&layer.0.id, codec, level, clamp_mtime)?;
+        self.store.has_blob(&memo.digest, Some(memo.size_bytes)).then(|| layer_blob(memo))
+    }
+
+    /// The layer's blob, if the store has it.
+    pub(crate) fn blob_here(&self, layer: &Layer, compression: Compression) -> Option<LayerBlob> {
+        let original = self.original_blob(layer, compression);
+        let here = |blob: &LayerBlob| self.store.has_blob(&blob.descriptor.digest, Some(blob.descriptor.size));
+        original.filter(here).or_else(|| self.made_blob(layer, compression))
+    }
+
     /// The layer as a blob in the store; makes it when there is none, and writes it to `also` while it does: all of it
     /// or, when it was there already, nothing.
     pub fn blob(
@@ -609,10 +623,7 @@ impl Workspace {
         };
         let Compression { codec, level, clamp_mtime, .. } = compression;
         let name = &layer.0.id.0;
-        let known = || {
-            let memo = self.store.blob_memo(&layer.0.id, codec, level, clamp_mtime)?;
-            self.store.has_blob(&memo.digest, Some(memo.size_bytes)).then(|| layer_blob(memo))
-        };
+        let known = || self.made_blob(layer, compression);
         if let Some(blob) = known() {
             return Ok(blob);
         }
@@ -659,31 +670,46 @@ impl Workspace {
         Ok(layer_blob(info))
     }
 
-    /// Writes a layer's blob before the layer has a name. `open` gives files that are read for the first time; see
-    /// [`write_early_blob`]. `None` when this fails in any way.
-    pub(crate) fn early_blob(&self, tree: &Tree, open: &Open<'_>, compression: Compression) -> Option<UnclaimedBlob> {
+    /// Writes a layer's blob, and to `also`, before the layer has a name. `open` gives files that are read for the first time;
+    /// see [`write_early_blob`]. `None` when this fails in any way.
+    pub(crate) fn early_blob(
+        &self,
+        tree: &Tree,
+        open: &Open<'_>,
+        compression: Compression,
+        also: Option<&mut dyn AlsoTo>,
+    ) -> Option<UnclaimedBlob> {
         let Compression { codec, level, clamp_mtime, .. } = compression;
         self.prepare(tree).ok()?;
         let options = BlobOptions { tar: TarOptions { clamp_mtime }, codec, level, threads: self.threads };
-        let mut writer = self.store.trusting_blob_writer().ok()?;
-        let blob = write_early_blob(tree, open, &options, &mut writer).ok()?;
-        Some(UnclaimedBlob { blob, writer, options })
+        let mut out = Both { blob: self.store.trusting_blob_writer().ok()?, also };
+        let blob = write_early_blob(tree, open, &options, &mut out).ok()?;
+        Some(UnclaimedBlob { blob, writer: out.blob, options })
     }
 
-    /// Keeps a blob that was made of this layer's tree.
-    pub(crate) fn adopt_blob(&self, layer: &Layer, unclaimed: UnclaimedBlob) -> Result<(), SnapshotError> {
+    /// Keeps a blob. `tree` is what was written, now with the digests of all files.
+    pub(crate) fn keep_blob(&self, unclaimed: UnclaimedBlob, tree: &Tree) -> Result<MadeBlob, SnapshotError> {
         let UnclaimedBlob { blob, writer, options } = unclaimed;
-        let BlobOptions { codec, level, tar: TarOptions { clamp_mtime }, .. } = options;
-        let tree = self.tree(layer)?;
         let info = blob.info.clone();
+        let mut chunks = None;
+        if options.codec != Codec::None {
+            let table = self.chunks.get_or_init(|| self.store.known_chunks()).blob();
+            blob.remember(tree, &options, &table)
+                .map_err(|source| SnapshotError::Layer { layer: info.diff_id.clone(), source })?;
+            chunks = Some(table);
+        }
         writer.commit(Some(&info.digest))?;
-        if codec != Codec::None {
-            let chunks = self.chunks.get_or_init(|| self.store.known_chunks()).blob();
-            blob.remember(&tree, &options, &chunks)
-                .map_err(|source| SnapshotError::Layer { layer: layer.0.id.0.to_string(), source })?;
+        if let Some(chunks) = chunks {
             self.store.put_chunks(&info.digest, chunks);
         }
-        Ok(self.store.set_blob_memo(&layer.0.id, codec, level, clamp_mtime, &info)?)
+        Ok(MadeBlob { info, options })
+    }
+
+    /// Remembers a blob as that of a layer.
+    pub(crate) fn adopt_blob(&self, layer: &Layer, made: MadeBlob) -> Result<LayerBlob, SnapshotError> {
+        let MadeBlob { info, options: BlobOptions { codec, level, tar: TarOptions { clamp_mtime }, .. } } = made;
+        self.store.set_blob_memo(&layer.0.id, codec, level, clamp_mtime, &info)?;
+        Ok(layer_blob(info))
     }
 }
 
@@ -704,6 +730,12 @@ impl UnclaimedBlob {
     pub(crate) fn size_bytes(&self) -> u64 {
         self.blob.info.size_bytes
     }
+}
+
+/// A blob in the store that no layer is known for yet.
+pub(crate) struct MadeBlob {
+    info: BlobInfo,
+    options: BlobOptions,
 }
 
 /// Takes a blob beside the store.

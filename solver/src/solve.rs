@@ -9,6 +9,7 @@ mod step;
 
 use crate::cache::export::StepResult;
 use crate::context::ContextError;
+use crate::export::PlannedArchive;
 use crate::leak::Leak;
 use crate::op::file::{Download, FileOp, LocalContext, Value, digest_uncached};
 use crate::op::git::{self, GitError};
@@ -311,6 +312,8 @@ pub struct Request {
     pub collect: bool,
     /// How the layers of the image will be compressed, if they will be.
     pub compression: Option<Compression>,
+    /// The archive that is written with this compression, if one is.
+    pub archive: Option<Arc<PlannedArchive>>,
     /// Tells one project's steps from another's when a miss is explained: paths of context and Dockerfile.
     pub project: String,
 }

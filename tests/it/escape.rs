@@ -267,8 +267,10 @@ fn nor_where_it_shares_its_proc_with_the_step() {
 
 /// Runs a build where no fresh /proc can be had.
 pub(crate) fn behind_shared_proc(inner: Command) -> Command {
-    // What covers a part of /proc cannot be taken away in the inner namespace, so no other one can be mounted.
-    let script = "mount -t tmpfs cover /proc/driver && exec unshare -Urm \"$@\"";
+    // What covers a part of /proc cannot be taken away in the inner namespace, so no other one can be mounted: not while a
+    // single one is to be seen whole.
+    let script = "while read -r _ at type _; do [ \"$type\" != proc ] || mount -t tmpfs cover \"$at/driver\" || exit; done \
+                  < /proc/mounts; exec unshare -Urm \"$@\"";
     let mut command = Command::new("unshare");
     command.args(["-Urmpf", "--mount-proc", "sh", "-c", script, "sh"]).arg(inner.get_program());
     command.args(inner.get_args()).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");

@@ -369,15 +369,16 @@ fn a_context_that_changes_meanwhile() {
 #[test]
 fn a_fork_bomb_ends_with_its_step() {
     let token = format!("bomb-{}", std::process::id());
-    // The first process forks nothing once the others do: a shell that cannot fork ends, and the step with it.
+    // The first process forks nothing once the others do: a shell that cannot fork ends, and the step with it. For root the
+    // limit counts what the user has outside, too: it is nobody's.
     let build = Build::new().flag("--ulimit=nproc=60").flag("--step-timeout=3s").dockerfile(&format!(
-        "FROM busybox\nUSER 1000\nRUN echo {token}; b() {{ b | b & }}; {{ b; b; }} & exec sleep 600\n"
+        "FROM busybox\nUSER 54321\nRUN echo {token}; b() {{ b | b & }}; {{ b; b; }} & exec sleep 600\n"
     ));
     build.fails_with(4, &["stopped after 3s"]);
     assert_gone(&token);
     // As many as are allowed, by root too; where only the real root is free of this limit, by another user.
     let build = Build::new().flag("--ulimit=nproc=40").dockerfile(
-        "FROM busybox\nUSER 1000\nRUN i=0; while [ $i -lt 200 ]; do sleep 50 & i=$((i+1)); done 2>/dev/null; echo unlimited\n",
+        "FROM busybox\nUSER 54321\nRUN i=0; while [ $i -lt 200 ]; do sleep 50 & i=$((i+1)); done 2>/dev/null; echo unlimited\n",
     );
     let ended = build.ends();
     let unlimited = ended.stderr.lines().any(|line| line.ends_with(" unlimited") && !line.contains("RUN"));

@@ -65,10 +65,10 @@ build absent 'RUN echo' --cpuset-cpus 77
 echo "== killed"
 printf 'FROM scratch\nCOPY busybox /bin/busybox\nRUN ["/bin/busybox", "sleep", "1000"]\n' > /tmp/context/Dockerfile
 nacre build --store /tmp/store --memory 64m /tmp/context < /dev/null > /dev/null 2>&1 &
-i=0; until [ "$(cat $cg/nacre-[0-9]*/cgroup.procs 2> /dev/null)" ] || [ $i -gt 300 ]; do sleep 0.1; i=$((i+1)); done
+i=0; until [ "$(cat $cg/nacre-[0-9]*/cgroup.procs 2> /dev/null)" ] || [ $i -gt 1200 ]; do sleep 0.1; i=$((i+1)); done
 echo "ran in: $(ls -d $cg/nacre-[0-9]*)"
 kill -9 $!
-i=0; while ls -d $cg/nacre-[0-9]* > /dev/null 2>&1 && [ $i -lt 300 ]; do sleep 0.1; i=$((i+1)); done
+i=0; while ls -d $cg/nacre-[0-9]* > /dev/null 2>&1 && [ $i -lt 1200 ]; do sleep 0.1; i=$((i+1)); done
 echo "left: [$(ls -d $cg/nacre-[0-9]* 2> /dev/null)]"
 
 mkdir $cg/mine $cg/theirs

@@ -14,6 +14,7 @@ fn has_tun() -> bool {
 /// machine's loopback, something listens that steps must not reach.
 const NEIGHBOURS: &str = r#"
 set -eu
+unset http_proxy HTTP_PROXY https_proxy HTTPS_PROXY all_proxy ALL_PROXY
 unshare --net sleep 300 & neighbour=$!
 cd "$SITE"
 while [ "$(readlink /proc/$neighbour/ns/net)" = "$(readlink /proc/self/ns/net)" ]; do sleep 0.05; done

@@ -1,8 +1,10 @@
 //! Images to and from a real registry, credentials, and what the store keeps of it all.
 
 use crate::story::{Build, Ended, busybox_base, run};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::fs;
+use std::io::Read;
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -396,19 +398,35 @@ fn the_cache_is_measured_and_pruned() {
     assert_eq!(nacre(&build, &["prune", "--keep-storage", "much"], None).code, Some(2));
 }
 
+/// Reads what the program says until these words have come; what was read.
+#[track_caller]
+fn wait_for_words(child: &mut Child, words: &str) -> String {
+    let mut text = Vec::new();
+    let stderr = child.stderr.as_mut().expect("a pipe");
+    while !String::from_utf8_lossy(&text).contains(words) {
+        let mut byte = [0];
+        assert_eq!(stderr.read(&mut byte).expect("text"), 1, "no `{words}`: {}", String::from_utf8_lossy(&text));
+        text.push(byte[0]);
+    }
+    String::from_utf8_lossy(&text).into_owned()
+}
+
 #[test]
 fn pruning_waits_for_builds() {
-    let build = Build::new().dockerfile("FROM busybox\nRUN sleep 2\n");
-    let mut child =
-        build.command().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("nacre starts");
-    while !build.store().join("lock").exists() {
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    std::thread::sleep(Duration::from_millis(200));
-    let ended = nacre(&build, &["prune", "--all"], None);
-    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
-    assert!(ended.stderr.contains("waiting for builds"), "{}", ended.stderr);
-    assert!(child.wait().expect("it ends").success());
+    let build = Build::new().dockerfile("FROM busybox\nRUN echo it has be''gun; sleep 600\n");
+    let quiet = |mut command: Command| {
+        let command = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command.spawn().expect("nacre starts")
+    };
+    let mut building = quiet(build.command());
+    wait_for_words(&mut building, "it has begun");
+    let mut prune = Command::new(env!("CARGO_BIN_EXE_nacre"));
+    prune.args(["prune", "--all"]).env("NACRE_STORE", build.store());
+    let mut pruning = quiet(prune);
+    wait_for_words(&mut pruning, "waiting for builds");
+    kill_process(Pid::from_child(&building), Signal::INT).expect("it still runs");
+    assert_eq!(building.wait().expect("it ends").code(), Some(130));
+    assert!(pruning.wait().expect("it ends").success());
 }
 
 #[test]
@@ -443,7 +461,6 @@ fn mirrors_are_asked_first() {
 
 #[test]
 fn signals_end_commands_with_their_number() {
-    use rustix::process::{Pid, Signal, kill_process};
     // Takes connections and never answers.
     let silent = TcpListener::bind("127.0.0.1:0").expect("a port");
     let host = silent.local_addr().expect("an address").to_string();
@@ -455,6 +472,10 @@ fn signals_end_commands_with_their_number() {
             // A build that takes its time.
             let lock = fs::File::options().read(true).write(true).open(build.store().join("lock")).expect("a file");
             lock.lock_shared().expect("nobody else has it");
+            // Connections of the command before.
+            silent.set_nonblocking(true).expect("a socket");
+            while silent.accept().is_ok() {}
+            silent.set_nonblocking(false).expect("a socket");
             let mut child = Command::new(env!("CARGO_BIN_EXE_nacre"))
                 .args(args)
                 .env("NACRE_STORE", build.store())
@@ -464,11 +485,19 @@ fn signals_end_commands_with_their_number() {
                 .stderr(Stdio::piped())
                 .spawn()
                 .expect("nacre starts");
-            std::thread::sleep(Duration::from_millis(700));
+            // It listens to signals before it turns to the registry, or waits.
+            let mut words = String::new();
+            let connection = match args {
+                ["prune", ..] => {
+                    words = wait_for_words(&mut child, "waiting for builds");
+                    None
+                }
+                _ => Some(silent.accept().expect("a connection")),
+            };
             kill_process(Pid::from_child(&child), signal).expect("it still runs");
             let status = child.wait().expect("it ends");
-            let mut words = String::new();
-            std::io::Read::read_to_string(&mut child.stderr.take().expect("a pipe"), &mut words).expect("text");
+            child.stderr.take().expect("a pipe").read_to_string(&mut words).expect("text");
+            drop(connection);
             assert_eq!(status.code(), Some(code), "{args:?}: {words}");
             assert!(words.contains("interrupted"), "{args:?}: {words}");
         }

@@ -92,8 +92,9 @@ impl Build {
         command.arg("build").arg("--store").arg(self.store()).arg("--progress=plain");
         command.arg(format!("--build-context=busybox=oci-layout://{}:latest", busybox_base().display()));
         command.args(&self.flags).arg(&self.context).envs(self.env.iter().cloned());
-        for name in ["NACRE_STORE", "SOURCE_DATE_EPOCH", "BUILDKIT_PROGRESS"] {
-            if !self.env.iter().any(|(other, _)| other == name) {
+        const PROXIES: [&str; 4] = ["http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"];
+        for name in ["NACRE_STORE", "SOURCE_DATE_EPOCH", "BUILDKIT_PROGRESS"].iter().chain(&PROXIES) {
+            if !self.env.iter().any(|(other, _)| other == *name) {
                 command.env_remove(name);
             }
         }

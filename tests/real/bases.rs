@@ -42,7 +42,7 @@ fn base(name: &str, packages: &str) -> String {
         fs::create_dir_all(dir.join("context")).expect("a directory of our own");
         let include = format!("--include={packages}");
         run(Command::new("mmdebstrap")
-            .args(["--quiet", "--variant=minbase", &include, "bookworm"])
+            .args(["--quiet", "--variant=minbase", "--aptopt=Acquire::Retries \"5\"", &include, "bookworm"])
             .arg(&tar)
             .arg("http://deb.debian.org/debian"));
         // npm and pip trust what this machine trusts, also where a proxy signs for others.

@@ -39,7 +39,7 @@ fetched() {
 unpack() {
     local package=$1 dir=$2
     shift 2
-    local options=(-o APT::Sandbox::User= -o Acquire::Languages=none "$@")
+    local options=(-o Acquire::Retries=5 -o APT::Sandbox::User= -o Acquire::Languages=none "$@")
     apt-get "${options[@]}" update -qq
     (cd "$dir" && apt-get "${options[@]}" download -qq "$package" && dpkg-deb -x ./*.deb unpacked)
 }
@@ -101,5 +101,5 @@ if [ "$(id -u)" -ne 0 ]; then
 fi
 echo "installing ${missing[*]}"
 export DEBIAN_FRONTEND=noninteractive
-apt-get update -qq
-apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+apt-get -o Acquire::Retries=5 update -qq
+apt-get -o Acquire::Retries=5 install -y -qq --no-install-recommends "${missing[@]}" >/dev/null

@@ -6,14 +6,16 @@
 use super::lookup::{Wanted, add_parent};
 use super::{Build, Event, Phase, Span, StepLog, Stream, VertexError};
 use crate::context::FoundKeys;
+use crate::export::ArchiveLayer;
 use crate::key_patterns::KeyKind;
 use crate::leak::{Leak, LeakStream};
 use crate::op::file::{FileOp, Recipe, Value};
 use crate::op::run::{self, RunError};
-use crate::snapshot::{Layer, Made, Snapshot, SnapshotError, UnclaimedBlob};
+use crate::snapshot::{AlsoTo, Compression, Layer, Made, Snapshot, SnapshotError, UnclaimedBlob};
 use crate::tree::{Entry, Kind, Node, Tree, index};
 use crate::upper::LostAttribute;
 use nacre_frontend::llb::{RunOp, Vertex, VertexId};
+use std::panic::resume_unwind;
 use std::sync::{Arc, PoisonError};
 use std::time::{Instant, SystemTime};
 
@@ -49,6 +51,8 @@ fn file_bytes(tree: &Tree) -> u64 {
 /// A layer that was compressed while its files were read for the first time.
 struct Early {
     blob: UnclaimedBlob,
+    /// The archive has it, too.
+    place: Option<ArchiveLayer>,
     /// `None`: what the step selects is the layer.
     tree: Option<Tree>,
     ended: Instant,
@@ -123,7 +127,9 @@ impl Build<'_> {
             Some(opened) => opened.map(|reader| self.workspace.stoppable(reader)),
             None => self.workspace.open(node),
         };
-        let blob = self.workspace.early_blob(tree, &open, compression);
+        let mut place = self.place(wanted.parent, compression);
+        let also = place.as_mut().map(|place| place as &mut dyn AlsoTo);
+        let blob = self.workspace.early_blob(tree, &open, compression, also);
         if self.cancel.is_cancelled() {
             return Err(RunError::Interrupted.into());
         }
@@ -132,7 +138,19 @@ impl Build<'_> {
             return Ok(None);
         }
         self.span(wanted.id, Phase::Compress, None, started, blob.size_bytes());
-        Ok(Some(Early { blob, tree: own, ended: Instant::now() }))
+        Ok(Some(Early { blob, place, tree: own, ended: Instant::now() }))
+    }
+
+    /// Where the next layer above `parent` goes in the archive that is to be written. The layers below have to be in it first.
+    fn place(&self, parent: &Snapshot, compression: Compression) -> Option<ArchiveLayer> {
+        let archive = self.request.archive.as_ref()?.get()?;
+        let below = parent.layers();
+        for (at, layer) in below.iter().enumerate() {
+            if let Some(place) = archive.layer(at) {
+                place.end(&self.workspace.blob_here(layer, compression)?.descriptor, &self.workspace.store);
+            }
+        }
+        archive.layer(below.len())
     }
 
     pub(super) fn file(
@@ -210,11 +228,21 @@ impl Build<'_> {
             self.check_for_secrets(&tree)?;
             self.span(id, Phase::Run, None, working, 0);
             let (storing, bytes) = (Instant::now(), file_bytes(&tree));
-            let content = index::content_key(&tree);
-            let layer_id = self.workspace.store.put_layer(tree.clone())?;
-            let layer = self.workspace.layer(layer_id, Made::Step(Some(recipe)), Some(tree));
-            if let Some(early) = early {
-                self.workspace.adopt_blob(&layer, early.blob)?;
+            // The blob is brought to disk meanwhile.
+            let (content, layer_id, early) = std::thread::scope(|scope| {
+                let kept = |early: Early| Ok((self.workspace.keep_blob(early.blob, &tree)?, early.place));
+                let kept = early.map(|early| scope.spawn(move || kept(early)));
+                let (content, id) = (index::content_key(&tree), self.workspace.store.put_layer(tree.clone()));
+                let kept: Option<Result<_, SnapshotError>> =
+                    kept.map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)));
+                (content, id, kept.transpose())
+            });
+            let layer = self.workspace.layer(layer_id?, Made::Step(Some(recipe)), Some(tree));
+            if let Some((blob, place)) = early? {
+                let blob = self.workspace.adopt_blob(&layer, blob)?;
+                if let Some(place) = place {
+                    place.end(&blob.descriptor, &self.workspace.store);
+                }
             }
             self.keep(&wanted, &key, &parts, selection.as_ref(), (&layer, &content, started))?;
             self.span(id, Phase::Hash, Some(&layer), storing, bytes);

@@ -353,7 +353,13 @@ mod tests {
     }
 
     fn check(root: &Path, repair: bool) -> Checked {
-        let store = ExclusiveStore::open(root, &|| false).unwrap().expect("nobody else has it");
+        // A program that another test starts at this moment has all files open until it is executed.
+        let left = std::sync::atomic::AtomicU32::new(600);
+        let wait = || {
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            left.fetch_sub(1, std::sync::atomic::Ordering::Relaxed) > 1
+        };
+        let store = ExclusiveStore::open(root, &wait).unwrap().expect("nobody else has it");
         store.check(repair, &|| false).unwrap()
     }
 

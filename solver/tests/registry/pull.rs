@@ -52,7 +52,7 @@ fn faults_are_survived() {
     let mut check = |name: &str, faults: usize, rule: Box<BoxedRule>| -> Proxy {
         let proxy = Proxy::start(&registry.host, rule);
         let (_directory, store) = store();
-        let context = context(&store, ClientOptions { data_timeout: Duration::from_millis(1500), ..quick() });
+        let context = context(&store, ClientOptions { data_timeout: Duration::from_millis(800), ..quick() });
         pull(&proxy.host, &context).unwrap_or_else(|error| panic!("{name}: {error}: {:?}", proxy.seen()));
         assert_whole(&store, name);
         for layer in &assembled.layers {
@@ -157,7 +157,7 @@ fn servers_that_trickle_or_never_answer_end_in_time() {
     let (registry, assembled) = filled();
     let big: &'static str = Box::leak(format!("/blobs/{}", assembled.layers[0].digest).into_boxed_str());
     let impatient = || {
-        let limit = Duration::from_millis(300);
+        let limit = Duration::from_millis(800);
         ClientOptions { attempts: 3, answer_timeout: limit, data_timeout: limit, ..quick() }
     };
     let check = |name: &str, part: &'static str, fault: fn() -> Fault, words: &str| {
@@ -166,7 +166,7 @@ fn servers_that_trickle_or_never_answer_end_in_time() {
         let started = std::time::Instant::now();
         let text = pull(&proxy.host, &context(&store, impatient())).expect_err(name).to_string();
         assert!(text.contains(words), "{name}: {text}");
-        // Three attempts of some tenths of a second; by the byte it would be hours.
+        // Three attempts of some seconds; by the byte it would be hours.
         assert!(started.elapsed() < Duration::from_secs(60), "{name}: {:?}", started.elapsed());
         assert!(proxy.count("GET", part) <= 9, "{name}: {:?}", proxy.seen());
         assert_whole(&store, name);
