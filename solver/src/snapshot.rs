@@ -28,7 +28,7 @@ use crate::store::{Store, StoreError};
 use crate::tree::blob::{BlobInfo, BlobOptions, ChunkCache, Codec, EarlyBlob, write_blob, write_early_blob};
 use crate::tree::layer::{LayerError, Open, TarOptions};
 use crate::tree::{ContentDigest, LayerId, Node, Origin, Tree};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -279,6 +279,8 @@ pub struct Workspace {
     /// Layers cannot be stacked in the store, so that steps work on copies.
     pub(crate) copies: AtomicBool,
     cancel: Option<Cancel>,
+    /// Images that steps run on, by the digests of their manifests.
+    run_on: Mutex<HashSet<String>>,
     layers: Mutex<HashMap<LayerId, Layer>>,
     /// What [`Workspace::flatten`] gave, the last used at the end.
     flats: Mutex<VecDeque<Arc<Tree>>>,
@@ -299,6 +301,7 @@ impl Workspace {
             imports: Arc::default(),
             copies: AtomicBool::new(false),
             cancel: None,
+            run_on: Mutex::default(),
             layers: Mutex::default(),
             flats: Mutex::default(),
             chunks: OnceLock::new(),
@@ -345,6 +348,20 @@ impl Workspace {
     pub fn forget(&self) {
         std::mem::forget(std::mem::take(&mut *self.layers.lock().unwrap_or_else(PoisonError::into_inner)));
         std::mem::forget(std::mem::take(&mut *self.flats.lock().unwrap_or_else(PoisonError::into_inner)));
+    }
+
+    /// Steps will run on this image, if they are not cached. Who reads its layers unpacks them then: to read them again for
+    /// that would take longer.
+    pub(crate) fn will_run_on(&self, image: &ResolvedImage) {
+        self.run_on.lock().unwrap_or_else(PoisonError::into_inner).insert(image.manifest_digest.clone());
+    }
+
+    /// What to make of an image's layers when their entries are needed.
+    fn form(&self, image: &ResolvedImage) -> Form {
+        match self.run_on.lock().unwrap_or_else(PoisonError::into_inner).contains(&image.manifest_digest) {
+            true => Form::Tree,
+            false => Form::Index,
+        }
     }
 
     /// The snapshot of a base image. Nothing is fetched yet.
@@ -416,7 +433,7 @@ impl Workspace {
             return Ok(located(tree));
         }
         let id = match &layer.0.made {
-            Made::Image(image, at) => source::ensure_layers(image, Form::Index, &self.sources)?.swap_remove(*at),
+            Made::Image(image, at) => source::ensure_layers(image, self.form(image), &self.sources)?.swap_remove(*at),
             Made::Step(_) => layer.0.id.clone(),
             Made::Elsewhere => return Err(SnapshotError::Gone(layer.0.id.0.to_string())),
         };

@@ -329,6 +329,8 @@ struct Build<'a> {
     realizing: Vec<Mutex<()>>,
     /// Which vertices make layers of the image.
     exported: Vec<bool>,
+    /// Which vertices steps run on, directly or with others in between.
+    run_on: Vec<bool>,
     /// Held by who reads and compresses at once.
     reading: Mutex<()>,
     results: Mutex<BTreeMap<usize, StepResult>>,
@@ -368,6 +370,7 @@ pub fn solve(
         values: definition.vertices.iter().map(|_| RwLock::default()).collect(),
         realizing: definition.vertices.iter().map(|_| Mutex::default()).collect(),
         exported: exported(definition),
+        run_on: run_on(definition),
         reading: Mutex::default(),
         results: Mutex::default(),
         turns: Mutex::default(),
@@ -397,6 +400,19 @@ fn exported(definition: &Definition) -> Vec<bool> {
         next = definition.vertices[at].inputs.first().copied().flatten();
     }
     exported
+}
+
+/// Which vertices are below a RUN in its own stage's chain. Inputs stand before their users.
+fn run_on(definition: &Definition) -> Vec<bool> {
+    let mut run_on = vec![false; definition.vertices.len()];
+    for (at, vertex) in definition.vertices.iter().enumerate().rev() {
+        if let Some(VertexId(below)) = vertex.inputs.first().copied().flatten()
+            && (run_on[at] || matches!(vertex.op, Op::Run(_)))
+        {
+            run_on[below] = true;
+        }
+    }
+    run_on
 }
 
 impl Build<'_> {
@@ -554,6 +570,9 @@ impl Build<'_> {
                     Some(found) => found.clone(),
                     None => Arc::new(resolve_image(source, &vertex.platform, &self.workspace.sources)?),
                 };
+                if self.run_on[id.0] {
+                    self.workspace.will_run_on(&image);
+                }
                 self.tell(Event::Cached { id: id.0 });
                 return Ok(Value::Snapshot(self.workspace.image(&image)));
             }

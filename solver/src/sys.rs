@@ -12,6 +12,7 @@
 
 #![allow(unsafe_code)]
 
+pub mod gunzip;
 pub mod notify;
 
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};

@@ -367,6 +367,24 @@ fn nothing_to_run_takes_no_namespace() {
 }
 
 #[test]
+fn a_base_that_a_step_runs_on_is_read_once() {
+    let blobs = fs::read_dir(busybox_base().join("blobs/sha256")).expect("a layout").flatten();
+    let layer = blobs.max_by_key(|blob| blob.metadata().map_or(0, |metadata| metadata.len())).expect("blobs");
+    let layer = layer.file_name().into_string().expect("a digest");
+    for dockerfile in ["FROM busybox\nRUN true\n", "FROM busybox\nWORKDIR /made\nCOPY file /made/\nRUN true\n"] {
+        let build = Build::new().dockerfile(dockerfile).file("file", "x").flag("--output=type=cacheonly");
+        let (trace, nacre) = (build.path("trace"), build.command());
+        let mut command = Command::new("strace");
+        command.args(["-f", "-qq", "-e", "trace=open,openat,openat2", "-o"]).arg(&trace);
+        command.arg(nacre.get_program()).args(nacre.get_args());
+        let ended = run(command, None);
+        assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+        let trace = fs::read_to_string(trace).expect("strace has written it");
+        assert_eq!(trace.lines().filter(|line| line.contains(&layer)).count(), 1, "{dockerfile}");
+    }
+}
+
+#[test]
 fn triggers_of_a_base_run_although_the_file_runs_nothing() {
     let base = Build::new().dockerfile("FROM busybox\nONBUILD RUN id -u > /triggered\n");
     let layout = base.path("base");

@@ -361,6 +361,8 @@ fn execute_once(
         std::fs::create_dir(&path).map_err(|source| RunError::Io { path: path.clone(), source })?;
         Ok(path)
     };
+    // Before anybody asks for the layers' entries alone: what unpacks a layer gives these, too.
+    let stacked = if copies { Vec::new() } else { lowers(workspace, &parent)? };
     let flat = workspace.flatten(&parent)?;
     let (upper, work) = (directory("upper")?, directory("work")?);
     set_mode(&upper, 0o755)?;
@@ -371,7 +373,7 @@ fn execute_once(
         copied = copy_snapshot(workspace, &flat, &dir)?;
         Rootfs::Plain { dir }
     } else {
-        Rootfs::Overlay { lowers: lowers(workspace, &parent)?, upper: upper.clone(), work }
+        Rootfs::Overlay { lowers: stacked, upper: upper.clone(), work }
     };
 
     let read = |node: &Node| workspace.read_small(node);
@@ -506,7 +508,10 @@ fn lowers(workspace: &Workspace, snapshot: &Snapshot) -> Result<Vec<PathBuf>, Sn
         bottom = Some(as_layer(workspace, workspace.flatten(&below)?)?);
         layers.drain(..merged);
     }
-    let missing: Vec<&Layer> = layers.iter().filter(|layer| !workspace.has_tree_dir(layer)).collect();
+    let mut missing: Vec<&Layer> = layers.iter().filter(|layer| !workspace.has_tree_dir(layer)).collect();
+    // Whoever unpacks one layer of an image unpacks all of them.
+    let mut images = std::collections::HashSet::new();
+    missing.retain(|layer| layer.image().is_none_or(|(image, _)| images.insert(Arc::as_ptr(image))));
     if missing.len() > 1 {
         let workers = workspace.threads.clamp(1, missing.len());
         let next = std::sync::atomic::AtomicUsize::new(0);

@@ -1013,35 +1013,6 @@ impl Read for Shared {
     }
 }
 
-/// Digests what is read.
-struct Digesting<R> {
-    inner: R,
-    hasher: Sha256,
-    count: u64,
-}
-
-impl<R: BufRead> Read for Digesting<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let count = self.inner.fill_buf()?.read(buffer)?;
-        self.consume(count);
-        Ok(count)
-    }
-}
-
-impl<R: BufRead> BufRead for Digesting<R> {
-    fn fill_buf(&mut self) -> io::Result<&[u8]> {
-        self.inner.fill_buf()
-    }
-
-    fn consume(&mut self, count: usize) {
-        if let (1.., Ok(bytes)) = (count, self.inner.fill_buf()) {
-            self.hasher.update(&bytes[..count]);
-            self.count += count as u64;
-            self.inner.consume(count);
-        }
-    }
-}
-
 /// Gives files of a tar to the tree that is being written, and counts them.
 struct Writing {
     writer: TreeWriter,
@@ -1217,14 +1188,21 @@ fn read_layer(
         let mut shared = Shared(Arc::new(Mutex::new(received)));
         let unpacked = decompress(shared.clone()).map_err(failed).and_then(|plain| {
             let (plain, _) = ahead(scope, plain);
-            let mut plain = Digesting { inner: plain, hasher: Sha256::new(), count: 0 };
+            let take_in = |(hasher, count): &mut (Sha256, u64), bytes: &[u8]| {
+                hasher.update(bytes);
+                *count += bytes.len() as u64;
+            };
+            let (mut plain, digesting) = plain.watched(scope, (Sha256::new(), 0), take_in);
             let tree = read_tar(&mut plain, sink, &context.limits).map_err(|source| SourceError::Layer {
                 image: image.name.clone(),
                 digest: digest.clone(),
                 source,
             });
             // The end of a tar may be followed by padding that is part of the diff ID.
-            tree.and_then(|tree| copy_buffered(&mut plain, &mut io::sink()).map_err(failed).map(|_| (tree, plain)))
+            let tree = tree.and_then(|tree| copy_buffered(&mut plain, &mut io::sink()).map_err(failed).map(|_| tree));
+            drop(plain);
+            let (hasher, count) = digesting.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            tree.map(|tree| (tree, hasher, count))
         });
         // Bytes behind the compressed stream belong to the blob. When unpacking failed, reading on tells whether that is
         // because the blob is not the right one, which is the better message.
@@ -1244,7 +1222,7 @@ fn read_layer(
     }
     if !drained.map_err(failed)? {
         // It cannot be unpacked, and so much is left that its digest is not waited for.
-        return unpacked.map(|(tree, plain)| (tree, plain.count));
+        return unpacked.map(|(tree, _, count)| (tree, count));
     }
     let image_name = image.name.clone();
     if compressed.count != descriptor.size {
@@ -1255,15 +1233,15 @@ fn read_layer(
     if found != digest {
         return Err(SourceError::BlobMismatch { image: image_name, expected: digest, found });
     }
-    let (tree, plain) = unpacked?;
-    let found = format!("sha256:{}", hex(&plain.hasher.finalize()));
+    let (tree, hasher, count) = unpacked?;
+    let found = format!("sha256:{}", hex(&hasher.finalize()));
     if found != *diff_id {
         return Err(SourceError::DiffIdMismatch { image: image_name, digest, expected: diff_id.clone(), found });
     }
     if let Some(keep) = compressed.keep.take() {
         keep.commit(Some(&digest))?;
     }
-    Ok((tree, plain.count))
+    Ok((tree, count))
 }
 
 #[cfg(test)]

@@ -19,11 +19,12 @@ use sha2::digest::common::hazmat::SerializableState;
 use sha2::{Digest, Sha256};
 
 use super::layer::{Content, END, LayerError, Open, TarEntries, TarOptions};
+use super::member::{self, Members};
 use super::tar_stream::padding;
 use super::{ContentDigest, Kind, Node, Tree};
 
 /// Goes into the keys of the chunk cache. To be raised when a compressor's version changes the bytes.
-const CHUNK_FORMAT: &[u8] = b"nacre chunk 3\0";
+const CHUNK_FORMAT: &[u8] = b"nacre chunk 4\0";
 
 /// How a blob is compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -308,7 +309,7 @@ pub fn decompress<'a>(reader: impl Read + Send + 'a) -> io::Result<Box<dyn Read 
     let (gzip, zstd) = (head.starts_with(&[0x1f, 0x8b]), is_zstd(&head));
     let whole = BufReader::with_capacity(1 << 17, io::Cursor::new(head).chain(reader));
     Ok(match (gzip, zstd) {
-        (true, _) => Box::new(flate2::bufread::MultiGzDecoder::new(whole)),
+        (true, _) => Box::new(Members::new(Box::new(whole))),
         (_, true) => Box::new(zstd::stream::read::Decoder::with_buffer(whole)?),
         _ => Box::new(whole),
     })
@@ -875,14 +876,14 @@ impl Compressor {
     /// Writes to the beginning of `buffer`, which grows to hold the longest possible result; the length.
     fn compress(&mut self, plain: &[u8], buffer: &mut Vec<u8>) -> io::Result<usize> {
         let bound = match self {
-            Compressor::Gzip(compressor) => compressor.gzip_compress_bound(plain.len()),
+            Compressor::Gzip(compressor) => member::bound(compressor, plain.len()),
             Compressor::Zstd(_) => zstd::zstd_safe::compress_bound(plain.len()),
         };
         if buffer.len() < bound {
             buffer.resize(bound, 0);
         }
         match self {
-            Compressor::Gzip(compressor) => compressor.gzip_compress(plain, buffer).map_err(io::Error::other),
+            Compressor::Gzip(compressor) => member::write(compressor, plain, buffer),
             Compressor::Zstd(compressor) => compressor.compress_to_buffer(plain, buffer.as_mut_slice()),
         }
     }
@@ -1011,7 +1012,7 @@ mod tests {
     #[test]
     fn bytes_stay() {
         for (codec, expected) in [
-            (Codec::Gzip, "686a1946939a6969b49684bbe601eb325cf71d7929c41ad718a1aee5b9cbd919"),
+            (Codec::Gzip, "d0e714d91e62f4e7c1444829e5d28c6955bdd74c5cb47aeb26f2e5ea872a2841"),
             (Codec::Zstd, "b9c80629ba694ca217dfc5b14c3f137328946c5826a9cea631a548b5a6f74d5d"),
             (Codec::None, "a2f6a17bafc90dca629db4dea5bf261a41c5c20a870a9ed4112cc8665f5dae1a"),
         ] {

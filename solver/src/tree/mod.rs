@@ -11,6 +11,7 @@ pub mod glob;
 pub mod ignore;
 pub mod index;
 pub mod layer;
+mod member;
 pub mod stream;
 mod tar_stream;
 

@@ -51,6 +51,32 @@ pub fn ahead<'scope, R: Read + Send + 'scope>(
     (Ahead { filled, empty, current: Vec::new(), at: 0 }, thread)
 }
 
+impl Ahead {
+    /// Shows all bytes to `look`, in order and in a thread of its own, before they are read. What comes of it when all have been
+    /// read, or nobody reads any more.
+    pub fn watched<'scope, T: Send + 'scope>(
+        self,
+        scope: &'scope Scope<'scope, '_>,
+        mut state: T,
+        look: impl Fn(&mut T, &[u8]) + Send + 'scope,
+    ) -> (Ahead, ScopedJoinHandle<'scope, T>) {
+        let (send, filled) = mpsc::sync_channel(WAITING);
+        let Ahead { filled: before, empty, .. } = self;
+        let thread = scope.spawn(move || {
+            while let Ok(next) = before.recv() {
+                if let Ok(bytes) = &next {
+                    look(&mut state, bytes);
+                }
+                if send.send(next).is_err() {
+                    break;
+                }
+            }
+            state
+        });
+        (Ahead { filled, empty, current: Vec::new(), at: 0 }, thread)
+    }
+}
+
 impl Read for Ahead {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let count = self.fill_buf()?.read(buffer)?;
@@ -126,6 +152,30 @@ mod tests {
                 assert!(thread.join().unwrap().is_empty());
             });
         }
+    }
+
+    #[test]
+    fn who_watches_sees_all_bytes_and_failures_pass() {
+        for fails in [false, true] {
+            std::thread::scope(|scope| {
+                let (reader, _) = ahead(scope, Slow { left: BUFFER_BYTES * 3 + 10, fails });
+                let (mut reader, watcher) =
+                    reader.watched(scope, Vec::new(), |seen: &mut Vec<u8>, bytes: &[u8]| seen.extend(bytes));
+                let mut found = Vec::new();
+                assert_eq!(reader.read_to_end(&mut found).is_err(), fails);
+                drop(reader);
+                assert!(watcher.join().unwrap() == found && found.len() == BUFFER_BYTES * 3 + 10);
+            });
+        }
+        // Nobody reads to the end.
+        std::thread::scope(|scope| {
+            let (reader, thread) = ahead(scope, Slow { left: BUFFER_BYTES * 50, fails: false });
+            let (mut reader, watcher) = reader.watched(scope, 0, |count, bytes| *count += bytes.len());
+            reader.read_exact(&mut [0; 10]).unwrap();
+            drop(reader);
+            assert!(watcher.join().unwrap() < BUFFER_BYTES * 50);
+            assert!(thread.join().unwrap().left > 0);
+        });
     }
 
     #[test]
