@@ -231,6 +231,22 @@ impl Store {
         self.read_json(id, "blob-original.json")
     }
 
+    /// Has the store made this blob, or unpacked it, and does it hold this tar then? Whoever finds the blob's own digest right
+    /// need not digest the tar again.
+    pub fn knows_blob(&self, digest: &str, diff_id: &str) -> bool {
+        let Some(id) = self.layer_by_diff_id(diff_id) else { return false };
+        if self.original_blob(&id).is_some_and(|blob| blob.descriptor.digest == digest && blob.diff_id == diff_id) {
+            return true;
+        }
+        let files = self.layer_dir(&id).ok().and_then(|directory| fs::read_dir(directory).ok());
+        files.into_iter().flatten().flatten().any(|file| {
+            let name = file.file_name();
+            let name = name.to_str().filter(|name| name.starts_with("blob-") && name.ends_with(".json"));
+            let memo: Option<Memo> = name.and_then(|name| self.read_json(&id, name));
+            memo.is_some_and(|memo| memo.digest == digest && memo.diff_id == diff_id)
+        })
+    }
+
     fn read_json<T: serde::de::DeserializeOwned>(&self, id: &LayerId, name: &str) -> Option<T> {
         serde_json::from_slice(&fs::read(self.layer_dir(id).ok()?.join(name)).ok()?).ok()
     }
@@ -452,11 +468,14 @@ mod tests {
         store.set_blob_memo(&id, Codec::Gzip, Some(6), None, &info).unwrap();
         assert!(store.blob_memo(&id, Codec::Zstd, Some(6), None).is_none());
         assert_eq!(store.layer_by_diff_id(&diff_id), Some(id.clone()));
+        assert!(store.knows_blob(&info.digest, &diff_id));
+        assert!(!store.knows_blob("sha256:other", &diff_id) && !store.knows_blob(&info.digest, "sha256:other"));
         assert_eq!(store.blob_memo(&id, Codec::Gzip, Some(6), None), Some(info));
         let original =
             OriginalBlob { descriptor: Descriptor::default(), diff_id: diff_id.clone(), uncompressed_bytes: 3 };
         let pulled = store.put_pulled_layer(&tree(b"one"), &original).unwrap();
         assert!(pulled.0.starts_with("blob-"));
+        assert!(store.knows_blob(&original.descriptor.digest, &diff_id) && !store.knows_blob("sha256:other", &diff_id));
         assert_eq!(store.original_blob(&pulled), Some(original));
         assert_eq!(store.layer_by_diff_id(&diff_id), Some(pulled));
         assert_eq!(store.layer_by_content(&[1; 32]), None);
