@@ -28,7 +28,7 @@ use crate::store::{Store, StoreError};
 use crate::tree::blob::{BlobInfo, BlobOptions, ChunkCache, Codec, EarlyBlob, write_blob, write_early_blob};
 use crate::tree::layer::{LayerError, Open, TarOptions};
 use crate::tree::{ContentDigest, LayerId, Node, Origin, Tree};
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -279,8 +279,8 @@ pub struct Workspace {
     /// Layers cannot be stacked in the store, so that steps work on copies.
     pub(crate) copies: AtomicBool,
     cancel: Option<Cancel>,
-    /// Images that steps run on, by the digests of their manifests.
-    run_on: Mutex<HashSet<String>>,
+    /// Images that steps run on, by the digests of their manifests. Held by who unpacks one.
+    run_on: Mutex<HashMap<String, Arc<Mutex<()>>>>,
     layers: Mutex<HashMap<LayerId, Layer>>,
     /// What [`Workspace::flatten`] gave, the last used at the end.
     flats: Mutex<VecDeque<Arc<Tree>>>,
@@ -353,15 +353,17 @@ impl Workspace {
     /// Steps will run on this image, if they are not cached. Who reads its layers unpacks them then: to read them again for
     /// that would take longer.
     pub(crate) fn will_run_on(&self, image: &ResolvedImage) {
-        self.run_on.lock().unwrap_or_else(PoisonError::into_inner).insert(image.manifest_digest.clone());
+        let mut run_on = self.run_on.lock().unwrap_or_else(PoisonError::into_inner);
+        run_on.entry(image.manifest_digest.clone()).or_default();
     }
 
-    /// What to make of an image's layers when their entries are needed.
-    fn form(&self, image: &ResolvedImage) -> Form {
-        match self.run_on.lock().unwrap_or_else(PoisonError::into_inner).contains(&image.manifest_digest) {
-            true => Form::Tree,
-            false => Form::Index,
-        }
+    /// Makes sure that an image's layers are there in this form, or unpacked where steps will run on it; the id of one. Of
+    /// stages that want the same image, one unpacks it.
+    fn ensure_layer(&self, image: &ResolvedImage, at: usize, form: Form) -> Result<LayerId, SnapshotError> {
+        let run_on = self.run_on.lock().unwrap_or_else(PoisonError::into_inner).get(&image.manifest_digest).cloned();
+        let _turn = run_on.as_ref().map(|lock| lock.lock().unwrap_or_else(PoisonError::into_inner));
+        let form = if run_on.is_some() { Form::Tree } else { form };
+        Ok(source::ensure_layers(image, form, &self.sources)?.swap_remove(at))
     }
 
     /// The snapshot of a base image. Nothing is fetched yet.
@@ -433,7 +435,7 @@ impl Workspace {
             return Ok(located(tree));
         }
         let id = match &layer.0.made {
-            Made::Image(image, at) => source::ensure_layers(image, self.form(image), &self.sources)?.swap_remove(*at),
+            Made::Image(image, at) => self.ensure_layer(image, *at, Form::Index)?,
             Made::Step(_) => layer.0.id.clone(),
             Made::Elsewhere => return Err(SnapshotError::Gone(layer.0.id.0.to_string())),
         };
@@ -530,7 +532,7 @@ impl Workspace {
             Some(directory) => directory,
             None => match &layer.0.made {
                 Made::Image(image, at) => {
-                    let id = source::ensure_layers(image, Form::Tree, &self.sources)?.swap_remove(*at);
+                    let id = self.ensure_layer(image, *at, Form::Tree)?;
                     self.store.tree_dir(&id).ok_or_else(|| SnapshotError::Gone(id.0.to_string()))?
                 }
                 Made::Step(recipe) => self.make_tree(layer, recipe.as_ref())?,
