@@ -52,7 +52,7 @@ fn faults_are_survived() {
     let mut check = |name: &str, faults: usize, rule: Box<BoxedRule>| -> Proxy {
         let proxy = Proxy::start(&registry.host, rule);
         let (_directory, store) = store();
-        let context = context(&store, ClientOptions { data_timeout: Duration::from_millis(800), ..quick() });
+        let context = context(&store, ClientOptions { data_timeout: Duration::from_millis(1500), ..quick() });
         pull(&proxy.host, &context).unwrap_or_else(|error| panic!("{name}: {error}: {:?}", proxy.seen()));
         assert_whole(&store, name);
         for layer in &assembled.layers {
