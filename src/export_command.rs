@@ -153,18 +153,25 @@ pub(crate) fn compression(request: &BuildRequest) -> Option<snapshot::Compressio
 
 /// The first output that is an image, when it is an archive, which layers may go into before the image is there.
 pub(crate) fn planned_archive(request: &BuildRequest) -> Option<PlannedArchive> {
-    match &first_image(request)?.kind {
-        OutputKind::Oci { dest, tar: true } | OutputKind::Docker { dest, tar: true } => {
-            Some(PlannedArchive::new(destination(dest)))
-        }
+    first_image(request).and_then(archive_dest).map(PlannedArchive::new)
+}
+
+/// Where an image's archive goes, if the output is one.
+fn archive_dest(output: &Output) -> Option<Dest> {
+    match &output.kind {
+        OutputKind::Oci { dest, tar: true } | OutputKind::Docker { dest, tar: true } => Some(destination(dest)),
         _ => None,
     }
 }
 
+/// No file time is later than this.
+fn clamp_mtime(request: &BuildRequest, output: &Output) -> Option<i64> {
+    request.source_date_epoch.filter(|_| output.rewrite_timestamp)
+}
+
 fn compression_of(request: &BuildRequest, output: &Output) -> snapshot::Compression {
     let (codec, level) = codec(output.compression);
-    let clamp_mtime = if output.rewrite_timestamp { request.source_date_epoch } else { None };
-    snapshot::Compression { codec, level, clamp_mtime, force: output.force_compression }
+    snapshot::Compression { codec, level, clamp_mtime: clamp_mtime(request, output), force: output.force_compression }
 }
 
 fn write(
@@ -174,7 +181,7 @@ fn write(
     (output, planned): (&Output, Option<&PlannedArchive>),
     live: &Live<'_>,
 ) -> Result<(), CommandError> {
-    let clamp_mtime = if output.rewrite_timestamp { request.source_date_epoch } else { None };
+    let clamp_mtime = clamp_mtime(request, output);
     if output.rewrite_timestamp && clamp_mtime.is_none() {
         let help = Some("set SOURCE_DATE_EPOCH".to_owned());
         return Err(failure(Exit::Usage, "rewrite-timestamp needs to know the time to write", help));
@@ -295,12 +302,10 @@ fn write_image(
     let targets = output.push.map(|how| targets(&names, how)).transpose()?.unwrap_or_default();
     let mut ahead = BTreeMap::new();
     let mut images = Vec::new();
-    let archive = match &output.kind {
-        OutputKind::Oci { dest, tar: true } | OutputKind::Docker { dest, tar: true } if built.len() == 1 => {
-            let begun = planned.map_or_else(|| Archive::begin(&destination(dest)), PlannedArchive::take);
-            begun.map_err(export_error)?
-        }
-        _ => None,
+    let archive = match (archive_dest(output).filter(|_| built.len() == 1), planned) {
+        (None, _) => None,
+        (Some(_), Some(planned)) => planned.take().map_err(export_error)?,
+        (Some(dest), None) => Archive::begin(&dest).map_err(export_error)?,
     };
     for one in built.iter() {
         let made = one.snapshot().layers();

@@ -294,11 +294,11 @@ impl Context {
     }
 
     /// Opens a file that the walk saw, to be read once and whole. `keys` takes what it holds of that kind.
-    pub(crate) fn open_unread(&self, path: &Path, keys: &FoundKeys) -> io::Result<UnreadFile> {
+    pub(crate) fn open_unread(&self, path: &Arc<Path>, keys: &FoundKeys) -> io::Result<UnreadFile> {
         let relative = self.relative(path).ok_or(io::ErrorKind::NotFound)?;
         let stamp = self.stamp(relative, &mut 0).ok_or(io::ErrorKind::NotFound)?;
         let file = File::from(open_below(self.fd.as_fd(), relative, READ_FILE)?);
-        Ok(UnreadFile { file, path: path.to_owned(), stamp, left: stamp.size, keys: Arc::clone(keys) })
+        Ok(UnreadFile { file, path: path.clone(), stamp, left: stamp.size, keys: Arc::clone(keys) })
     }
 
     /// The stamp that the walk saw. `near` is where the one before was found.
@@ -414,15 +414,15 @@ fn read_content(path: &Path, contexts: &[&Context]) -> io::Result<Record> {
     Err(io::Error::new(io::ErrorKind::ResourceBusy, "the file changes while it is read"))
 }
 
-/// Keys in files that were read, each with the file's path.
-pub(crate) type FoundKeys = Arc<Mutex<Vec<(PathBuf, KeyKind)>>>;
+/// Keys in files that were read, by the files' paths.
+pub(crate) type FoundKeys = Arc<Mutex<BTreeMap<ByBytes, KeyKind>>>;
 
 /// A file of a context that is read for the first time. With its last byte it is made sure that all of them are of one moment:
 /// the file is what it was when the context was walked. Else, or if it has what no walk sees (capabilities), reading fails.
 #[derive(Debug)]
 pub(crate) struct UnreadFile {
     file: File,
-    path: PathBuf,
+    path: Arc<Path>,
     stamp: Stamp,
     left: u64,
     keys: FoundKeys,
@@ -438,7 +438,7 @@ impl Read for UnreadFile {
         if self.left == self.stamp.size
             && let Some(key) = key_patterns::find(&buffer[..read])
         {
-            self.keys.lock().unwrap_or_else(PoisonError::into_inner).push((self.path.clone(), key));
+            self.keys.lock().unwrap_or_else(PoisonError::into_inner).insert(ByBytes(self.path.clone()), key);
         }
         self.left -= read as u64;
         if self.left == 0 && !self.is_as_walked()? {
@@ -602,7 +602,7 @@ pub struct DigestCache {
 
 /// A path in the order of its bytes, which is not that of its components.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct ByBytes(Arc<Path>);
+pub(crate) struct ByBytes(Arc<Path>);
 
 impl std::borrow::Borrow<[u8]> for ByBytes {
     fn borrow(&self) -> &[u8] {
@@ -758,8 +758,7 @@ impl DigestCache {
         keys: &FoundKeys,
         started: SystemTime,
     ) {
-        let keys: BTreeMap<PathBuf, KeyKind> =
-            keys.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect();
+        let keys = keys.lock().unwrap_or_else(PoisonError::into_inner);
         let (mut near, day) = (0, today());
         for node in nodes {
             let (Origin::File(path), Kind::File { digest: Some(digest), .. }) = (&node.origin, &node.entry.kind) else {
@@ -767,7 +766,7 @@ impl DigestCache {
             };
             let stamp = context.relative(path).and_then(|relative| context.stamp(relative, &mut near));
             let Some(stamp) = stamp else { continue };
-            let key = keys.get(&**path).copied();
+            let key = keys.get(path.as_os_str().as_bytes()).copied();
             let record = Record { stamp, digest: *digest, capability: Box::default(), day, key };
             let keep = is_settled(&stamp, started);
             let kept = self.learn(Learned { path: path.clone(), record, keep });
@@ -1051,7 +1050,7 @@ mod tests {
         let keys = FoundKeys::default();
         let read = |name: &str| {
             let mut content = Vec::new();
-            let mut file = context.open_unread(&context.root().join(name), &keys)?;
+            let mut file = context.open_unread(&context.root().join(name).into(), &keys)?;
             file.read_to_end(&mut content).map(|_| content)
         };
         assert_eq!(read("d/same").unwrap(), b"same");

@@ -298,8 +298,7 @@ fn file_in_layers(archive: &Path, name: &str) -> Option<Vec<u8>> {
     for blob in outer.entries().expect("an archive") {
         let mut bytes = Vec::new();
         blob.expect("an archive").read_to_end(&mut bytes).expect("an archive");
-        for entry in tar::Archive::new(bytes.as_slice()).entries().expect("memory").map_while(Result::ok) {
-            let mut entry = entry;
+        for mut entry in tar::Archive::new(bytes.as_slice()).entries().expect("memory").map_while(Result::ok) {
             if entry.path_bytes().as_ref() == name.as_bytes() {
                 let mut content = Vec::new();
                 entry.read_to_end(&mut content).expect("a layer");

@@ -92,7 +92,16 @@ impl Build {
         command.arg("build").arg("--store").arg(self.store()).arg("--progress=plain");
         command.arg(format!("--build-context=busybox=oci-layout://{}:latest", busybox_base().display()));
         command.args(&self.flags).arg(&self.context).envs(self.env.iter().cloned());
-        const PROXIES: [&str; 4] = ["http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"];
+        const PROXIES: [&str; 8] = [
+            "http_proxy",
+            "HTTP_PROXY",
+            "https_proxy",
+            "HTTPS_PROXY",
+            "all_proxy",
+            "ALL_PROXY",
+            "no_proxy",
+            "NO_PROXY",
+        ];
         for name in ["NACRE_STORE", "SOURCE_DATE_EPOCH", "BUILDKIT_PROGRESS"].iter().chain(&PROXIES) {
             if !self.env.iter().any(|(other, _)| other == *name) {
                 command.env_remove(name);

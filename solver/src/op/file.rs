@@ -308,11 +308,10 @@ impl Recipe {
         }
         // Without content, or another name of a file that was read.
         let without = |node: &Node| matches!(node.entry.kind, Kind::File { digest: None, .. });
-        let before: Vec<Entry> =
-            tree.nodes().iter().filter(|node| without(node)).map(|node| node.entry.clone()).collect();
-        let at: Vec<usize> = (0..tree.nodes().len()).filter(|&at| without(&tree.nodes()[at])).collect();
+        let left = tree.nodes().iter().enumerate().filter(|(_, node)| without(node));
+        let left: Vec<(usize, Entry)> = left.map(|(at, node)| (at, node.entry.clone())).collect();
         self.digest(tree)?;
-        Ok(at.into_iter().zip(before).all(|(at, mut before)| {
+        Ok(left.into_iter().all(|(at, mut before)| {
             let now = &tree.nodes()[at].entry;
             if let (Kind::File { digest, .. }, Kind::File { digest: found, .. }) = (&mut before.kind, &now.kind) {
                 *digest = *found;

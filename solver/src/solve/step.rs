@@ -229,18 +229,16 @@ impl Build<'_> {
             self.span(id, Phase::Run, None, working, 0);
             let (storing, bytes) = (Instant::now(), file_bytes(&tree));
             // The blob is brought to disk meanwhile.
-            let (content, layer_id, early) = std::thread::scope(|scope| {
-                let kept = |early: Early| Ok((self.workspace.keep_blob(early.blob, &tree)?, early.place));
-                let kept = early.map(|early| scope.spawn(move || kept(early)));
+            let (blob, place) = early.map(|early| (early.blob, early.place)).unzip();
+            let (content, layer_id, blob) = std::thread::scope(|scope| {
+                let blob = blob.map(|blob| scope.spawn(|| self.workspace.keep_blob(blob, &tree)));
                 let (content, id) = (index::content_key(&tree), self.workspace.store.put_layer(tree.clone()));
-                let kept: Option<Result<_, SnapshotError>> =
-                    kept.map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)));
-                (content, id, kept.transpose())
+                (content, id, blob.map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic))))
             });
             let layer = self.workspace.layer(layer_id?, Made::Step(Some(recipe)), Some(tree));
-            if let Some((blob, place)) = early? {
+            if let Some(blob) = blob.transpose()? {
                 let blob = self.workspace.adopt_blob(&layer, blob)?;
-                if let Some(place) = place {
+                if let Some(place) = place.flatten() {
                     place.end(&blob.descriptor, &self.workspace.store);
                 }
             }

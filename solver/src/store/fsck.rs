@@ -320,7 +320,7 @@ fn layer_index(id: &str, bytes: &[u8]) -> Result<Tree, String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Store, temporary};
+    use super::super::{Store, exclusive, temporary};
     use super::*;
     use crate::image::{Annotations, Media, assemble};
     use crate::tree::{Entry, Kind, LayerId, Node, Origin};
@@ -353,14 +353,7 @@ mod tests {
     }
 
     fn check(root: &Path, repair: bool) -> Checked {
-        // A program that another test starts at this moment has all files open until it is executed.
-        let left = std::sync::atomic::AtomicU32::new(600);
-        let wait = || {
-            std::thread::sleep(std::time::Duration::from_millis(100));
-            left.fetch_sub(1, std::sync::atomic::Ordering::Relaxed) > 1
-        };
-        let store = ExclusiveStore::open(root, &wait).unwrap().expect("nobody else has it");
-        store.check(repair, &|| false).unwrap()
+        exclusive(root).check(repair, &|| false).unwrap()
     }
 
     #[test]

@@ -442,6 +442,18 @@ pub(crate) fn temporary() -> (tempfile::TempDir, Store) {
     (directory, store)
 }
 
+/// The store in this directory, for a test that nobody shares it with. A program that another test starts at this moment has
+/// all files open until it is executed: this is waited for.
+#[cfg(test)]
+pub(crate) fn exclusive(root: &Path) -> prune::ExclusiveStore {
+    let left = std::sync::atomic::AtomicU32::new(600);
+    let wait = || {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        left.fetch_sub(1, std::sync::atomic::Ordering::Relaxed) > 1
+    };
+    prune::ExclusiveStore::open(root, &wait).unwrap().expect("nobody else has it")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -580,14 +580,8 @@ mod tests {
         file.set_modified(SystemTime::now() - Duration::from_secs(age)).unwrap();
     }
 
-    /// A program that another test starts at this moment has all files open until it is executed.
     fn exclusive(directory: &Path) -> ExclusiveStore {
-        let left = std::sync::atomic::AtomicU32::new(600);
-        let wait = || {
-            std::thread::sleep(Duration::from_millis(100));
-            left.fetch_sub(1, std::sync::atomic::Ordering::Relaxed) > 1
-        };
-        ExclusiveStore::open(&directory.join("store"), &wait).unwrap().unwrap()
+        super::super::exclusive(&directory.join("store"))
     }
 
     #[test]

@@ -161,8 +161,7 @@ pub fn write_blob(
     let seed = cache.map(|_| method.key_hasher());
     let plan = plan(&entries, options.codec, seed.as_ref());
     let known = cache.map(|cache| beginning(cache, &plan.chunks)).unwrap_or_default();
-    let work = Work { entries: &entries, plan: &plan, known, method, cache, open, learned: None };
-    work.carry_out(options.threads, out)
+    Pipeline::new(&entries, &plan, method, cache, open, options.threads).carry_out(&known, out)
 }
 
 /// A blob whose files had not been read before.
@@ -211,93 +210,13 @@ pub fn write_early_blob(
     let method = Method::of(options)?;
     let entries = TarEntries::new(tree, &options.tar)?;
     let plan = plan(&entries, options.codec, None);
-    let (keep, learned) = (Keep::default(), Mutex::default());
-    let work = Work {
-        entries: &entries,
-        plan: &plan,
-        known: Vec::new(),
-        method,
-        cache: Some(&keep),
-        open,
-        learned: Some(&learned),
-    };
-    let info = work.carry_out(options.threads, out)?;
-    let chunks = keep.0.into_inner().unwrap_or_else(PoisonError::into_inner);
-    Ok(EarlyBlob { info, digests: learned.into_inner().unwrap_or_else(PoisonError::into_inner), chunks })
-}
-
-/// A blob to be written.
-struct Work<'a> {
-    entries: &'a TarEntries<'a>,
-    plan: &'a Plan,
-    /// What is known of the first chunks.
-    known: Vec<ChunkRecord>,
-    method: Method,
-    cache: Option<&'a dyn ChunkCache>,
-    open: &'a Open<'a>,
-    /// Takes the digests of files that have none. Keys of chunks are not made then.
-    learned: Option<&'a Mutex<Vec<(usize, ContentDigest)>>>,
-}
-
-impl Work<'_> {
-    fn carry_out(self, threads: usize, out: &mut dyn Write) -> Result<BlobInfo, LayerError> {
-        let Self { entries, plan, known, method, cache, open, learned } = self;
-        let (mut plain, mut blob) = (Sha256::new(), Sha256::new());
-        let mut size_bytes = 0;
-        if let (Some(last), Some(cache)) = (known.last(), cache) {
-            (plain, blob) = (restore(&last.plain_state)?, restore(&last.blob_state)?);
-            let mut buffer = Vec::new();
-            for record in &known {
-                let chunk = record.entries.as_ref().and_then(|key| cache.get(key, &mut buffer));
-                let chunk = chunk.filter(|chunk| chunk.digest == record.digest).ok_or(LayerError::Remembered)?;
-                out.write_all(&buffer[..chunk.length]).map_err(|source| LayerError::Write { source })?;
-                size_bytes += chunk.length as u64;
-                cache.put(record);
-            }
-        }
-        let threads = threads.max(1);
-        let pipeline = Pipeline {
-            entries,
-            chunks: &plan.chunks,
-            method,
-            cache,
-            open,
-            learned,
-            in_flight: 2 * threads + 1,
-            state: Mutex::new(State {
-                next: known.len(),
-                hashed: known.len(),
-                written: known.len(),
-                ..State::default()
-            }),
-            changed: Condvar::new(),
-        };
-        std::thread::scope(|scope| {
-            let diff_id = scope.spawn(|| {
-                let _guard = Guard(&pipeline);
-                pipeline.hash(plain)
-            });
-            for _ in 0..threads {
-                scope.spawn(|| {
-                    let _guard = Guard(&pipeline);
-                    pipeline.work();
-                });
-            }
-            let written = {
-                let _guard = Guard(&pipeline);
-                pipeline.write(&mut blob, &mut size_bytes, out)
-            };
-            let diff_id = diff_id.join().map_err(|_| worker_lost())?;
-            written?;
-            Ok(BlobInfo {
-                diff_id: sha256_name(&diff_id.finalize()),
-                digest: sha256_name(&blob.finalize()),
-                size_bytes,
-                uncompressed_bytes: plan.bytes,
-                media_type: method.codec.media_type(),
-            })
-        })
-    }
+    let keep = Keep::default();
+    let pipeline =
+        Pipeline { early: true, ..Pipeline::new(&entries, &plan, method, Some(&keep), open, options.threads) };
+    let info = pipeline.carry_out(&[], out)?;
+    let digests = std::mem::take(&mut pipeline.lock().learned);
+    let chunks = std::mem::take(&mut *keep.0.lock().unwrap_or_else(PoisonError::into_inner));
+    Ok(EarlyBlob { info, digests, chunks })
 }
 
 /// The plain tar of a blob: gzip (all members), zstd (all frames) or plain, told by the first bytes.
@@ -483,14 +402,13 @@ fn ends_chunk(path: &[u8], entry_bytes: u64, mean_rest: u64) -> bool {
 /// Chunks on their way: read and compressed by any thread, hashed and written in order.
 struct Pipeline<'a> {
     entries: &'a TarEntries<'a>,
-    chunks: &'a [Chunk],
+    plan: &'a Plan,
     method: Method,
     cache: Option<&'a dyn ChunkCache>,
     open: &'a Open<'a>,
-    /// See [`Work::learned`].
-    learned: Option<&'a Mutex<Vec<(usize, ContentDigest)>>>,
-    /// How many chunks there are at once, at most.
-    in_flight: usize,
+    threads: usize,
+    /// Digests are not known yet, so that chunks have no keys, and there is no cache to ask.
+    early: bool,
     state: Mutex<State<'a>>,
     changed: Condvar,
 }
@@ -507,6 +425,8 @@ struct State<'a> {
     /// Memory of chunks that are done, for those to come: fresh memory costs as much as reading a file into it.
     plain_buffers: Vec<Vec<u8>>,
     compressed_buffers: Vec<Vec<u8>>,
+    /// Digests of files that had none, by their numbers.
+    learned: Vec<(usize, ContentDigest)>,
     failed: Option<LayerError>,
     ended: bool,
 }
@@ -544,6 +464,64 @@ impl Drop for Guard<'_, '_> {
 }
 
 impl<'a> Pipeline<'a> {
+    fn new(
+        entries: &'a TarEntries<'a>,
+        plan: &'a Plan,
+        method: Method,
+        cache: Option<&'a dyn ChunkCache>,
+        open: &'a Open<'a>,
+        threads: usize,
+    ) -> Self {
+        let (state, changed) = (Mutex::default(), Condvar::new());
+        Self { entries, plan, method, cache, open, threads: threads.max(1), early: false, state, changed }
+    }
+
+    /// Writes the blob. `known` is what is known of the first chunks.
+    fn carry_out(&self, known: &[ChunkRecord], out: &mut dyn Write) -> Result<BlobInfo, LayerError> {
+        let (mut plain, mut blob) = (Sha256::new(), Sha256::new());
+        let mut size_bytes = 0;
+        if let (Some(last), Some(cache)) = (known.last(), self.cache) {
+            (plain, blob) = (restore(&last.plain_state)?, restore(&last.blob_state)?);
+            let mut buffer = Vec::new();
+            for record in known {
+                let chunk = record.entries.as_ref().and_then(|key| cache.get(key, &mut buffer));
+                let chunk = chunk.filter(|chunk| chunk.digest == record.digest).ok_or(LayerError::Remembered)?;
+                out.write_all(&buffer[..chunk.length]).map_err(|source| LayerError::Write { source })?;
+                size_bytes += chunk.length as u64;
+                cache.put(record);
+            }
+        }
+        {
+            let mut state = self.lock();
+            (state.next, state.hashed, state.written) = (known.len(), known.len(), known.len());
+        }
+        std::thread::scope(|scope| {
+            let diff_id = scope.spawn(|| {
+                let _guard = Guard(self);
+                self.hash(plain)
+            });
+            for _ in 0..self.threads {
+                scope.spawn(|| {
+                    let _guard = Guard(self);
+                    self.work();
+                });
+            }
+            let written = {
+                let _guard = Guard(self);
+                self.write(&mut blob, &mut size_bytes, out)
+            };
+            let diff_id = diff_id.join().map_err(|_| worker_lost())?;
+            written?;
+            Ok(BlobInfo {
+                diff_id: sha256_name(&diff_id.finalize()),
+                digest: sha256_name(&blob.finalize()),
+                size_bytes,
+                uncompressed_bytes: self.plan.bytes,
+                media_type: self.method.codec.media_type(),
+            })
+        })
+    }
+
     fn lock(&self) -> MutexGuard<'_, State<'a>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -583,10 +561,10 @@ impl<'a> Pipeline<'a> {
         loop {
             let next = self.wait(|state| {
                 let at = state.next;
-                if at >= self.chunks.len() {
+                if at >= self.plan.chunks.len() {
                     return Some(None);
                 }
-                if at - state.hashed.min(state.written) >= self.in_flight {
+                if at - state.hashed.min(state.written) > 2 * self.threads {
                     return None;
                 }
                 state.next += 1;
@@ -607,7 +585,7 @@ impl<'a> Pipeline<'a> {
         mut buffer: Vec<u8>,
         compressors: &mut Compressors,
     ) -> Result<(), LayerError> {
-        let chunk = &self.chunks[at];
+        let chunk = &self.plan.chunks[at];
         if !self.fill(at, &mut plain)? {
             return Ok(());
         }
@@ -616,7 +594,7 @@ impl<'a> Pipeline<'a> {
         let compressed = if self.method.codec == Codec::None {
             Compressed { bytes: Bytes::Plain(plain), digest: [0; 32], key: None }
         } else {
-            let by_bytes = chunk.has_part || chunk.key.is_none() && self.learned.is_none();
+            let by_bytes = chunk.has_part || chunk.key.is_none() && !self.early;
             let key = (self.cache.is_some() && by_bytes).then(|| self.method.bytes_key(&plain));
             let mut get = |key: Option<&[u8; 32]>| self.cache?.get(key?, &mut buffer);
             let (length, digest) = match get(chunk.key.as_ref()).or_else(|| get(key.as_ref())) {
@@ -640,9 +618,9 @@ impl<'a> Pipeline<'a> {
 
     /// Puts the tar of a chunk into `plain`; false when others have failed meanwhile.
     fn fill(&self, at: usize, plain: &mut Vec<u8>) -> Result<bool, LayerError> {
-        let chunk = &self.chunks[at];
+        let chunk = &self.plan.chunks[at];
         let (end_node, end_offset) =
-            self.chunks.get(at + 1).map_or((self.entries.nodes().len(), 0), |next| (next.node, next.offset));
+            self.plan.chunks.get(at + 1).map_or((self.entries.nodes().len(), 0), |next| (next.node, next.offset));
         // What is left of another chunk is overwritten.
         plain.resize(chunk.bytes, 0);
         let mut rest = plain.as_mut_slice();
@@ -650,7 +628,6 @@ impl<'a> Pipeline<'a> {
         let mut node = chunk.node;
         let mut offset = chunk.offset;
         let mut carried = None;
-        let mut learned = Vec::new();
         if offset > 0 {
             let Some(content) = self.wait(|state| state.carried.remove(&at)) else { return Ok(false) };
             carried = Some(content);
@@ -669,22 +646,16 @@ impl<'a> Pipeline<'a> {
             content.read(take(&mut rest, (to - offset) as usize))?;
             if node == end_node {
                 self.tell(|state| state.carried.insert(at + 1, content));
-                self.learn(&mut learned);
                 return Ok(true);
             }
-            learned.extend(content.finish()?.map(|digest| (node, digest)));
+            if let Some(digest) = content.finish()? {
+                self.lock().learned.push((node, digest));
+            }
             take(&mut rest, padding(size)).fill(0);
             (node, offset) = (node + 1, 0);
         }
         rest.fill(0);
-        self.learn(&mut learned);
         Ok(true)
-    }
-
-    fn learn(&self, digests: &mut Vec<(usize, ContentDigest)>) {
-        if let Some(learned) = self.learned {
-            learned.lock().unwrap_or_else(PoisonError::into_inner).append(digests);
-        }
     }
 
     /// Keeps the memory when nobody else has the chunk any more.
@@ -697,7 +668,7 @@ impl<'a> Pipeline<'a> {
     /// The diff ID.
     fn hash(&self, mut sha: Sha256) -> Sha256 {
         let first = self.lock().hashed;
-        for at in first..self.chunks.len() {
+        for at in first..self.plan.chunks.len() {
             let Some(plain) = self.wait(|state| state.slots.get_mut(&at)?.plain.take()) else { break };
             sha.update(plain.as_slice());
             self.give_back(plain);
@@ -712,7 +683,7 @@ impl<'a> Pipeline<'a> {
 
     fn write(&self, sha: &mut Sha256, size_bytes: &mut u64, out: &mut dyn Write) -> Result<(), LayerError> {
         let first = self.lock().written;
-        for (at, chunk) in self.chunks.iter().enumerate().skip(first) {
+        for (at, chunk) in self.plan.chunks.iter().enumerate().skip(first) {
             let ready = self.wait(|state| {
                 let slot = state.slots.get(&at)?;
                 // The state is for the cache; what has been hashed is soon done.

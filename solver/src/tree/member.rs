@@ -50,7 +50,9 @@ type Input<'a> = Box<dyn BufRead + Send + 'a>;
 
 /// Reads gzip: members that say how long they are in one go, from the first other one on as a stream.
 pub(super) struct Members<'a> {
-    state: State<'a>,
+    /// `None`: what is left is read by `stream`.
+    input: Option<Input<'a>>,
+    stream: Option<MultiGzDecoder<Input<'a>>>,
     /// `None`: there is no memory for it.
     gunzip: Option<Gunzip>,
     member: Vec<u8>,
@@ -59,22 +61,20 @@ pub(super) struct Members<'a> {
     ready: Range<usize>,
 }
 
-enum State<'a> {
-    Members(Input<'a>),
-    Stream(Box<MultiGzDecoder<Input<'a>>>),
-    /// While one becomes the other.
-    Ended,
-}
-
 impl<'a> Members<'a> {
     pub(super) fn new(input: Input<'a>) -> Self {
-        Self { state: State::Members(input), gunzip: Gunzip::new(), member: Vec::new(), plain: Vec::new(), ready: 0..0 }
+        let gunzip = Gunzip::new();
+        let (input, stream) = match gunzip {
+            Some(_) => (Some(input), None),
+            None => (None, Some(MultiGzDecoder::new(input))),
+        };
+        Self { input, stream, gunzip, member: Vec::new(), plain: Vec::new(), ready: 0..0 }
     }
 
     /// Gets the next member's plain bytes; false when there is none that can be had in one go. Then `member` holds what was
     /// taken out of the input.
     fn next_member(&mut self) -> io::Result<bool> {
-        let (State::Members(input), Some(gunzip)) = (&mut self.state, &mut self.gunzip) else { return Ok(false) };
+        let (Some(input), Some(gunzip)) = (&mut self.input, &mut self.gunzip) else { return Ok(false) };
         self.member.clear();
         input.by_ref().take(HEADER_BYTES as u64).read_to_end(&mut self.member)?;
         let length = self.member.strip_prefix(&BEGIN).and_then(|length| <[u8; 4]>::try_from(length).ok());
@@ -100,10 +100,10 @@ impl<'a> Members<'a> {
     }
 }
 
-impl Read for Members<'_> {
+impl<'a> Read for Members<'a> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
-            if let State::Stream(stream) = &mut self.state {
+            if let Some(stream) = &mut self.stream {
                 return stream.read(buffer);
             }
             let ready = &self.plain[self.ready.clone()];
@@ -116,14 +116,11 @@ impl Read for Members<'_> {
             if self.next_member()? {
                 continue;
             }
-            match std::mem::replace(&mut self.state, State::Ended) {
-                State::Members(_) if self.member.is_empty() => return Ok(0),
-                State::Members(rest) => {
-                    let taken = Cursor::new(std::mem::take(&mut self.member));
-                    self.state = State::Stream(Box::new(MultiGzDecoder::new(Box::new(taken.chain(rest)))));
-                }
-                State::Stream(_) | State::Ended => return Ok(0),
-            }
+            let Some(rest) = self.input.take() else { return Ok(0) };
+            let taken = Cursor::new(std::mem::take(&mut self.member));
+            // Where nothing was taken, the members have come to their end.
+            self.stream =
+                (!taken.get_ref().is_empty()).then(|| MultiGzDecoder::new(Box::new(taken.chain(rest)) as Input<'a>));
         }
     }
 }
@@ -160,7 +157,7 @@ mod tests {
         let mut buffer = [0; 1000];
         loop {
             match members.read(&mut buffer)? {
-                0 => return Ok((plain, !matches!(members.state, State::Stream(_)))),
+                0 => return Ok((plain, members.stream.is_none())),
                 count => plain.extend_from_slice(&buffer[..count]),
             }
         }
