@@ -9,7 +9,7 @@ use nacre_solver::context::{Context, DigestCache, IgnoreFile, digest_files};
 use nacre_solver::materialize::{Ownership, WriteOptions, write_tree};
 use nacre_solver::sandbox::idmap::{self, EnterRequest, Entered};
 use nacre_solver::sandbox::{self, Cancel, Net, Rootfs, RunSpec, SANDBOX_ARGUMENT};
-use nacre_solver::scan::{Everything, ScanOptions, Xattrs, scan};
+use nacre_solver::scan::{Detail, Everything, ScanOptions, scan};
 use nacre_solver::tree::blob::{BlobOptions, Codec, decompress, write_blob};
 use nacre_solver::tree::layer::{Limits, NoSink, TarOptions, read_tar, write_tar};
 use nacre_solver::tree::{Node, Origin, Tree, index};
@@ -36,7 +36,7 @@ fn main() {
     generate(&source);
     println!("{:44} {:>10}  for each", "", "least ms");
 
-    let options = ScanOptions { xattrs: Xattrs::None, filter: &Everything };
+    let options = ScanOptions { detail: Detail::Context, filter: &Everything };
     piece("scan: list and stat", FILES, "file", || drop(black_box(scan(&source, &options).expect("a scan"))));
 
     let context = Context::open(&source, IgnoreFile::None).expect("a context");
@@ -45,7 +45,7 @@ fn main() {
     piece("hash: read, BLAKE3", megabytes(), "MB", || {
         digested = Tree::clone(&files);
         let mut cache = DigestCache::open(&directory.path().join("none"));
-        digest_files(digested.nodes_mut(), &[&context], &mut cache).expect("digests");
+        digest_files(&mut digested, &context, &mut cache).expect("digests");
     });
     let tree = digested;
 
@@ -55,12 +55,12 @@ fn main() {
     piece("index: content key", FILES, "file", || {
         black_box(index::content_key(&tree));
     });
-    let other = Tree::from_nodes(tree.nodes().iter().step_by(10).cloned().collect());
+    let other = tree.iter().step_by(10).collect::<Tree>();
     piece("index: merge a layer of a tenth", FILES, "file", || drop(black_box(tree.apply(&other))));
 
     let open = |node: &Node| -> io::Result<Box<dyn Read + Send>> {
         match &node.origin {
-            Origin::File(path) => Ok(Box::new(File::open(&**path)?)),
+            Origin::File(file) => Ok(Box::new(File::open(file.whole())?)),
             _ => Ok(Box::new(io::empty())),
         }
     };

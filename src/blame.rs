@@ -176,12 +176,13 @@ fn missing_in(local: &LocalContext, path: &str) -> Option<String> {
         return Some(help);
     }
     let tree = local.tree().ok()?;
-    if let Some(Kind::Symlink { target }) = tree.get(path.as_bytes()).map(|node| &node.entry.kind) {
-        let target = String::from_utf8_lossy(target);
+    if let Some(Kind::Symlink { target }) = tree.get(path.as_bytes()).map(|node| node.entry.kind) {
+        let target = String::from_utf8_lossy(&target);
         return Some(format!("`{path}` is a link to `{target}`, which is ignored or not there"));
     }
-    let paths: Vec<&str> =
-        tree.nodes().iter().take(MANY_FILES).filter_map(|node| std::str::from_utf8(&node.entry.path).ok()).collect();
+    let paths: Vec<String> =
+        tree.iter().take(MANY_FILES).filter_map(|node| String::from_utf8(node.entry.path).ok()).collect();
+    let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
     match (similar(path, &paths), local.context()) {
         (Some(guess), _) => Some(format!("did you mean `{guess}`?")),
         (None, _) if paths.len() <= 1 => Some("the build context is empty".to_owned()),

@@ -211,8 +211,7 @@ fn files(workspace: &Workspace, built: &[Built], split: bool) -> Result<Arc<Tree
         }
         // Files of two platforms are never one inode.
         let before = groups;
-        for node in tree.nodes().iter().filter(|node| !split || !node.entry.path.is_empty()) {
-            let mut node = node.clone();
+        for mut node in tree.iter().filter(|node| !split || !node.entry.path.is_empty()) {
             node.entry.path = tree::join(&directory, &node.entry.path);
             if let Kind::File { link_group, .. } = &mut node.entry.kind
                 && *link_group > 0

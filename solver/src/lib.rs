@@ -2,6 +2,7 @@
 
 pub mod cache;
 pub mod context;
+mod digest_cache;
 pub mod export;
 pub mod image;
 pub mod key_patterns;

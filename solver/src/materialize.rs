@@ -217,7 +217,7 @@ impl TreeWriter {
             }
             // Directories made for it alone.
             let mut above = tree::parent(&path);
-            while !above.is_empty() && tree.subtree(above).is_empty() {
+            while !above.is_empty() && !tree.holds(above) {
                 let Ok(dir) = self.open_dir(tree::parent(above)) else { break };
                 let _ = unlinkat(&dir, name_of(above), AtFlags::REMOVEDIR);
                 above = tree::parent(above);
@@ -229,7 +229,8 @@ impl TreeWriter {
     /// Makes all directories, those without an entry of their own too, and returns their entries in tree order.
     fn make_directories(&self, tree: &Tree) -> Result<BTreeMap<Vec<u8>, Option<Entry>>, MaterializeError> {
         let mut directories: BTreeMap<Vec<u8>, Option<Entry>> = BTreeMap::new();
-        for node in tree.nodes() {
+        let mut cursor = tree.cursor();
+        while let Some(node) = cursor.next() {
             check_path(&node.entry.path)?;
             if node.entry.is_dir() {
                 directories.insert(node.entry.path.clone(), Some(node.entry.clone()));
@@ -254,41 +255,54 @@ impl TreeWriter {
         Ok(directories)
     }
 
-    /// Writes everything but directories: directories in parallel, hard links at the end.
+    /// Writes everything but directories: in parallel, hard links at the end.
     fn write_entries(&self, tree: &Tree, read: &ReadContent<'_>) -> Result<(), MaterializeError> {
-        let mut by_directory: BTreeMap<&[u8], Vec<&Node>> = BTreeMap::new();
-        let mut links: Vec<(&Node, &[u8])> = Vec::new();
+        // As many nodes are given to a thread at a time.
+        const PART: usize = 256;
         // Which member of a group has its content on disk, or will have it: one that was written if there is one.
-        let mut carriers: HashMap<u32, &[u8]> = HashMap::new();
-        let group_of = |node: &Node| match node.entry.kind {
-            Kind::File { link_group, .. } => link_group,
-            _ => 0,
-        };
-        for node in tree.nodes().iter().filter(|node| group_of(node) != 0) {
-            if self.written.contains_key(&node.entry.path) {
-                carriers.entry(group_of(node)).or_insert(&node.entry.path);
-            }
-        }
-        for node in tree.nodes().iter().filter(|node| !node.entry.is_dir()) {
-            if group_of(node) != 0 {
-                let carrier = *carriers.entry(group_of(node)).or_insert(&node.entry.path);
-                if carrier != node.entry.path {
-                    links.push((node, carrier));
-                    continue;
+        let mut carriers: HashMap<u32, Vec<u8>> = HashMap::new();
+        if tree.has_links() {
+            for written in [true, false] {
+                let mut cursor = tree.cursor();
+                while let Some(Node { entry, .. }) = cursor.next() {
+                    if entry.link_group() != 0 && (!written || self.written.contains_key(&entry.path)) {
+                        carriers.entry(entry.link_group()).or_insert_with(|| entry.path.clone());
+                    }
                 }
             }
-            by_directory.entry(tree::parent(&node.entry.path)).or_default().push(node);
         }
-        by_directory.par_iter().try_for_each(|(path, nodes)| {
-            let dir = self.open_dir(path)?;
-            nodes.iter().try_for_each(|node| self.write_node(dir.as_fd(), node, read))
-        })?;
-        for (node, carrier) in links {
-            let dir = self.open_dir(tree::parent(&node.entry.path))?;
+        let is_link = |entry: &Entry| carriers.get(&entry.link_group()).is_some_and(|carrier| *carrier != entry.path);
+        let part = |first: usize| -> Result<(), MaterializeError> {
+            let mut dir: Option<(Vec<u8>, OwnedFd)> = None;
+            let mut cursor = tree.cursor_at(first);
+            for _ in 0..PART {
+                let Some(node) = cursor.next() else { break };
+                if node.entry.is_dir() || is_link(&node.entry) {
+                    continue;
+                }
+                let above = tree::parent(&node.entry.path);
+                let fd = match &mut dir {
+                    Some((path, fd)) if path == above => fd,
+                    other => &mut other.insert((above.to_vec(), self.open_dir(above)?)).1,
+                };
+                self.write_node(fd.as_fd(), node, read)?;
+            }
+            Ok(())
+        };
+        (0..tree.len().div_ceil(PART)).into_par_iter().try_for_each(|number| part(number * PART))?;
+        if carriers.is_empty() {
+            return Ok(());
+        }
+        let mut cursor = tree.cursor();
+        while let Some(Node { entry, .. }) = cursor.next() {
+            let Some(carrier) = carriers.get(&entry.link_group()).filter(|carrier| **carrier != entry.path) else {
+                continue;
+            };
+            let dir = self.open_dir(tree::parent(&entry.path))?;
             let carrier_dir = self.open_dir(tree::parent(carrier))?;
-            self.clear(dir.as_fd(), &node.entry.path)?;
-            linkat(&carrier_dir, name_of(carrier), &dir, name_of(&node.entry.path), AtFlags::empty())
-                .map_err(|error| self.failed("link", &node.entry.path, error))?;
+            self.clear(dir.as_fd(), &entry.path)?;
+            linkat(&carrier_dir, name_of(carrier), &dir, name_of(&entry.path), AtFlags::empty())
+                .map_err(|error| self.failed("link", &entry.path, error))?;
         }
         Ok(())
     }
@@ -369,10 +383,10 @@ impl TreeWriter {
     fn copy_content(&self, node: &Node, file: &mut File, read: &ReadContent<'_>) -> io::Result<u64> {
         match &node.origin {
             Origin::Inline(bytes) => io::copy(&mut &bytes[..], file),
-            Origin::File(path) => {
+            Origin::File(source) => {
                 // NONBLOCK: somebody may have put a FIFO there.
                 let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-                let mut source = File::from(openat(CWD, &**path, flags, Mode::empty())?);
+                let mut source = File::from(openat(CWD, source.whole(), flags, Mode::empty())?);
                 let metadata = source.metadata()?;
                 if !metadata.is_file() {
                     return Err(Errno::INVAL.into());
@@ -641,7 +655,7 @@ fn empty_below(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::scan::{Everything, ScanOptions, Xattrs};
+    use crate::scan::{Detail, Everything, ScanOptions};
 
     fn entry(path: &str, kind: Kind, mode: u32) -> Entry {
         let (uid, gid) = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
@@ -669,10 +683,10 @@ mod tests {
     }
 
     fn content(root: &Path) -> Vec<(String, Entry)> {
-        let options = ScanOptions { xattrs: Xattrs::All, filter: &Everything };
+        let options = ScanOptions { detail: Detail::Full, filter: &Everything };
         let found = scan::scan(root, &options).unwrap();
-        let describe = |item: scan::Scanned| (text(&item.entry.path), item.entry);
-        found.into_iter().skip(1).map(describe).collect()
+        let describe = |node: Node| (text(&node.entry.path), node.entry);
+        found.iter().skip(1).map(describe).collect()
     }
 
     #[test]
@@ -729,8 +743,8 @@ mod tests {
         };
         let target = dir.path().join("tree");
         let tree = Tree::from_nodes(vec![
-            big("a", Origin::File(Arc::from(source.clone()))),
-            big("b", Origin::Layer(tree::LayerId("l".into()), Arc::from(&b"b"[..]))),
+            big("a", Origin::File(tree::OnDisk::at(&source))),
+            big("b", Origin::Layer(tree::LayerId("l".into()), b"b".to_vec())),
         ]);
         let read = |node: &Node| -> io::Result<Box<dyn Read>> {
             assert_eq!(node.entry.path, b"b");
@@ -744,8 +758,6 @@ mod tests {
         let error = write_tree(&tree, &read, &dir.path().join("other"), OPTIONS).unwrap_err();
         assert!(matches!(error, MaterializeError::Changed { found: 5, expected: 100_000, .. }));
     }
-
-    use std::sync::Arc;
 
     #[test]
     fn nothing_is_written_outside() {
@@ -804,11 +816,9 @@ mod tests {
             file("missing", "read later", 0),
         ]);
         let mut tree = tree;
-        for node in tree.nodes_mut() {
-            if node.entry.path != b"missing" {
-                node.origin = Origin::None;
-            }
-        }
+        tree.edit(|nodes| {
+            nodes.iter_mut().filter(|node| node.entry.path != b"missing").for_each(|node| node.origin = Origin::None);
+        });
         writer.finish(&tree, &no_content).unwrap();
         let names: Vec<_> = content(&target).into_iter().map(|(name, _)| name).collect();
         assert_eq!(names, ["a", "also", "b", "c", "linked", "missing", "was-file", "was-file/now"]);

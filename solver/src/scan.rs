@@ -1,4 +1,4 @@
-//! Walks a directory and returns what is in it as [`Entry`]s in tree order, with the raw numbers of each inode.
+//! Walks a directory and returns what is in it as a tree, with the raw numbers of each inode.
 //!
 //! The directory may belong to somebody else and may change while it is read: every name is looked up in an open
 //! directory and no symlink is followed, so nothing outside of the root is ever seen. The first levels are shared out
@@ -8,16 +8,18 @@
 //!
 //! Reading file contents is left to others.
 
-use crate::tree::{Attributes, Entry, Kind, join};
+use crate::tree::{Attributes, Entry, Inode, Kind, OnDisk, Origin, Tree, TreeBuilder, join};
 use rayon::prelude::*;
 use rustix::fs::{
     AtFlags, CWD, FileType, Mode, OFlags, RawDir, ResolveFlags, Statx, StatxFlags, openat, openat2, readlinkat, statx,
 };
 use rustix::io::Errno;
+use std::collections::HashMap;
 use std::ffi::{CStr, CString};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// How many directories of the path that a thread is in are open at once, where the process may have enough for all threads.
 const OPEN_DIRECTORIES: usize = 16;
@@ -25,13 +27,14 @@ const OPEN_DIRECTORIES: usize = 16;
 /// Size of an extended attribute the kernel allows (`XATTR_SIZE_MAX`), and of a list of names.
 const XATTR_LIMIT: usize = 65536;
 
-/// Which extended attributes to read.
+/// What to read of an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Xattrs {
-    /// None: one system call less for each entry.
-    None,
-    /// All that can be read. Needs `/proc`.
-    All,
+pub enum Detail {
+    /// What counts of a context: all belongs to root, files have their inodes without birth, and no extended attributes are read,
+    /// which is one system call less for each entry.
+    Context,
+    /// All that the disk has: owners, all extended attributes that can be read, and the inodes of all entries. Needs `/proc`.
+    Full,
 }
 
 /// What to do with an entry.
@@ -74,28 +77,10 @@ impl Filter for Everything {
 /// How to scan.
 #[derive(Debug, Clone, Copy)]
 pub struct ScanOptions<'a, F> {
-    /// Extended attributes.
-    pub xattrs: Xattrs,
+    /// What to read.
+    pub detail: Detail,
     /// Which entries.
     pub filter: &'a F,
-}
-
-/// An entry with the numbers of its inode. Owner, mode and all extended attributes that were asked for stand in `entry`
-/// as the disk has them; files have no digest and no link group.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Scanned {
-    /// The entry.
-    pub entry: Entry,
-    /// Device of the file system.
-    pub dev: u64,
-    /// Inode number.
-    pub ino: u64,
-    /// Change time: seconds and nanoseconds.
-    pub ctime: (i64, u32),
-    /// Number of names.
-    pub nlink: u32,
-    /// Birth: seconds and nanoseconds; 0 where the file system does not know.
-    pub born: (i64, u32),
 }
 
 /// Why a directory cannot be scanned.
@@ -212,33 +197,21 @@ struct Frame<S> {
     /// What is still to be visited, last first.
     pending: Vec<(CString, FileType)>,
     state: S,
-    /// Its own position in the result when it is to be removed unless something in it is returned.
-    provisional: Option<usize>,
+    /// To be returned as soon as something in it is.
+    provisional: Option<Scanned>,
 }
 
-/// Everything in `root`, root included (its path is empty), in tree order. Sockets are left out, and so is what
-/// disappears while the scan runs.
+/// Everything in `root`, root included (its path is empty). Files have no digest. Origins are below `root` and have inodes, as
+/// [`Detail`] says. Sockets are left out, and so is what disappears while the scan runs.
 ///
 /// Uses the threads of the global pool: what calls it there must hold no lock that other work of the pool may want.
-pub fn scan<F: Filter>(root: &Path, options: &ScanOptions<'_, F>) -> Result<Vec<Scanned>, ScanError> {
-    let pieces = scan_in_pieces(root, options)?;
-    let mut found = Vec::with_capacity(pieces.iter().map(Vec::len).sum());
-    found.extend(pieces.into_iter().flatten());
-    Ok(found)
-}
-
-/// As [`scan`], in the pieces that its threads have read, which follow each other in tree order: who takes one after the other
-/// need not have all in memory twice.
-pub(crate) fn scan_in_pieces<F: Filter>(
-    root: &Path,
-    options: &ScanOptions<'_, F>,
-) -> Result<Vec<Vec<Scanned>>, ScanError> {
-    let walk = Walk { root, options, open: open_directories() };
+pub fn scan<F: Filter>(root: &Path, options: &ScanOptions<'_, F>) -> Result<Tree, ScanError> {
+    let walk = Walk { root: Arc::from(root), options, open: open_directories() };
     // The root itself may be named through symlinks: it is the caller's choice.
     let fd = openat(CWD, root, LIST_DIRECTORY - OFlags::NOFOLLOW, Mode::empty()).map_err(walk.failed("open", b""))?;
     let stat = stat_fd(&fd).map_err(walk.failed("stat", b""))?;
-    let mut top = scanned(Vec::new(), &stat, Kind::Dir { opaque: false });
-    if options.xattrs == Xattrs::All {
+    let mut top = walk.scanned(Vec::new(), &stat, Kind::Dir { opaque: false });
+    if options.detail == Detail::Full {
         top.entry.xattrs = read_xattrs(Target::Open(fd.as_fd())).map_err(walk.failed("read attributes", b""))?;
     }
     let pending = list_reversed(fd.as_fd()).map_err(walk.failed("list", b""))?;
@@ -251,7 +224,63 @@ pub(crate) fn scan_in_pieces<F: Filter>(
         state: options.filter.root(),
         provisional: false,
     };
-    walk.shared(directory, SHARED_LEVELS)
+    let mut found = Found::default();
+    walk.shared(directory, SHARED_LEVELS, &mut found)?;
+    Ok(found.finish())
+}
+
+/// An entry, and what its inode tells.
+#[derive(Debug)]
+struct Scanned {
+    entry: Entry,
+    inode: Inode,
+    /// Number of names.
+    nlink: u32,
+}
+
+/// What has been found, in tree order.
+#[derive(Default)]
+struct Found {
+    nodes: TreeBuilder,
+    /// Files with several names: their numbers, devices and inodes.
+    linked: Vec<(usize, u64, u64)>,
+}
+
+impl Found {
+    fn append(&mut self, other: Found) {
+        let before = self.nodes.len();
+        self.linked.extend(other.linked.into_iter().map(|(number, dev, ino)| (before + number, dev, ino)));
+        self.nodes.append(other.nodes);
+    }
+
+    fn is_empty(&self) -> bool {
+        self.nodes.is_empty()
+    }
+
+    /// The tree. Entries that are names of one inode are grouped, counted from 1 in path order; a lone name has none.
+    fn finish(self) -> Tree {
+        let tree = self.nodes.finish();
+        let mut names: HashMap<(u64, u64), Vec<usize>> = HashMap::new();
+        for (number, dev, ino) in self.linked {
+            names.entry((dev, ino)).or_default().push(number);
+        }
+        let mut groups: Vec<Vec<usize>> = names.into_values().filter(|names| names.len() > 1).collect();
+        if groups.is_empty() {
+            return tree;
+        }
+        groups.sort_unstable();
+        let of_names =
+            groups.into_iter().zip(1..).flat_map(|(names, group)| names.into_iter().map(move |name| (name, group)));
+        let of_names: HashMap<usize, u32> = of_names.collect();
+        let mut number = 0;
+        tree.map(|node| {
+            if let (Some(group), Kind::File { link_group, .. }) = (of_names.get(&number), &mut node.entry.kind) {
+                *link_group = *group;
+            }
+            number += 1;
+            true
+        })
+    }
 }
 
 /// Levels below the root whose directories are shared out between threads.
@@ -284,7 +313,7 @@ enum Visited<S> {
 }
 
 struct Walk<'a, F> {
-    root: &'a Path,
+    root: Arc<Path>,
     options: &'a ScanOptions<'a, F>,
     /// At most as many directories of a thread's path are open.
     open: usize,
@@ -300,66 +329,87 @@ fn open_directories() -> usize {
 impl<F: Filter> Walk<'_, F> {
     fn at(&self, path: &[u8]) -> PathBuf {
         use std::os::unix::ffi::OsStrExt;
-        if path.is_empty() { self.root.to_owned() } else { self.root.join(std::ffi::OsStr::from_bytes(path)) }
+        if path.is_empty() { self.root.to_path_buf() } else { self.root.join(std::ffi::OsStr::from_bytes(path)) }
     }
 
     fn failed<'p>(&'p self, call: &'static str, path: &'p [u8]) -> impl FnOnce(Errno) -> ScanError + 'p {
         move |error| ScanError::Call { call, path: self.at(path), source: error.into() }
     }
 
-    /// A directory and all in it, in pieces, the first levels read by several threads.
-    fn shared(&self, directory: Directory<F::State>, levels: usize) -> Result<Vec<Vec<Scanned>>, ScanError> {
-        if levels == 0 {
-            return Ok(vec![self.below(directory)?]);
+    fn keep(&self, Scanned { entry, inode, nlink }: Scanned, found: &mut Found) {
+        let is_file = entry.is_file();
+        if is_file && nlink > 1 {
+            found.linked.push((found.nodes.len(), inode.dev, inode.ino));
         }
-        let Directory { found, fd, path, mut pending, state, provisional, .. } = directory;
+        let origin = match is_file || self.options.detail == Detail::Full {
+            true => {
+                let (directory, path) = (self.root.clone(), entry.path.clone());
+                Origin::File(OnDisk { directory, path, inode: Some(inode) })
+            }
+            false => Origin::None,
+        };
+        found.nodes.push(&entry, &origin);
+    }
+
+    /// A directory and all in it, the first levels read by several threads.
+    fn shared(&self, directory: Directory<F::State>, levels: usize, found: &mut Found) -> Result<(), ScanError> {
+        if levels == 0 {
+            return self.below(directory, found);
+        }
+        let Directory { found: own, fd, path, mut pending, state, provisional, .. } = directory;
         pending.reverse();
-        let read = |names: &[(CString, FileType)]| -> Result<Vec<Vec<Scanned>>, ScanError> {
-            let mut pieces = Vec::new();
-            let mut leaves = Vec::new();
+        let read = |names: &[(CString, FileType)], found: &mut Found| -> Result<(), ScanError> {
             for (name, file_type) in names {
                 match self.visit(fd.as_fd(), &path, name, *file_type, &state)? {
                     Visited::Nothing => {}
-                    Visited::Leaf(found) => leaves.push(found),
-                    Visited::Directory(directory) => {
-                        pieces.push(std::mem::take(&mut leaves));
-                        pieces.extend(self.shared(*directory, levels - 1)?);
-                    }
+                    Visited::Leaf(leaf) => self.keep(leaf, found),
+                    Visited::Directory(directory) => self.shared(*directory, levels - 1, found)?,
                 }
             }
-            pieces.push(leaves);
-            Ok(pieces)
+            Ok(())
         };
-        let inside = if pending.len() > SHARED_NAMES {
-            let parts: Vec<Vec<Vec<Scanned>>> = pending.par_chunks(SHARED_NAMES).map(read).collect::<Result<_, _>>()?;
-            parts.into_iter().flatten().collect()
-        } else {
-            read(&pending)?
+        let read_all = |found: &mut Found| -> Result<(), ScanError> {
+            if pending.len() <= SHARED_NAMES {
+                return read(&pending, found);
+            }
+            let part = |names| {
+                let mut part = Found::default();
+                read(names, &mut part).map(|()| part)
+            };
+            let parts: Vec<Found> = pending.par_chunks(SHARED_NAMES).map(part).collect::<Result<_, _>>()?;
+            parts.into_iter().for_each(|part| found.append(part));
+            Ok(())
         };
-        if provisional && inside.iter().all(Vec::is_empty) {
-            return Ok(Vec::new());
+        if !provisional {
+            self.keep(own, found);
+            return read_all(found);
         }
-        let mut pieces = vec![vec![found]];
-        pieces.extend(inside.into_iter().filter(|piece| !piece.is_empty()));
-        Ok(pieces)
+        let mut inside = Found::default();
+        read_all(&mut inside)?;
+        if !inside.is_empty() {
+            self.keep(own, found);
+            found.append(inside);
+        }
+        Ok(())
     }
 
     /// A directory and all in it, to any depth.
-    fn below(&self, directory: Directory<F::State>) -> Result<Vec<Scanned>, ScanError> {
-        let frame = |directory: Directory<F::State>, position: usize| {
-            let Directory { found, fd, identity, path, pending, state, provisional } = directory;
-            let provisional = provisional.then_some(position);
-            (found, Frame { fd: Some(fd), identity, path, pending, state, provisional })
+    fn below(&self, directory: Directory<F::State>, found: &mut Found) -> Result<(), ScanError> {
+        let frame = |directory: Directory<F::State>, found: &mut Found| {
+            let Directory { found: own, fd, identity, path, pending, state, provisional } = directory;
+            let provisional = match provisional {
+                true => Some(own),
+                false => {
+                    self.keep(own, found);
+                    None
+                }
+            };
+            Frame { fd: Some(fd), identity, path, pending, state, provisional }
         };
-        let (top, first) = frame(directory, 0);
-        let mut found = vec![top];
-        let mut stack = vec![first];
+        let mut stack = vec![frame(directory, found)];
         while let Some(top) = stack.last_mut() {
             let Some((name, file_type)) = top.pending.pop() else {
                 let Some(done) = stack.pop() else { break };
-                if done.provisional.is_some_and(|position| position + 1 == found.len()) {
-                    found.pop();
-                }
                 if let (Some(parent), Some(child)) = (stack.last_mut(), done.fd)
                     && parent.fd.is_none()
                 {
@@ -375,20 +425,27 @@ impl<F: Filter> Walk<'_, F> {
                 continue;
             };
             let Some(dir) = &top.fd else { continue };
-            match self.visit(dir.as_fd(), &top.path, &name, file_type, &top.state)? {
+            let visited = self.visit(dir.as_fd(), &top.path, &name, file_type, &top.state)?;
+            let is_kept = match &visited {
+                Visited::Nothing => false,
+                Visited::Leaf(_) => true,
+                Visited::Directory(directory) => !directory.provisional,
+            };
+            if is_kept {
+                stack.iter_mut().filter_map(|frame| frame.provisional.take()).for_each(|own| self.keep(own, found));
+            }
+            match visited {
                 Visited::Nothing => {}
-                Visited::Leaf(leaf) => found.push(leaf),
+                Visited::Leaf(leaf) => self.keep(leaf, found),
                 Visited::Directory(directory) => {
-                    let (entry, next) = frame(*directory, found.len());
-                    found.push(entry);
-                    stack.push(next);
+                    stack.push(frame(*directory, found));
                     if let Some(far) = stack.len().checked_sub(self.open + 1) {
                         stack[far].fd = None;
                     }
                 }
             }
         }
-        Ok(found)
+        Ok(())
     }
 
     /// Looks at one name of an open directory; opens and lists it when it is a directory itself.
@@ -435,8 +492,8 @@ impl<F: Filter> Walk<'_, F> {
             return Err(ScanError::Changed { path: self.at(&path) });
         }
         if !entry_is_dir {
-            let mut leaf = scanned(path, &stat, kind);
-            if self.options.xattrs == Xattrs::All {
+            let mut leaf = self.scanned(path, &stat, kind);
+            if self.options.detail == Detail::Full {
                 match read_xattrs(Target::Named(dir, name)) {
                     Err(Errno::NOENT) => return Ok(Visited::Nothing),
                     xattrs => {
@@ -452,8 +509,8 @@ impl<F: Filter> Walk<'_, F> {
             fd => fd.map_err(self.failed("open", &path))?,
         };
         let stat = stat_fd(&fd).map_err(self.failed("stat", &path))?;
-        let mut found = scanned(path.clone(), &stat, kind);
-        if self.options.xattrs == Xattrs::All {
+        let mut found = self.scanned(path.clone(), &stat, kind);
+        if self.options.detail == Detail::Full {
             found.entry.xattrs =
                 read_xattrs(Target::Open(fd.as_fd())).map_err(self.failed("read attributes", &path))?;
         }
@@ -469,6 +526,18 @@ impl<F: Filter> Walk<'_, F> {
             provisional,
         })))
     }
+
+    fn scanned(&self, path: Vec<u8>, stat: &Statx, kind: Kind) -> Scanned {
+        let (dev, ino) = identity(stat);
+        let is_full = self.options.detail == Detail::Full;
+        let (uid, gid) = if is_full { (stat.stx_uid, stat.stx_gid) } else { (0, 0) };
+        let born = if is_full { (stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec) } else { (0, 0) };
+        let mode = u32::from(stat.stx_mode) & 0o7777;
+        let mtime = (stat.stx_mtime.tv_sec, stat.stx_mtime.tv_nsec);
+        let ctime = (stat.stx_ctime.tv_sec, stat.stx_ctime.tv_nsec);
+        let entry = Entry { path, kind, mode, uid, gid, mtime, xattrs: Attributes::default() };
+        Scanned { entry, inode: Inode { dev, ino, ctime, born }, nlink: stat.stx_nlink }
+    }
 }
 
 /// Byte-wise sorted, the last first.
@@ -476,49 +545,6 @@ fn list_reversed(dir: BorrowedFd<'_>) -> Result<Vec<(CString, FileType)>, Errno>
     let mut names = list(dir)?;
     names.sort_unstable_by(|a, b| b.0.cmp(&a.0));
     Ok(names)
-}
-
-fn scanned(path: Vec<u8>, stat: &Statx, kind: Kind) -> Scanned {
-    let (dev, ino) = identity(stat);
-    Scanned {
-        entry: Entry {
-            path,
-            kind,
-            mode: u32::from(stat.stx_mode) & 0o7777,
-            uid: stat.stx_uid,
-            gid: stat.stx_gid,
-            mtime: (stat.stx_mtime.tv_sec, stat.stx_mtime.tv_nsec),
-            xattrs: Attributes::default(),
-        },
-        dev,
-        ino,
-        ctime: (stat.stx_ctime.tv_sec, stat.stx_ctime.tv_nsec),
-        nlink: stat.stx_nlink,
-        born: (stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec),
-    }
-}
-
-/// Numbers the groups of entries that are names of one inode, counted from 1 in path order; a lone name gets 0.
-pub(crate) fn link_groups<'a>(found: impl IntoIterator<Item = &'a Scanned>) -> Vec<u32> {
-    let mut groups: std::collections::HashMap<(u64, u64), (usize, u32)> = std::collections::HashMap::new();
-    let mut numbers = Vec::new();
-    let mut last = 0;
-    for (position, item) in found.into_iter().enumerate() {
-        numbers.push(0);
-        if item.nlink < 2 || !item.entry.is_file() {
-            continue;
-        }
-        let group = groups.entry((item.dev, item.ino)).or_insert((position, 0));
-        if group.0 != position {
-            if group.1 == 0 {
-                last += 1;
-                group.1 = last;
-                numbers[group.0] = last;
-            }
-            numbers[position] = group.1;
-        }
-    }
-    numbers
 }
 
 /// What to read attributes of.
@@ -603,7 +629,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     fn listing(root: &Path, filter: &impl Filter) -> Vec<String> {
-        let found = scan(root, &ScanOptions { xattrs: Xattrs::All, filter }).unwrap();
+        let found = scan(root, &ScanOptions { detail: Detail::Full, filter }).unwrap();
         found.iter().map(|item| String::from_utf8_lossy(&item.entry.path).into_owned()).collect()
     }
 
@@ -657,8 +683,8 @@ mod tests {
         let outside = tempfile::NamedTempFile::new_in(dir.path().parent().unwrap()).unwrap();
         std::fs::remove_file(outside.path()).unwrap();
         std::fs::hard_link(dir.path().join("c"), outside.path()).unwrap();
-        let found = scan(dir.path(), &ScanOptions { xattrs: Xattrs::None, filter: &Everything }).unwrap();
-        assert_eq!(link_groups(&found), [0, 1, 1, 0, 0]);
+        let found = scan(dir.path(), &ScanOptions { detail: Detail::Context, filter: &Everything }).unwrap();
+        assert_eq!(found.iter().map(|node| node.entry.link_group()).collect::<Vec<_>>(), [0, 1, 1, 0, 0]);
     }
 
     #[test]
@@ -673,7 +699,7 @@ mod tests {
             }
             fd = next;
         }
-        let found = scan(dir.path(), &ScanOptions { xattrs: Xattrs::None, filter: &Everything }).unwrap();
+        let found = scan(dir.path(), &ScanOptions { detail: Detail::Context, filter: &Everything }).unwrap();
         assert_eq!(found.len(), 1 + 3 * 1500);
         crate::materialize::remove_tree(dir.path()).unwrap();
     }
@@ -681,7 +707,7 @@ mod tests {
     #[test]
     fn a_missing_root_is_named() {
         let error =
-            scan(Path::new("/no/such"), &ScanOptions { xattrs: Xattrs::None, filter: &Everything }).unwrap_err();
+            scan(Path::new("/no/such"), &ScanOptions { detail: Detail::Context, filter: &Everything }).unwrap_err();
         assert_eq!(error.path(), Path::new("/no/such"));
     }
 }

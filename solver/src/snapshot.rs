@@ -324,7 +324,7 @@ impl Workspace {
     pub(crate) fn index_here(&self, layer: &Layer) -> Option<Arc<Tree>> {
         match layer.0.tree.get() {
             Some(tree) => Some(tree.clone()),
-            None => self.store.layer(&layer.0.id).ok(),
+            None => self.store.layer(&layer.0.id).ok().map(Arc::new),
         }
     }
 
@@ -425,12 +425,7 @@ impl Workspace {
         if let Some(tree) = layer.0.tree.get() {
             return Ok(tree.clone());
         }
-        let located = |mut tree: Tree| {
-            for node in tree.nodes_mut().iter_mut().filter(|node| node.entry.is_file()) {
-                node.origin = Origin::Layer(layer.0.id.clone(), node.entry.path.as_slice().into());
-            }
-            layer.0.tree.get_or_init(|| Arc::new(tree)).clone()
-        };
+        let located = |tree: Tree| layer.0.tree.get_or_init(|| Arc::new(tree.in_layer(&layer.0.id))).clone();
         if let Some(tree) = self.index_elsewhere(layer) {
             return Ok(located(tree));
         }
@@ -439,7 +434,7 @@ impl Workspace {
             Made::Step(_) => layer.0.id.clone(),
             Made::Elsewhere => return Err(SnapshotError::Gone(layer.0.id.0.to_string())),
         };
-        Ok(located(Tree::clone(&*self.store.layer(&id)?)))
+        Ok(located(self.store.layer(&id)?))
     }
 
     /// All layers of a snapshot as one tree.
@@ -472,7 +467,7 @@ impl Workspace {
         let mut kept = self.flats.lock().unwrap_or_else(PoisonError::into_inner);
         kept.retain(|other| !Arc::ptr_eq(other, flat));
         kept.push_back(flat.clone());
-        while kept.len() > AT_LEAST && kept.iter().map(|tree| tree.nodes().len()).sum::<usize>() > NODES {
+        while kept.len() > AT_LEAST && kept.iter().map(|tree| tree.len()).sum::<usize>() > NODES {
             kept.pop_front();
         }
     }
@@ -493,7 +488,7 @@ impl Workspace {
         match &node.origin {
             Origin::None => Ok(Box::new(io::empty())),
             Origin::Inline(bytes) => Ok(Box::new(io::Cursor::new(bytes.clone()))),
-            Origin::File(path) => open_regular(path),
+            Origin::File(file) => open_regular(&file.whole()),
             Origin::Layer(id, path) => {
                 let layer = self.layers.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned();
                 let layer = layer.ok_or_else(|| io::Error::other(SnapshotError::Gone(id.0.to_string())))?;
@@ -556,13 +551,8 @@ impl Workspace {
     /// Makes the directories that files of this tree are read from. Whoever reads them in a pool of threads calls this
     /// first: a directory is written by the same pool, and would wait for itself.
     pub fn prepare(&self, tree: &Tree) -> Result<(), SnapshotError> {
-        let mut seen = std::collections::BTreeSet::new();
-        for node in tree.nodes() {
-            let Origin::Layer(id, _) = &node.origin else { continue };
-            if !seen.insert(id) {
-                continue;
-            }
-            let layer = self.layers.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned();
+        for id in tree.layers() {
+            let layer = self.layers.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned();
             // A layer that nobody knows is told where its file is read.
             if let Some(layer) = layer {
                 self.tree_dir(&layer)?;
@@ -575,21 +565,28 @@ impl Workspace {
     fn readable(&self, layer: &Layer, recipe: Option<&Recipe>) -> Result<Arc<Tree>, SnapshotError> {
         let name = &layer.0.id.0;
         let tree = self.tree(layer)?;
-        let dangling = |node: &Node| matches!(&node.origin, Origin::Layer(id, _) if *id == layer.0.id);
-        if !tree.nodes().iter().any(dangling) {
+        if !tree.layers().contains(&layer.0.id) {
             return Ok(tree);
         }
         let again = match recipe {
             Some(recipe) => recipe.carry_out(self)?,
             None => return Err(SnapshotError::Gone(name.to_string())),
         };
-        let mut tree = Tree::clone(&tree);
-        for node in tree.nodes_mut().iter_mut().filter(|node| dangling(node)) {
-            let found = again.get(&node.entry.path).filter(|other| other.entry.kind == node.entry.kind);
-            let path = || String::from_utf8_lossy(&node.entry.path).into_owned();
-            node.origin = found.ok_or_else(|| SnapshotError::Changed { path: path() })?.origin.clone();
+        let mut changed = None;
+        let tree = tree.map(|node| {
+            if matches!(&node.origin, Origin::Layer(id, _) if *id == layer.0.id) {
+                let found = again.get(&node.entry.path).filter(|other| other.entry.kind == node.entry.kind);
+                match found {
+                    Some(found) => node.origin = found.origin,
+                    None => drop(changed.get_or_insert_with(|| node.entry.path.clone())),
+                }
+            }
+            changed.is_none()
+        });
+        match changed {
+            Some(path) => Err(SnapshotError::Changed { path: String::from_utf8_lossy(&path).into_owned() }),
+            None => Ok(Arc::new(tree)),
         }
-        Ok(Arc::new(tree))
     }
 
     /// Can the layer's bytes be had? A record whose layer has lost them is no hit.

@@ -626,19 +626,18 @@ impl Build<'_> {
             Some(Value::File(file)) => Tree::clone(&*file.tree(&self.workspace.store)?),
             Some(Value::Context(local)) => {
                 let mut tree = Tree::clone(&*local.tree()?);
-                local.digest(tree.nodes_mut())?;
+                local.digest(&mut tree)?;
                 tree
             }
             Some(Value::Checkout(tree)) => {
                 let mut tree = Tree::clone(tree);
-                digest_uncached(tree.nodes_mut())?;
+                digest_uncached(&mut tree)?;
                 tree
             }
         };
         let content = index::content_key(&tree);
-        let tree = Arc::new(tree);
         let id = self.workspace.store.put_layer(tree.clone())?;
-        let layer = self.workspace.layer(id, Made::Step(None), Some(tree));
+        let layer = self.workspace.layer(id, Made::Step(None), Some(Arc::new(tree)));
         Ok(Snapshot::scratch().with(layer, &content, Some(self.now.0)))
     }
 }

@@ -15,20 +15,20 @@
 
 use crate::context::digest_of;
 use crate::materialize::Ownership;
-use crate::op::changes::{is_same, number_groups};
+use crate::op::changes::is_same;
 use crate::op::owners;
 use crate::sandbox::emulation::{Device, Identity, Records, UPPER};
-use crate::scan::{self, Everything, ScanError, ScanOptions, Scanned, Xattrs, keep_attributes, open_below};
-use crate::tree::{Attributes, ContentDigest, Entry, Kind, Node, Origin, Tree, is_within};
-use rayon::prelude::*;
+use crate::scan::{self, Detail, Everything, ScanError, ScanOptions, keep_attributes, open_below};
+use crate::tree::{Attributes, ContentDigest, Entry, Inode, Kind, Node, Origin, Tree, TreeBuilder, is_within};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Mutex, PoisonError};
 
 /// Why an upper directory cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -66,19 +66,20 @@ pub fn scan_upper(
     recorded: &Records,
     lost: &mut Vec<LostAttribute>,
 ) -> Result<Tree, UpperError> {
-    let found = scan::scan(upper, &ScanOptions { xattrs: Xattrs::All, filter: &Everything })?;
-    let groups = scan::link_groups(&found);
-    let digests = digest_all(upper, &found, &groups)?;
-    let mut nodes = Vec::new();
+    let mut found = scan::scan(upper, &ScanOptions { detail: Detail::Full, filter: &Everything })?;
+    digest_all(upper, &mut found)?;
+    let mut changes = TreeBuilder::new();
     // The directory in which nothing of the lower layers shows.
     let mut hiding: Option<Vec<u8>> = None;
-    for ((item, group), digest) in found.into_iter().zip(groups).zip(digests) {
-        if item.entry.path.is_empty() {
+    let mut cursor = found.cursor();
+    while let Some(node) = cursor.next() {
+        let Node { mut entry, mut origin } = node.clone();
+        if entry.path.is_empty() {
             continue;
         }
-        let mark = |name: &str| overlay_mark(&item.entry.xattrs, name).map(<[u8]>::to_vec);
-        let (whiteout, opaque, origin) = (mark("whiteout"), mark("opaque"), mark("origin"));
-        let mut entry = item.entry;
+        let inode = take_inode(&mut origin);
+        let mark = |name: &str| overlay_mark(&entry.xattrs, name).map(<[u8]>::to_vec);
+        let (whiteout, opaque, copied_from) = (mark("whiteout"), mark("opaque"), mark("origin"));
         if hiding.as_ref().is_some_and(|dir| !is_within(&entry.path, dir)) {
             hiding = None;
         }
@@ -87,54 +88,58 @@ pub fn scan_upper(
         let is_whiteout =
             matches!(entry.kind, Kind::Char { major: 0, minor: 0 }) || entry.is_file() && whiteout.is_some();
         if is_whiteout {
-            if !hidden && !lower.subtree(&entry.path).is_empty() {
-                let entry = Entry { kind: Kind::Whiteout, ..Entry::dir(entry.path, 0) };
-                nodes.push(Node { entry, origin: Origin::None });
+            if !hidden && lower.holds(&entry.path) {
+                changes.push(&Entry { kind: Kind::Whiteout, ..Entry::dir(entry.path, 0) }, &Origin::None);
             }
             continue;
         }
         let is_opaque = opaque.as_deref() == Some(b"y");
-        let mut content = Origin::None;
         let copied_up = match &mut entry.kind {
             Kind::Dir { opaque } => {
-                let had_content = lower.subtree(&entry.path).iter().any(|node| node.entry.path != entry.path);
-                *opaque = is_opaque && !hidden && had_content;
-                let was_dir = before.is_some_and(|node| node.entry.is_dir());
+                *opaque = is_opaque && !hidden && lower.has_content(&entry.path);
+                let was_dir = before.as_ref().is_some_and(|node| node.entry.is_dir());
                 if !hidden && (is_opaque || before.is_some() && !was_dir) {
                     hiding = Some(entry.path.clone());
                 }
                 was_dir && !is_opaque
             }
-            Kind::File { link_group, digest: own, .. } => {
-                (*link_group, *own) = (group, digest);
-                content = Origin::File(Arc::from(upper.join(std::ffi::OsStr::from_bytes(&entry.path))));
-                // Of hard links the kernel does not note where they came from.
-                let was_link = before.is_some_and(|node| matches!(node.entry.kind, Kind::File { link_group: 1.., .. }));
-                origin.is_some() || was_link
+            // Of hard links the kernel does not note where they came from.
+            Kind::File { .. } => {
+                copied_from.is_some() || before.as_ref().is_some_and(|node| node.entry.link_group() != 0)
             }
-            _ => origin.is_some(),
+            _ => copied_from.is_some(),
         };
-        let known = recorded.get(&Identity { device: UPPER, inode: item.ino, born: item.born }).copied();
-        let below = before.filter(|_| copied_up).map(|node| owners::owner_of(&node.entry));
-        let owner = known.or(below).unwrap_or_default();
+        if !entry.is_file() {
+            origin = Origin::None;
+        }
+        let known =
+            inode.and_then(|Inode { ino, born, .. }| recorded.get(&Identity { device: UPPER, inode: ino, born }));
+        let below = before.as_ref().filter(|_| copied_up).map(|node| owners::owner_of(&node.entry));
+        let owner = known.copied().or(below).unwrap_or_default();
         if ownership == Ownership::SingleId {
             (entry.uid, entry.gid) = (owner.uid, owner.gid);
         }
         // A file has taken its place.
         if let (Some(Device { block, major, minor }), true) = (owner.device, entry.is_file()) {
             entry.kind = if block { Kind::Block { major, minor } } else { Kind::Char { major, minor } };
-            content = Origin::None;
+            origin = Origin::None;
         }
         let missed = keep_attributes(&mut entry);
-        let node = Node { entry, origin: content };
-        if !before.is_some_and(|before| is_same(before, &node)) {
+        let node = Node { entry, origin };
+        if !before.is_some_and(|before| is_same(&before, &node)) {
             lost.extend(missed.map(|name| LostAttribute { path: node.entry.path.clone(), name }));
-            nodes.push(node);
+            changes.push_node(&node);
         }
     }
-    let mut tree = Tree::from_nodes(nodes);
-    number_groups(&mut tree);
-    Ok(tree)
+    Ok(changes.finish().number_links())
+}
+
+/// What the walk saw of a file's inode, which is of no use later.
+pub(crate) fn take_inode(origin: &mut Origin) -> Option<Inode> {
+    match origin {
+        Origin::File(file) => file.inode.take(),
+        _ => None,
+    }
 }
 
 /// Value of one of overlayfs's own attributes.
@@ -145,42 +150,34 @@ fn overlay_mark<'a>(xattrs: &'a Attributes, name: &str) -> Option<&'a [u8]> {
         .map(Vec::as_slice)
 }
 
-/// So few files are read one after the other.
-const FEW: usize = 64;
-
-/// Digests of all files, in parallel, once for each inode; `None` for what is no file.
-pub(crate) fn digest_all(
-    upper: &Path,
-    found: &[Scanned],
-    groups: &[u32],
-) -> Result<Vec<Option<ContentDigest>>, UpperError> {
+/// Fills in the digests of all files of what was found in `upper`, in parallel; of hard links once for each inode.
+pub(crate) fn digest_all(upper: &Path, found: &mut Tree) -> Result<(), UpperError> {
     let failed = |path: &Path, source| UpperError::ReadFile { path: path.to_owned(), source };
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = openat(CWD, upper, flags, Mode::empty()).map_err(|error| failed(upper, error.into()))?;
-    let mut seen = HashMap::new();
-    let carrier: Vec<usize> = groups
-        .iter()
-        .enumerate()
-        .map(|(position, &group)| if group == 0 { position } else { *seen.entry(group).or_insert(position) })
-        .collect();
-    let one = |(position, item): (usize, &Scanned)| -> Result<Option<ContentDigest>, UpperError> {
-        if !item.entry.is_file() || carrier[position] != position {
-            return Ok(None);
-        }
-        let path = &item.entry.path;
-        let digest = || -> io::Result<ContentDigest> {
-            let mut file = File::from(open_below(root.as_fd(), path, OFlags::RDONLY | OFlags::NONBLOCK)?);
+    let linked: Mutex<HashMap<u32, ContentDigest>> = Mutex::default();
+    let digest_of_group = |group: u32| match group {
+        0 => None,
+        group => linked.lock().unwrap_or_else(PoisonError::into_inner).get(&group).copied(),
+    };
+    let one = |(): &mut (), entry: &mut Entry, _: &mut Origin| -> Result<(), UpperError> {
+        let Kind::File { digest, link_group, .. } = &mut entry.kind else { return Ok(()) };
+        let read = || -> io::Result<ContentDigest> {
+            let flags = OFlags::RDONLY | OFlags::NONBLOCK;
+            let mut file = File::from(open_below(root.as_fd(), &entry.path, flags)?);
             Ok(digest_of(&mut file)?.0)
         };
-        digest().map(Some).map_err(|source| failed(&upper.join(std::ffi::OsStr::from_bytes(path)), source))
+        let found = match digest_of_group(*link_group) {
+            Some(found) => found,
+            None => read().map_err(|source| failed(&upper.join(OsStr::from_bytes(&entry.path)), source))?,
+        };
+        if *link_group != 0 {
+            linked.lock().unwrap_or_else(PoisonError::into_inner).insert(*link_group, found);
+        }
+        *digest = Some(found);
+        Ok(())
     };
-    // Most steps change little, and waking a pool of threads takes longer than to read a few files.
-    let digests = if found.len() < FEW {
-        found.iter().enumerate().map(one).collect::<Result<Vec<_>, _>>()?
-    } else {
-        found.par_iter().enumerate().map(one).collect::<Result<Vec<_>, _>>()?
-    };
-    Ok(carrier.into_iter().map(|position| digests[position]).collect())
+    found.update(|_| (), one, |()| ()).map(drop)
 }
 
 #[cfg(test)]
@@ -296,9 +293,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (base, upper) = (dir.path().join("base"), dir.path().join("upper"));
         let mut tree = lower(&base, &[("d/", ""), ("d/a", "1"), ("d/b", "1")]);
-        for node in tree.nodes_mut() {
-            (node.entry.uid, node.entry.gid) = (5, 6);
-        }
+        tree.edit(|nodes| nodes.iter_mut().for_each(|node| (node.entry.uid, node.entry.gid) = (5, 6)));
         std::fs::create_dir_all(upper.join("d")).unwrap();
         for name in ["d/a", "d/b"] {
             std::fs::write(upper.join(name), "changed").unwrap();

@@ -15,7 +15,7 @@ fuzz_target!(|data: &[u8]| {
     std::fs::create_dir(&staging).expect("made");
     let limits = Limits { entries: 100, file_bytes: 1 << 22, metadata_bytes: 1 << 22, ..Limits::default() };
     let Ok(Some(tree)) = unpack(&archive, &staging, &limits) else { return };
-    for node in tree.nodes() {
+    for node in tree.iter() {
         let path = &node.entry.path;
         assert!(!path.is_empty() && !path.contains(&0));
         assert!(path.split(|&byte| byte == b'/').all(|part| !matches!(part, b"" | b"." | b"..")));

@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use nacre_solver::tree::index::{decode, encode, layer_id};
+use nacre_solver::tree::index::{content_key, decode, encode};
 use nacre_solver::tree::{Kind, Node};
 
 fuzz_target!(|data: &[u8]| {
@@ -13,10 +13,10 @@ fuzz_target!(|data: &[u8]| {
     bytes.extend_from_slice(trailer.as_bytes());
     let Ok(tree) = decode(&bytes) else { return };
     let known = |node: &Node| !matches!(node.entry.kind, Kind::File { digest: None, .. });
-    let complete = tree.nodes().iter().all(known);
+    let complete = tree.iter().all(|node| known(&node));
     if complete {
         let again = encode(&tree);
-        assert_eq!(decode(&again).expect("what was read can be stored").nodes().len(), tree.nodes().len());
-        layer_id(&tree);
+        assert_eq!(decode(&again).expect("what was read can be stored").len(), tree.len());
+        content_key(&tree);
     }
 });

@@ -21,7 +21,7 @@ fuzz_target!(|data: &[u8]| {
     let data = with_check_sums(data);
     let limits = Limits { entries: 10_000, file_bytes: 1 << 24, metadata_bytes: 1 << 24, ..Limits::default() };
     let Ok(tree) = read_tar(&mut &data[..], &mut NoSink, &limits) else { return };
-    for node in tree.nodes() {
+    for node in tree.iter() {
         if let Kind::File { digest, .. } = node.entry.kind {
             assert!(digest.is_some(), "a file without digest");
         }
@@ -31,9 +31,9 @@ fuzz_target!(|data: &[u8]| {
     assert!(again == tree, "the index tells all");
     assert_eq!(content_key(&again), content_key(&tree));
     let flat = Tree::default().apply(&tree);
-    assert!(flat.nodes().iter().all(|node| node.entry.kind != Kind::Whiteout), "nothing left to hide");
-    assert!(flat.apply(&tree).nodes().len() <= flat.nodes().len() + tree.nodes().len());
-    for node in tree.nodes().iter().take(50) {
+    assert!(flat.iter().all(|node| node.entry.kind != Kind::Whiteout), "nothing left to hide");
+    assert!(flat.apply(&tree).len() <= flat.len() + tree.len());
+    for node in tree.iter().take(50) {
         flat.resolve(&node.entry.path, true);
     }
 });

@@ -26,7 +26,7 @@ use crate::plan::cache_key::{KEY_FORMAT, Key};
 use crate::registry::auth::{decode_base64, encode_base64};
 use crate::store::blob::digest_hex;
 use crate::store::record::Part;
-use crate::tree::{Node, Origin, Tree, index};
+use crate::tree::{Origin, Tree, index};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashSet};
 
@@ -158,7 +158,10 @@ pub(crate) fn decode_index(bytes: &[u8]) -> Option<Tree> {
 
 /// The files alone, without where their bytes are.
 pub(crate) fn bare(tree: &Tree) -> Tree {
-    Tree::from_nodes(tree.nodes().iter().map(|node| Node { entry: node.entry.clone(), origin: Origin::None }).collect())
+    tree.map(|node| {
+        node.origin = Origin::None;
+        true
+    })
 }
 
 /// Removes entries of a key that was seen already.
@@ -210,7 +213,7 @@ mod tests {
 
     #[test]
     fn lists_of_files_come_back_unless_they_are_long() {
-        let file = |name: &str, digest: [u8; 32]| Node {
+        let file = |name: &str, digest: [u8; 32]| crate::tree::Node {
             entry: FileEntry {
                 kind: Kind::File { size: 1, digest: Some(digest), link_group: 0 },
                 ..FileEntry::dir(name, 0o644)

@@ -2,10 +2,10 @@
 
 use super::copy::CopyError;
 use super::passwd::Owner;
-use crate::tree::{Entry, Kind, Node, Origin, Tree, compare_paths, join, parent};
-use hashbrown::HashTable;
+use crate::tree::{Entry, Kind, Node, Origin, Tree, TreeBuilder, compare_paths, is_within, join, parent};
+use std::cell::RefCell;
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashSet};
-use std::hash::{BuildHasher as _, RandomState};
 
 /// Symlinks to follow for one path, as container tools do.
 const MAX_LINKS: usize = 255;
@@ -13,20 +13,31 @@ const MAX_LINKS: usize = 255;
 const SET_GROUP_ID: u32 = 0o2000;
 
 /// What stands at a path.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Look<'a> {
+#[derive(Debug, Clone)]
+pub(super) enum Look {
     Nothing,
     /// A directory without an entry of its own.
     Implied,
-    Node(&'a Node),
+    Node(Box<Node>),
 }
 
-impl Look<'_> {
+impl Look {
     pub(super) fn is_dir(&self) -> bool {
         match self {
             Self::Nothing => false,
             Self::Implied => true,
             Self::Node(node) => node.entry.is_dir(),
+        }
+    }
+
+    /// Target of a symbolic link.
+    fn link(&self) -> Option<&[u8]> {
+        match self {
+            Self::Node(node) => match &node.entry.kind {
+                Kind::Symlink { target } => Some(target),
+                _ => None,
+            },
+            Self::Nothing | Self::Implied => None,
         }
     }
 
@@ -40,94 +51,145 @@ pub(super) fn shown(path: &[u8]) -> String {
     format!("/{}", String::from_utf8_lossy(path))
 }
 
-fn path_of(node: &Option<Node>) -> &[u8] {
-    node.as_ref().map_or(&[], |node| &node.entry.path)
+/// A path in the order of trees.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct InTree(Vec<u8>);
+
+impl Ord for InTree {
+    fn cmp(&self, other: &Self) -> Ordering {
+        compare_paths(&self.0, &other.0)
+    }
 }
 
-/// Positions of nodes by path, of those that are still there. The paths themselves stand in the nodes only: there can be
-/// very many.
-struct Positions {
-    table: HashTable<usize>,
-    hasher: RandomState,
+impl PartialOrd for InTree {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
 }
 
-impl Positions {
-    fn of(nodes: &[Option<Node>]) -> Self {
-        let mut positions = Self { table: HashTable::with_capacity(nodes.len()), hasher: RandomState::new() };
-        (0..nodes.len()).for_each(|at| positions.insert(nodes, at));
-        positions
+/// Nodes by path, in little memory when they come in about the order of a tree, which they mostly do: each run is in that order,
+/// and of what stands in several the last counts. What comes out of order is collected until it makes a run of its own.
+#[derive(Default)]
+struct Runs {
+    runs: Vec<TreeBuilder>,
+    recent: BTreeMap<InTree, Node>,
+}
+
+impl Runs {
+    /// As many nodes out of order are kept unpacked.
+    const RECENT: usize = 4096;
+
+    fn get(&self, path: &[u8]) -> Option<Node> {
+        let recent = || match self.recent.is_empty() {
+            true => None,
+            // To look up without a copy of the path takes more than a copy.
+            false => self.recent.get(&InTree(path.to_vec())).cloned(),
+        };
+        recent().or_else(|| self.runs.iter().rev().find_map(|run| run.get(path)))
     }
 
-    fn find(&self, nodes: &[Option<Node>], path: &[u8]) -> Option<usize> {
-        self.table.find(self.hasher.hash_one(path), |&at| path_of(&nodes[at]) == path).copied()
-    }
-
-    /// Adds a node whose path is not there yet.
-    fn insert(&mut self, nodes: &[Option<Node>], at: usize) {
-        let hash = |&at: &usize| self.hasher.hash_one(path_of(&nodes[at]));
-        self.table.insert_unique(hash(&at), at, hash);
-    }
-
-    fn remove(&mut self, nodes: &mut [Option<Node>], path: &[u8]) {
-        if let Ok(found) = self.table.find_entry(self.hasher.hash_one(path), |&at| path_of(&nodes[at]) == path) {
-            nodes[found.remove().0] = None;
+    fn put(&mut self, node: Node) {
+        if let Some(recent) = self.recent.get_mut(&InTree(node.entry.path.clone())) {
+            *recent = node;
+            return;
+        }
+        if self.runs.is_empty() {
+            self.runs.push(TreeBuilder::new());
+        }
+        match self.runs.last_mut().filter(|run| run.comes_last(&node.entry.path)) {
+            Some(run) => run.push_node(&node),
+            None => drop(self.recent.insert(InTree(node.entry.path.clone()), node)),
+        }
+        if self.recent.len() >= Self::RECENT {
+            self.end_run();
         }
     }
 
-    fn remove_within(&mut self, nodes: &mut [Option<Node>], path: &[u8]) {
-        self.table.retain(|at| {
-            let stays = !crate::tree::is_within(path_of(&nodes[*at]), path);
-            if !stays {
-                nodes[*at] = None;
-            }
-            stays
-        });
+    /// Makes a run of what was out of order. Each run stays less than half of the one before, so that there are few.
+    fn end_run(&mut self) {
+        let mut run = TreeBuilder::new();
+        std::mem::take(&mut self.recent).into_values().for_each(|node| run.push_node(&node));
+        while let Some(before) = self.runs.pop_if(|before| before.len() <= 2 * run.len()) {
+            run = merged(&before.finish(), &run.finish(), |_| true);
+        }
+        self.runs.push(run);
     }
+
+    /// Leaves out what does not stay.
+    fn retain(&mut self, stays: impl Fn(&[u8]) -> bool) {
+        self.recent.retain(|path, _| stays(&path.0));
+        for run in &mut self.runs {
+            let all = std::mem::take(run).finish();
+            *run = merged(&all, &Tree::default(), |node| stays(&node.entry.path));
+        }
+    }
+
+    fn finish(mut self) -> Tree {
+        if self.runs.len() == 1 && self.recent.is_empty() {
+            return self.runs.remove(0).finish();
+        }
+        self.end_run();
+        let mut all = Tree::default();
+        for run in self.runs {
+            all = merged(&all, &run.finish(), |_| true).finish();
+        }
+        all
+    }
+}
+
+/// The nodes of both that stay; the second's where both have one.
+fn merged(first: &Tree, second: &Tree, stays: impl Fn(&Node) -> bool) -> TreeBuilder {
+    let mut merged = TreeBuilder::new();
+    let mut push = |node: &Node| {
+        if stays(node) {
+            merged.push_node(node);
+        }
+    };
+    let mut second = second.cursor();
+    let mut more = second.next().is_some();
+    let mut first = first.cursor();
+    while let Some(node) = first.next() {
+        let mut replaced = false;
+        while more {
+            let order = compare_paths(&second.node().entry.path, &node.entry.path);
+            if order.is_gt() {
+                break;
+            }
+            replaced |= order.is_eq();
+            push(second.node());
+            more = second.next().is_some();
+        }
+        if !replaced {
+            push(node);
+        }
+    }
+    while more {
+        push(second.node());
+        more = second.next().is_some();
+    }
+    merged
 }
 
 pub(super) struct Changes<'a> {
     base: &'a Tree,
-    /// In the order in which they were put, mostly that of a tree, so that little is left to sort.
-    nodes: Vec<Option<Node>>,
-    /// Where they are, unless that order is a tree's.
-    positions: Option<Positions>,
+    nodes: Runs,
     /// Directories of the base that were removed, whatever stands there now.
     removed: HashSet<Vec<u8>>,
+    /// A path of the base where nothing stands, so that what is put below it need not be looked for.
+    vacant: RefCell<Option<Vec<u8>>>,
     now: (i64, u32),
     last_group: u32,
 }
 
 impl<'a> Changes<'a> {
     pub(super) fn new(base: &'a Tree, now: (i64, u32)) -> Self {
-        Self { base, nodes: Vec::new(), positions: None, removed: HashSet::new(), now, last_group: 0 }
+        let (nodes, removed, vacant) = (Runs::default(), HashSet::new(), RefCell::default());
+        Self { base, nodes, removed, vacant, now, last_group: 0 }
     }
 
-    /// Makes room for as many changes, so that their table need not grow, which takes it twice.
-    pub(super) fn reserve(&mut self, more: usize) {
-        match self.nodes.is_empty() {
-            true => self.nodes.reserve_exact(more),
-            false => self.nodes.reserve(more),
-        }
-    }
-
-    /// Where a path was changed.
-    fn position(&self, path: &[u8]) -> Option<usize> {
-        match &self.positions {
-            Some(positions) => positions.find(&self.nodes, path),
-            // Almost always.
-            None if self.comes_last(path) => None,
-            None => self.nodes.binary_search_by(|node| compare_paths(path_of(node), path)).ok(),
-        }
-    }
-
-    /// Whether a path stands behind that of the last node in a tree.
-    fn comes_last(&self, path: &[u8]) -> bool {
-        self.nodes.last().is_none_or(|last| compare_paths(path_of(last), path).is_lt())
-    }
-
-    pub(super) fn look(&self, path: &[u8]) -> Look<'_> {
-        if let Some(node) = self.position(path).and_then(|at| self.nodes[at].as_ref()) {
-            return Look::Node(node);
+    pub(super) fn look(&self, path: &[u8]) -> Look {
+        if let Some(node) = self.nodes.get(path) {
+            return Look::Node(Box::new(node));
         }
         if !self.removed.is_empty() {
             let mut above = path;
@@ -141,10 +203,26 @@ impl<'a> Changes<'a> {
                 above = parent(above);
             }
         }
-        match self.base.get(path) {
-            Some(node) => Look::Node(node),
-            None if path.is_empty() || !self.base.subtree(path).is_empty() => Look::Implied,
-            None => Look::Nothing,
+        self.look_below(path)
+    }
+
+    /// What stands at a path of the base.
+    fn look_below(&self, path: &[u8]) -> Look {
+        if path.is_empty() {
+            return self.base.get(path).map_or(Look::Implied, |node| Look::Node(Box::new(node)));
+        }
+        let mut vacant = self.vacant.borrow_mut();
+        if self.base.is_empty() || vacant.as_ref().is_some_and(|vacant| is_within(path, vacant)) {
+            return Look::Nothing;
+        }
+        match self.base.cursor_within(path).next() {
+            Some(node) if node.entry.path == path => Look::Node(Box::new(node.clone())),
+            Some(_) => Look::Implied,
+            None => {
+                let above = parent(path);
+                *vacant = Some(if self.base.holds(above) { path } else { above }.to_vec());
+                Look::Nothing
+            }
         }
     }
 
@@ -168,21 +246,20 @@ impl<'a> Changes<'a> {
                 continue;
             }
             let next = join(&done, &part);
-            match self.look(&next) {
-                Look::Node(Node { entry: Entry { kind: Kind::Symlink { target }, .. }, .. }) => {
-                    links += 1;
-                    if links > MAX_LINKS {
-                        return Err(CopyError::TooManyLinks { path: shown(path) });
-                    }
-                    if target.starts_with(b"/") {
-                        done = root.to_vec();
-                    }
-                    pending.extend(split(target));
+            let look = self.look(&next);
+            if let Some(target) = look.link() {
+                links += 1;
+                if links > MAX_LINKS {
+                    return Err(CopyError::TooManyLinks { path: shown(path) });
                 }
-                look if look.exists() && !look.is_dir() && !pending.is_empty() => {
-                    return Err(CopyError::NotADirectory { path: shown(&next) });
+                if target.starts_with(b"/") {
+                    done = root.to_vec();
                 }
-                _ => done = next,
+                pending.extend(split(target));
+            } else if look.exists() && !look.is_dir() && !pending.is_empty() {
+                return Err(CopyError::NotADirectory { path: shown(&next) });
+            } else {
+                done = next;
             }
         }
         Ok(done)
@@ -201,7 +278,7 @@ impl<'a> Changes<'a> {
                 return Err(CopyError::NotADirectory { path: shown(path) });
             }
             let inherited = match self.look(parent(path)) {
-                Look::Node(Node { entry, .. }) if entry.mode & SET_GROUP_ID != 0 => Some(entry.gid),
+                Look::Node(node) if node.entry.mode & SET_GROUP_ID != 0 => Some(node.entry.gid),
                 _ => None,
             };
             let mode = if inherited.is_some() { mode | SET_GROUP_ID } else { mode };
@@ -223,29 +300,14 @@ impl<'a> Changes<'a> {
         if node.entry.path.is_empty() {
             return;
         }
-        match self.position(&node.entry.path) {
-            Some(at) => self.nodes[at] = Some(node),
-            None => {
-                let in_order = self.comes_last(&node.entry.path);
-                self.nodes.push(Some(node));
-                match &mut self.positions {
-                    Some(positions) => positions.insert(&self.nodes, self.nodes.len() - 1),
-                    None if in_order => {}
-                    None => self.positions = Some(Positions::of(&self.nodes)),
-                }
-            }
-        }
+        self.nodes.put(node);
     }
 
-    /// Removes what stands at a path.
-    pub(super) fn remove(&mut self, path: &[u8]) {
-        let is_dir = self.look(path).is_dir();
-        let positions = self.positions.get_or_insert_with(|| Positions::of(&self.nodes));
-        if is_dir {
-            positions.remove_within(&mut self.nodes, path);
+    /// Makes way for what is put at a path next: a directory goes with all that is in it.
+    pub(super) fn make_way(&mut self, path: &[u8]) {
+        if self.look(path).is_dir() {
+            self.nodes.retain(|other| !is_within(other, path));
             self.removed.insert(path.to_vec());
-        } else {
-            positions.remove(&mut self.nodes, path);
         }
     }
 
@@ -257,35 +319,21 @@ impl<'a> Changes<'a> {
 
     /// The changeset: without directories that stayed what they were, and with hard-link groups of two names at least.
     pub(super) fn finish(self) -> Tree {
-        let Self { base, nodes: changed, removed, .. } = self;
-        let has_content = |path: &[u8]| base.subtree(path).iter().any(|node| node.entry.path != path);
-        let stays = |mut node: Node| {
+        let Self { base, nodes, removed, .. } = self;
+        let changed = nodes.finish();
+        if base.is_empty() {
+            return changed.number_links();
+        }
+        let stays = |node: &mut Node| {
             if let Kind::Dir { opaque } = &mut node.entry.kind {
-                *opaque = removed.contains(&node.entry.path) && has_content(&node.entry.path);
-                if !*opaque && base.get(&node.entry.path).is_some_and(|before| is_same(before, &node)) {
-                    return None;
+                *opaque = removed.contains(&node.entry.path) && base.has_content(&node.entry.path);
+                if !*opaque && base.get(&node.entry.path).is_some_and(|before| is_same(&before, node)) {
+                    return false;
                 }
             }
-            Some(node)
+            true
         };
-        // Collected in place: there can be very many.
-        let nodes: Vec<Node> = changed.into_iter().filter_map(|node| node.and_then(stays)).collect();
-        let mut tree = Tree::from_nodes(nodes);
-        number_groups(&mut tree);
-        tree
-    }
-}
-
-/// Numbers the hard-link groups of a tree from 1 in path order; a lone name has none.
-pub(crate) fn number_groups(tree: &mut Tree) {
-    if tree.nodes().iter().all(|node| node.entry.link_group() == 0) {
-        return;
-    }
-    let numbers = crate::tree::index::link_groups(tree);
-    for (node, number) in tree.nodes_mut().iter_mut().zip(numbers) {
-        if let Kind::File { link_group, .. } = &mut node.entry.kind {
-            *link_group = number;
-        }
+        changed.map(stays).number_links()
     }
 }
 
@@ -310,31 +358,74 @@ pub(crate) fn is_same(before: &Node, after: &Node) -> bool {
 }
 
 /// The changeset without entries that `dest` has already. Digests must be known.
-pub fn without_unchanged(changeset: Tree, dest: &Tree) -> Tree {
-    let nodes = changeset.into_nodes();
-    let changed = |node: &Node| dest.get(&node.entry.path).is_none_or(|before| !is_same(before, node));
-    let mut tree = Tree::from_nodes(nodes.into_iter().filter(changed).collect());
-    number_groups(&mut tree);
-    tree
+pub fn without_unchanged(changeset: &Tree, dest: &Tree) -> Tree {
+    changeset.map(|node| dest.get(&node.entry.path).is_none_or(|before| !is_same(&before, node))).number_links()
 }
 
 /// The changeset with the directories above its entries, as they are in `dest`: what other builders write into layers.
 pub fn with_parents(changeset: Tree, dest: &Tree) -> Tree {
-    let mut parents: BTreeMap<&[u8], &Node> = BTreeMap::new();
-    for node in changeset.nodes() {
+    if dest.is_empty() {
+        return changeset;
+    }
+    let mut parents: BTreeMap<InTree, Option<Node>> = BTreeMap::new();
+    let mut last: Vec<u8> = Vec::new();
+    let mut cursor = changeset.cursor();
+    while let Some(node) = cursor.next() {
         let mut above = parent(&node.entry.path);
-        while !above.is_empty() && !parents.contains_key(above) {
-            match (changeset.get(above), dest.get(above)) {
-                (None, Some(node)) if node.entry.is_dir() => {
-                    parents.insert(above, node);
-                }
-                _ => {}
-            }
+        if above == last {
+            continue;
+        }
+        last = above.to_vec();
+        while !above.is_empty() && !parents.contains_key(&InTree(above.to_vec())) {
+            let found = match changeset.get(above) {
+                None => dest.get(above).filter(|node| node.entry.is_dir()),
+                Some(_) => None,
+            };
+            parents.insert(InTree(above.to_vec()), found);
             above = parent(above);
         }
     }
-    let parents: Vec<Node> = parents.into_values().cloned().collect();
-    let mut nodes = changeset.into_nodes();
-    nodes.splice(..0, parents);
-    Tree::from_nodes(nodes)
+    let parents: Tree = parents.into_values().flatten().collect();
+    match parents.is_empty() {
+        true => changeset,
+        false => merged(&parents, &changeset, |_| true).finish(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node(number: u64, mode: u32) -> Node {
+        let path = format!("d{}/f{number:05}", number % 7);
+        Node { entry: Entry { kind: Kind::Fifo, ..Entry::dir(path, mode) }, origin: Origin::None }
+    }
+
+    #[test]
+    fn in_whatever_order_they_come_the_last_counts() {
+        // Ascending, descending, in disorder, and with many that come twice.
+        let count = 3 * Runs::RECENT as u64;
+        let orders: [&dyn Fn(u64) -> u64; 4] =
+            [&|at| at, &|at| count - at, &|at| at.wrapping_mul(7919) % count, &|at| at * at % 5003];
+        for (number, order) in orders.iter().enumerate() {
+            let mut runs = Runs::default();
+            let mut expected = BTreeMap::new();
+            for at in 0..count {
+                let node = node(order(at), at as u32);
+                expected.insert(InTree(node.entry.path.clone()), node.clone());
+                runs.put(node.clone());
+                assert_eq!(runs.get(&node.entry.path), Some(node));
+                if at == count / 2 {
+                    runs.retain(|path| !is_within(path, b"d3"));
+                    expected.retain(|path, _| !is_within(&path.0, b"d3"));
+                }
+            }
+            assert!(runs.runs.len() < 8, "{} runs", runs.runs.len());
+            for path in expected.keys() {
+                assert!(runs.get(&path.0).is_some());
+            }
+            assert_eq!(runs.get(b"d3/none"), None);
+            assert!(runs.finish() == expected.into_values().collect(), "order {number}");
+        }
+    }
 }

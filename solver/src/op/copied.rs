@@ -3,17 +3,16 @@
 //! Blocks are shared where the file system can. What the step did to files gives the same layer as with overlayfs; a
 //! directory that it removed and made anew is told by what is missing in it, not by an opaque mark.
 
-use super::changes::{is_same, number_groups};
+use super::changes::is_same;
 use super::owners;
 use crate::materialize::{self, MaterializeError, Ownership, ReadContent, WriteOptions};
 use crate::sandbox::emulation::{Device, Identity, Owner, Records, Scope, UPPER};
-use crate::scan::{self, Everything, ScanOptions, Xattrs, keep_attributes};
-use crate::tree::{Entry, Kind, Node, Origin, Tree, parent};
-use crate::upper::{LostAttribute, UpperError, digest_all};
+use crate::scan::{self, Detail, Everything, ScanOptions, keep_attributes};
+use crate::tree::{Entry, Inode, Kind, Node, Origin, Tree, TreeBuilder, compare_paths, parent};
+use crate::upper::{LostAttribute, UpperError, digest_all, take_inode};
+use std::cmp::Ordering;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::Arc;
 
 /// Writes a snapshot into the new directory `root`; returns the owners that the disk does not hold.
 pub(super) fn copy(
@@ -43,24 +42,38 @@ pub(super) fn changes(
     recorded: &Records,
     lost: &mut Vec<LostAttribute>,
 ) -> Result<Tree, UpperError> {
-    let found = scan::scan(root, &ScanOptions { xattrs: Xattrs::All, filter: &Everything })?;
-    let groups = scan::link_groups(&found);
-    let digests = digest_all(root, &found, &groups)?;
-    let mut nodes = Vec::new();
-    let mut after = std::collections::HashMap::new();
-    for ((item, group), digest) in found.into_iter().zip(groups).zip(digests) {
-        let mut entry = item.entry;
-        after.insert(entry.path.clone(), entry.is_dir());
+    let mut found = scan::scan(root, &ScanOptions { detail: Detail::Full, filter: &Everything })?;
+    digest_all(root, &mut found)?;
+    let mut changes = TreeBuilder::new();
+    let mut gone = before.cursor();
+    let mut more = gone.next().is_some();
+    // What was in something that is gone needs no whiteout of its own.
+    let whiteout = |changes: &mut TreeBuilder, path: &[u8]| {
+        if !path.is_empty() && found.get(parent(path)).is_some_and(|above| above.entry.is_dir()) {
+            changes.push(&Entry { kind: Kind::Whiteout, ..Entry::dir(path, 0) }, &Origin::None);
+        }
+    };
+    let mut cursor = found.cursor();
+    while let Some(node) = cursor.next() {
+        let Node { mut entry, mut origin } = node.clone();
+        let mut old = None;
+        while more {
+            match compare_paths(&gone.node().entry.path, &entry.path) {
+                Ordering::Less => whiteout(&mut changes, &gone.node().entry.path),
+                Ordering::Equal => old = Some(gone.node().clone()),
+                Ordering::Greater => break,
+            }
+            more = gone.next().is_some();
+        }
         if entry.path.is_empty() {
             continue;
         }
-        let old = before.get(&entry.path);
-        let mut origin = Origin::None;
-        if let Kind::File { link_group, digest: own, .. } = &mut entry.kind {
-            (*link_group, *own) = (group, digest);
-            origin = Origin::File(Arc::from(root.join(std::ffi::OsStr::from_bytes(&entry.path))));
+        let inode = take_inode(&mut origin);
+        if !entry.is_file() {
+            origin = Origin::None;
         }
-        let known = recorded.get(&Identity { device: UPPER, inode: item.ino, born: item.born });
+        let known =
+            inode.and_then(|Inode { ino, born, .. }| recorded.get(&Identity { device: UPPER, inode: ino, born }));
         if ownership == Ownership::SingleId {
             (entry.uid, entry.gid) = known.map_or((0, 0), |owner| (owner.uid, owner.gid));
         }
@@ -68,7 +81,7 @@ pub(super) fn changes(
         // are real.
         let stands_for = known.and_then(|owner| owner.device).or_else(|| {
             let empty = matches!(entry.kind, Kind::File { size: 0, .. });
-            old.filter(|_| empty).and_then(|old| owners::owner_of(&old.entry).device)
+            old.as_ref().filter(|_| empty).and_then(|old| owners::owner_of(&old.entry).device)
         });
         if let (Some(Device { block, major, minor }), true) = (stands_for, entry.is_file()) {
             entry.kind = if block { Kind::Block { major, minor } } else { Kind::Char { major, minor } };
@@ -76,22 +89,16 @@ pub(super) fn changes(
         }
         let missed = keep_attributes(&mut entry);
         let node = Node { entry, origin };
-        if !old.is_some_and(|old| is_same(old, &node)) {
+        if !old.is_some_and(|old| is_same(&old, &node)) {
             lost.extend(missed.map(|name| LostAttribute { path: node.entry.path.clone(), name }));
-            nodes.push(node);
+            changes.push_node(&node);
         }
     }
-    for node in before.nodes() {
-        let path = &node.entry.path;
-        // What was in something that is gone needs no whiteout of its own.
-        if !path.is_empty() && !after.contains_key(path) && after.get(parent(path)) == Some(&true) {
-            let entry = Entry { kind: Kind::Whiteout, ..Entry::dir(path.as_slice(), 0) };
-            nodes.push(Node { entry, origin: Origin::None });
-        }
+    while more {
+        whiteout(&mut changes, &gone.node().entry.path);
+        more = gone.next().is_some();
     }
-    let mut tree = Tree::from_nodes(nodes);
-    number_groups(&mut tree);
-    Ok(tree)
+    Ok(changes.finish().number_links())
 }
 
 /// Writes the changes as a directory that a layer's tree can be.

@@ -13,9 +13,8 @@ use crate::snapshot::{Snapshot, SnapshotError, Workspace};
 use crate::store::Store;
 use crate::tree::{ContentDigest, Entry, Kind, Node, Origin, Tree, index};
 use nacre_frontend::llb::{CopyOp, CopySource, MkdirOp};
-use rayon::prelude::*;
+use std::convert::Infallible;
 use std::io::{self, Read};
-use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::SystemTime;
 
@@ -67,44 +66,41 @@ impl LocalContext {
         Ok(self.tree.get_or_init(|| tree).clone())
     }
 
-    /// Fills in the digests of files on disk that have none.
-    pub fn digest(&self, nodes: &mut [Node]) -> Result<(), ContextError> {
-        let Some((context, digests)) = &self.directory else { return Ok(()) };
+    /// Fills in the digests of its files that have none. False if one was not as it was walked: times and capabilities are filled
+    /// in, too. After an error the tree is of no use.
+    pub fn digest(&self, tree: &mut Tree) -> Result<bool, ContextError> {
+        let Some((context, digests)) = &self.directory else { return Ok(true) };
         let mut digests = digests.lock().unwrap_or_else(PoisonError::into_inner);
-        context::digest_files(nodes, &[context], &mut digests)
+        context::digest_files(tree, context, &mut digests)
     }
 
     /// Bytes of the files of the directory among these whose digests are not known, and of all.
-    fn unread(&self, nodes: &[Node]) -> Result<(u64, u64), ContextError> {
+    fn unread(&self, tree: &Tree) -> Result<(u64, u64), ContextError> {
         let Some((context, digests)) = &self.directory else { return Ok((0, 0)) };
         let mut digests = digests.lock().unwrap_or_else(PoisonError::into_inner);
-        context::unread_bytes(nodes, context, &mut digests)
+        context::unread_bytes(tree, context, &mut digests)
     }
 
-    /// Remembers the digests of those of these files that lie in the directory; reading them began at `started`.
-    fn learn<'a>(&self, nodes: impl Iterator<Item = &'a Node>, keys: &FoundKeys, started: SystemTime) {
+    /// Remembers the digests, by the files' numbers in `tree`, of those files that lie in the directory; reading them began at
+    /// `started`.
+    fn learn(&self, tree: &Tree, read: &[(usize, ContentDigest)], keys: &FoundKeys, started: SystemTime) {
         let Some((context, digests)) = &self.directory else { return };
-        digests.lock().unwrap_or_else(PoisonError::into_inner).learn_read(nodes, context, keys, started);
+        digests.lock().unwrap_or_else(PoisonError::into_inner).learn_read(tree, read, context, keys, started);
     }
 
     /// Files among these that hold keys, by their paths in the directory. Their digests must be known.
-    fn keys_in(&self, nodes: &[Node]) -> Vec<(String, KeyKind)> {
+    fn keys_in(&self, tree: &Tree) -> Vec<(String, KeyKind)> {
         let Some((context, digests)) = &self.directory else { return Vec::new() };
         let digests = digests.lock().unwrap_or_else(PoisonError::into_inner);
         if digests.has_no_keys() {
             return Vec::new();
         }
-        let found = nodes.iter().filter_map(|node| {
-            let Origin::File(path) = &node.origin else { return None };
-            let relative = path.strip_prefix(context.root()).ok()?;
-            Some((relative.display().to_string(), digests.key_in(path)?))
+        let found = tree.iter().filter_map(|node| {
+            let Origin::File(file) = &node.origin else { return None };
+            let key = digests.key_in(&file.whole()).filter(|_| context.holds(file))?;
+            Some((String::from_utf8_lossy(&file.path).into_owned(), key))
         });
         found.collect()
-    }
-
-    /// Does the file lie in the directory?
-    fn holds(&self, path: &Path) -> bool {
-        self.directory.as_ref().is_some_and(|(context, _)| context.holds(path))
     }
 
     /// Keeps what was learned for the next build.
@@ -222,7 +218,7 @@ impl Recipe {
     /// Files of directories among those that were selected that look as if they hold keys: path there, and what it is.
     /// Known for what [`Recipe::parts`] gave.
     pub fn keys_in(&self, selection: &Tree) -> Vec<(String, KeyKind)> {
-        let mut found: Vec<_> = self.locals().flat_map(|local| local.keys_in(selection.nodes())).collect();
+        let mut found: Vec<_> = self.locals().flat_map(|local| local.keys_in(selection)).collect();
         found.sort_unstable();
         found.dedup();
         found
@@ -233,7 +229,7 @@ impl Recipe {
     pub fn selects_layer(&self, workspace: &Workspace) -> Result<bool, SnapshotError> {
         Ok(match &self.op {
             FileOp::Copy(op) if op.owner.is_none() && !op.unpack.unwrap_or(op.add) => {
-                self.destination(workspace)?.nodes().is_empty()
+                self.destination(workspace)?.is_empty()
             }
             _ => false,
         })
@@ -275,7 +271,7 @@ impl Recipe {
         }
         let (mut unread, mut all) = (0, 0);
         for local in self.locals() {
-            let counted = local.unread(selection.nodes())?;
+            let counted = local.unread(selection)?;
             (unread, all) = (unread + counted.0, all + counted.1);
         }
         Ok(Some((unread, all)))
@@ -283,12 +279,12 @@ impl Recipe {
 
     /// Opens a file of a context that has not been read: `None` for what lies elsewhere. See [`Context::open_unread`].
     pub(crate) fn open_unread(&self, node: &Node, keys: &FoundKeys) -> Option<io::Result<Box<dyn Read + Send>>> {
-        let Origin::File(path) = &node.origin else { return None };
-        let context = self.locals().find_map(|local| local.context().filter(|context| context.holds(path)))?;
-        Some(context.open_unread(path, keys).map(|file| Box::new(file) as Box<dyn Read + Send>))
+        let Origin::File(file) = &node.origin else { return None };
+        let context = self.locals().find_map(|local| local.context().filter(|context| context.holds(file)))?;
+        Some(context.open_unread(&node.entry, file, keys).map(|file| Box::new(file) as Box<dyn Read + Send>))
     }
 
-    /// Takes in the digests, by the files' numbers, that were found when files were read by way of [`Self::open_unread`], and
+    /// Takes in the digests, by the files' numbers, ascending, that were found when files were read by way of [`Self::open_unread`], and
     /// fills in those that are left. False if what is left turned out to be something else than the tree says.
     pub(crate) fn learn(
         &self,
@@ -297,27 +293,26 @@ impl Recipe {
         keys: FoundKeys,
         started: SystemTime,
     ) -> Result<bool, ContextError> {
-        for (at, found) in digests {
-            if let Some(Kind::File { digest, .. }) = tree.nodes_mut().get_mut(*at).map(|node| &mut node.entry.kind) {
-                *digest = Some(*found);
-            }
-        }
-        let read = digests.iter().filter_map(|(at, _)| tree.nodes().get(*at));
         for local in self.locals() {
-            local.learn(read.clone(), &keys, started);
+            local.learn(tree, digests, &keys, started);
         }
-        // Without content, or another name of a file that was read.
-        let without = |node: &Node| matches!(node.entry.kind, Kind::File { digest: None, .. });
-        let left = tree.nodes().iter().enumerate().filter(|(_, node)| without(node));
-        let left: Vec<(usize, Entry)> = left.map(|(at, node)| (at, node.entry.clone())).collect();
-        self.digest(tree)?;
-        Ok(left.into_iter().all(|(at, mut before)| {
-            let now = &tree.nodes()[at].entry;
-            if let (Kind::File { digest, .. }, Kind::File { digest: found, .. }) = (&mut before.kind, &now.kind) {
-                *digest = *found;
+        let begin = |first: usize| (first, digests.partition_point(|(number, _)| *number < first));
+        let fill_in = |(number, next): &mut (usize, usize), entry: &mut Entry, origin: &mut Origin| {
+            if let (Some((at, found)), Kind::File { digest, .. }) = (digests.get(*next), &mut entry.kind)
+                && at == number
+            {
+                *digest = Some(*found);
+                if let Origin::File(file) = origin {
+                    file.inode = None;
+                }
+                *next += 1;
             }
-            before == *now
-        }))
+            *number += 1;
+            Ok::<(), Infallible>(())
+        };
+        let Ok(_) = tree.update(begin, fill_in, |_| ());
+        // Without content, or another name of a file that was read.
+        self.digest(tree)
     }
 
     /// The contexts among the inputs.
@@ -357,10 +352,14 @@ impl Recipe {
         Ok(copy::copy(op, &inputs, dest, &staging, self.now, &read)?)
     }
 
-    fn digest(&self, tree: &mut Tree) -> Result<(), ContextError> {
-        let locals: Vec<&Arc<LocalContext>> = self.locals().collect();
-        digest_others(tree.nodes_mut(), &locals)?;
-        locals.iter().try_for_each(|local| local.digest(tree.nodes_mut()))
+    /// Fills in digests. False if a file of a context was not as it was walked.
+    fn digest(&self, tree: &mut Tree) -> Result<bool, ContextError> {
+        let mut as_walked = true;
+        for local in self.locals() {
+            as_walked &= local.digest(tree)?;
+        }
+        digest_uncached(tree)?;
+        Ok(as_walked)
     }
 }
 
@@ -376,30 +375,24 @@ enum Owned {
     File(Box<Node>),
 }
 
-/// Fills in the digests of files that belong to no context.
-pub(crate) fn digest_uncached(nodes: &mut [Node]) -> Result<(), ContextError> {
-    digest_others(nodes, &[])
-}
-
-/// Fills in the digests of downloads and of what archives held. Their times are not those of the files that hold their
-/// bytes, so contexts, which take both from the file, must not see them.
-fn digest_others(nodes: &mut [Node], locals: &[&Arc<LocalContext>]) -> Result<(), ContextError> {
-    let one = |node: &mut Node| -> Result<(), ContextError> {
-        let (Origin::File(path), Kind::File { digest: digest @ None, .. }) = (&node.origin, &mut node.entry.kind)
-        else {
+/// Fills in the digests of what lies on disk and belongs to no context: downloads, checkouts, and what archives held. Their times
+/// are not those of the files that hold their bytes. After an error the tree is of no use.
+pub(crate) fn digest_uncached(tree: &mut Tree) -> Result<(), ContextError> {
+    if tree.unread() == 0 {
+        return Ok(());
+    }
+    let one = |(): &mut (), entry: &mut Entry, origin: &mut Origin| -> Result<(), ContextError> {
+        let (Origin::File(file), Kind::File { digest: digest @ None, .. }) = (origin, &mut entry.kind) else {
             return Ok(());
         };
-        if locals.iter().any(|local| local.holds(path)) {
-            return Ok(());
-        }
         let mut hasher = blake3::Hasher::new();
-        let read = std::fs::File::open(&**path).and_then(|file| Ok(hasher.update_reader(file)?.finalize()));
-        let found = read.map_err(|source| ContextError::ReadFile { path: path.to_path_buf(), source })?;
+        let path = file.whole();
+        let read = std::fs::File::open(&path).and_then(|file| Ok(hasher.update_reader(file)?.finalize()));
+        let found = read.map_err(|source| ContextError::ReadFile { path, source })?;
         *digest = Some(*found.as_bytes());
         Ok(())
     };
-    // A pool of threads is woken for many files only.
-    if nodes.len() < 64 { nodes.iter_mut().try_for_each(one) } else { nodes.par_iter_mut().try_for_each(one) }
+    tree.update(|_| (), one, |()| ()).map(drop)
 }
 
 /// The parts of a COPY's key that do not depend on files.

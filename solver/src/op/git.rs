@@ -16,9 +16,9 @@ use crate::context::ContextError;
 use crate::materialize::remove_tree;
 use crate::op::file::digest_uncached;
 use crate::registry::auth::encode_base64;
-use crate::scan::{self, Everything, ScanError, ScanOptions, Xattrs};
+use crate::scan::{self, Detail, Everything, ScanError, ScanOptions};
 use crate::store::{Store, StoreError, name_for, open_lock};
-use crate::tree::{Entry, Kind, Node, Origin, Resolved, Tree, index, is_within};
+use crate::tree::{Entry, Kind, Node, OnDisk, Origin, Resolved, Tree, index, is_within};
 use nacre_frontend::lower::without_credentials;
 use rustix::process::{Pid, Signal, kill_process_group};
 use std::collections::BTreeMap;
@@ -790,24 +790,26 @@ fn is_unknown_object(complaint: &str) -> bool {
 /// Reads a checkout made earlier, and notes that it is in use.
 fn load(place: &Path) -> Option<Tree> {
     let bytes = fs::read(place.join("index")).ok()?;
-    let mut tree = index::decode(&bytes).ok()?;
+    let tree = index::decode(&bytes).ok()?;
     let _ = File::open(place).and_then(|dir| dir.set_modified(SystemTime::now()));
-    set_origins(&mut tree, &place.join("tree"));
-    Some(tree)
+    Some(with_origins(&tree, &place.join("tree")))
 }
 
-fn set_origins(tree: &mut Tree, top: &Path) {
-    for node in tree.nodes_mut().iter_mut().filter(|node| node.entry.is_file()) {
-        node.origin = Origin::File(Arc::from(top.join(OsStr::from_bytes(&node.entry.path))));
-    }
+fn with_origins(tree: &Tree, top: &Path) -> Tree {
+    let directory: Arc<Path> = Arc::from(top);
+    tree.map(|Node { entry, origin }| {
+        if entry.is_file() {
+            *origin = Origin::File(OnDisk { directory: directory.clone(), path: entry.path.clone(), inode: None });
+        }
+        true
+    })
 }
 
 /// Looks at what was checked out, and moves the part that is wanted to its place.
 fn keep(wanted: &Wanted<'_>, url: &str, staging: &Path, top: &Path, place: &Path) -> Result<Tree, GitError> {
-    let found = scan::scan(top, &ScanOptions { xattrs: Xattrs::None, filter: &Everything })?;
-    let nodes = found.into_iter().map(|item| {
-        let mut entry = item.entry;
-        (entry.uid, entry.gid) = (0, 0);
+    let found = scan::scan(top, &ScanOptions { detail: Detail::Context, filter: &Everything })?;
+    let mut tree = found.map(|Node { entry, origin }| {
+        *origin = Origin::None;
         // What git tracks, whatever the process's umask was.
         entry.mode = match entry.kind {
             Kind::Dir { .. } => 0o755,
@@ -816,11 +818,9 @@ fn keep(wanted: &Wanted<'_>, url: &str, staging: &Path, top: &Path, place: &Path
             _ if entry.mode & 0o200 == 0 => 0o444,
             _ => 0o644,
         };
-        Node { entry, origin: Origin::None }
+        // Without `.git`, the files that say where a submodule's is lead nowhere. git never tracks that name.
+        wanted.keep_git_dir || !is_git_dir(entry)
     });
-    // Without `.git`, the files that say where a submodule's is lead nowhere. git never tracks that name.
-    let nodes: Vec<Node> = nodes.filter(|node| wanted.keep_git_dir || !is_git_dir(&node.entry)).collect();
-    let mut tree = Tree::from_nodes(nodes);
     let no_subdir = || GitError::NoSubdir {
         url: url.to_owned(),
         subdir: wanted.subdir.to_owned(),
@@ -831,12 +831,12 @@ fn keep(wanted: &Wanted<'_>, url: &str, staging: &Path, top: &Path, place: &Path
         _ => return Err(no_subdir()),
     };
     if !path.is_empty() {
-        let mut nodes = tree.subtree(&path).to_vec();
-        for node in &mut nodes {
+        let below = tree.subtree(&path).map(|mut node| {
             debug_assert!(is_within(&node.entry.path, &path));
             node.entry.path.drain(..(path.len() + 1).min(node.entry.path.len()));
-        }
-        tree = Tree::from_nodes(nodes);
+            node
+        });
+        tree = below.collect();
     }
     let finished = staging.join("finished");
     let io_error = |path: &Path| {
@@ -846,16 +846,15 @@ fn keep(wanted: &Wanted<'_>, url: &str, staging: &Path, top: &Path, place: &Path
     fs::create_dir(&finished).map_err(io_error(&finished))?;
     let part = top.join(OsStr::from_bytes(&path));
     fs::rename(&part, finished.join("tree")).map_err(io_error(&part))?;
-    set_origins(&mut tree, &finished.join("tree"));
-    digest_uncached(tree.nodes_mut())?;
+    let mut tree = with_origins(&tree, &finished.join("tree"));
+    digest_uncached(&mut tree)?;
     fs::write(finished.join("index"), index::encode(&tree)).map_err(io_error(&finished))?;
     if place.exists() {
         // Its index could not be read.
         remove_tree(place).map_err(|error| io_error(place)(io::Error::other(error)))?;
     }
     fs::rename(&finished, place).map_err(io_error(place))?;
-    set_origins(&mut tree, &place.join("tree"));
-    Ok(tree)
+    Ok(with_origins(&tree, &place.join("tree")))
 }
 
 fn is_git_dir(entry: &Entry) -> bool {

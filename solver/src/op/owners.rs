@@ -7,7 +7,7 @@ use crate::sandbox::emulation::{
     self, Device, Emulation, Identity, LowerOwner, Owner, Records, Scope, UPPER, read_list, write_list,
 };
 use crate::sys::notify::RawStatx;
-use crate::tree::{Entry, Kind, Tree};
+use crate::tree::{Entry, Kind, Node, Tree};
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::io;
@@ -35,7 +35,7 @@ pub(crate) fn owner_of(entry: &Entry) -> Owner {
 pub(super) fn may_see_devices<'a>(flat: &Tree, mut texts: impl Iterator<Item = &'a str>) -> bool {
     let covered = |path: &[u8]| [&b"dev/"[..], b"proc/", b"sys/"].iter().any(|directory| path.starts_with(directory));
     let is_device = |entry: &Entry| owner_of(entry).device.is_some() && !covered(&entry.path);
-    texts.any(|text| text.contains("mknod")) || flat.nodes().iter().any(|node| is_device(&node.entry))
+    texts.any(|text| text.contains("mknod")) || flat.iter().any(|node| is_device(&node.entry))
 }
 
 /// What the disk does not hold of an entry where `scope` is emulated.
@@ -51,7 +51,8 @@ fn emulated(entry: &Entry, scope: Scope) -> Option<Owner> {
 /// Writes the owners of `tree` that the disk does not hold to the new file `path`. `None` when there are none.
 pub(super) fn write_lower(tree: &Tree, scope: Scope, path: PathBuf) -> io::Result<Option<PathBuf>> {
     let mut list: Vec<LowerOwner> = Vec::new();
-    for node in tree.nodes() {
+    let mut cursor = tree.cursor();
+    while let Some(node) = cursor.next() {
         if let Some(owner) = emulated(&node.entry, scope) {
             let linked = matches!(node.entry.kind, Kind::File { link_group: 1.., .. });
             list.push(LowerOwner { path: node.entry.path.clone(), owner, linked });
@@ -127,7 +128,8 @@ pub(super) fn record_cache(base: &Path, data: &Path, tree: &Tree) -> io::Result<
 pub(super) fn identities(directory: &Path, tree: &Tree, scope: Scope) -> io::Result<Vec<(Identity, Owner)>> {
     let root = crate::sys::open_place(directory).map_err(|error| error.source)?;
     let mut records = Vec::new();
-    for entry in tree.nodes().iter().map(|node| &node.entry) {
+    let mut cursor = tree.cursor();
+    while let Some(Node { entry, .. }) = cursor.next() {
         let Some(owner) = emulated(entry, scope) else { continue };
         let path = if entry.path.is_empty() { OsStr::new(".") } else { OsStr::from_bytes(&entry.path) };
         let text = crate::sys::c_string(path).map_err(|error| error.source)?;

@@ -17,7 +17,7 @@ use crate::sandbox::{
 use crate::snapshot::{Layer, Made, Snapshot, SnapshotError, Workspace};
 use crate::store::StoreError;
 use crate::sys;
-use crate::tree::{Entry, Node, Resolved, Tree, index};
+use crate::tree::{Entry, Node, Origin, Resolved, Tree, TreeBuilder, index};
 use crate::upper::{self, LostAttribute, UpperError};
 use nacre_frontend::llb::{Mount, MountKind, Network, Platform, RunOp, Security, Sharing, Vertex};
 use std::collections::BTreeMap;
@@ -276,10 +276,10 @@ fn mounted_tree(
         Resolved::Found(path) => path,
         _ => return Ok(None),
     };
-    let mut part = Tree::from_nodes(tree.subtree(&path).to_vec());
+    let mut part: Tree = tree.subtree(&path).collect();
     match input {
-        Some(Value::Context(local)) => local.digest(part.nodes_mut())?,
-        Some(Value::Checkout(_)) => crate::op::file::digest_uncached(part.nodes_mut())?,
+        Some(Value::Context(local)) => drop(local.digest(&mut part)?),
+        Some(Value::Checkout(_)) => crate::op::file::digest_uncached(&mut part)?,
         _ => {}
     }
     Ok(Some((part, path)))
@@ -505,7 +505,7 @@ fn lowers(workspace: &Workspace, snapshot: &Snapshot) -> Result<Vec<PathBuf>, Sn
     let merged = layers.len().saturating_sub(1) / STACKED * STACKED;
     let mut bottom = None;
     if let Some(below) = (merged > 0).then(|| snapshot.lower(merged)).flatten() {
-        bottom = Some(as_layer(workspace, workspace.flatten(&below)?)?);
+        bottom = Some(as_layer(workspace, &*workspace.flatten(&below)?)?);
         layers.drain(..merged);
     }
     let mut missing: Vec<&Layer> = layers.iter().filter(|layer| !workspace.has_tree_dir(layer)).collect();
@@ -530,9 +530,9 @@ fn lowers(workspace: &Workspace, snapshot: &Snapshot) -> Result<Vec<PathBuf>, Sn
 }
 
 /// Files as the tree of a layer of the store: copied once for as long as they stay the same.
-fn as_layer(workspace: &Workspace, tree: Arc<Tree>) -> Result<PathBuf, SnapshotError> {
+fn as_layer(workspace: &Workspace, tree: &Tree) -> Result<PathBuf, SnapshotError> {
     let id = workspace.store.put_layer(tree.clone())?;
-    let layer = workspace.layer(id, Made::Step(None), Some(tree));
+    let layer = workspace.layer(id, Made::Step(None), Some(Arc::new(tree.clone())));
     workspace.tree_dir(&layer)
 }
 
@@ -721,13 +721,13 @@ impl MountSetup<'_> {
             Some(_) => {
                 let Some((tree, path)) = mounted_tree(self.workspace, value, source)? else { return Err(missing()) };
                 let tree = Arc::new(tree);
-                let lowers = if self.copies { Vec::new() } else { vec![self.stored(tree.clone())?] };
+                let lowers = if self.copies { Vec::new() } else { vec![self.stored(&tree)?] };
                 (lowers, path, tree)
             }
         };
         if self.copies {
             let dir = directory("copy")?;
-            let part = Tree::from_nodes(tree.subtree(&subpath).to_vec());
+            let part: Tree = tree.subtree(&subpath).collect();
             self.copied.extend(copy_snapshot(self.workspace, &part, &dir)?);
             let source = dir.join(std::ffi::OsStr::from_bytes(&subpath));
             return Ok(SetupMount::Bind { source, target: mount.target.clone(), read_only: mount.read_only });
@@ -746,7 +746,7 @@ impl MountSetup<'_> {
     }
 
     /// A context's files as a layer of the store: copied once for as long as they stay the same.
-    fn stored(&self, tree: Arc<Tree>) -> Result<PathBuf, RunError> {
+    fn stored(&self, tree: &Tree) -> Result<PathBuf, RunError> {
         Ok(as_layer(self.workspace, tree)?)
     }
 
@@ -779,7 +779,7 @@ impl MountSetup<'_> {
         let staging = self.workspace.store.begin_tree()?;
         let fresh = staging.join("data");
         let mut top = Entry { uid: owner.0, gid: owner.1, ..Entry::dir("", mode) };
-        let mut nodes = Vec::new();
+        let mut inside = TreeBuilder::new();
         if let Some((input, source)) = from {
             let missing = || RunError::NoSource {
                 target: target.to_owned(),
@@ -787,22 +787,21 @@ impl MountSetup<'_> {
                 source_name: "the cache mount's source".to_owned(),
             };
             let (tree, path) = mounted_tree(self.workspace, &self.inputs[*input], source)?.ok_or_else(missing)?;
-            for mut node in tree.into_nodes() {
-                let inside = node.entry.path[path.len()..]
-                    .strip_prefix(b"/")
-                    .map_or_else(|| node.entry.path[path.len()..].to_vec(), <[u8]>::to_vec);
-                if inside.is_empty() {
-                    top = Entry { path: Vec::new(), ..node.entry };
-                    continue;
-                }
-                node.entry.path = inside;
-                nodes.push(node);
+            let mut nodes = tree.iter().peekable();
+            if let Some(node) = nodes.next_if(|node| node.entry.path == path) {
+                top = Entry { path: Vec::new(), ..node.entry };
             }
+            inside.push(&top, &Origin::None);
+            for mut node in nodes {
+                node.entry.path.drain(..if path.is_empty() { 0 } else { path.len() + 1 });
+                inside.push_node(&node);
+            }
+        } else {
+            inside.push(&top, &Origin::None);
         }
-        nodes.push(Node { entry: top, origin: crate::tree::Origin::None });
         std::fs::create_dir(&fresh).map_err(|source| RunError::Io { path: fresh.clone(), source })?;
         let read = |node: &Node| self.workspace.open(node).map(|reader| reader as Box<dyn io::Read>);
-        let tree = Tree::from_nodes(nodes);
+        let tree = inside.finish();
         materialize::write_tree(&tree, &read, &fresh, self.workspace.sources.write).map_err(RunError::CacheMount)?;
         let base = data.parent().unwrap_or(data);
         if self.workspace.ownership == Ownership::SingleId && !data.exists() {

@@ -1124,8 +1124,7 @@ fn no_content(_node: &Node) -> io::Result<Box<dyn Read>> {
 /// Regular files of a tree, those with several names once.
 fn count_inodes(tree: &Tree) -> usize {
     let mut groups = HashSet::new();
-    tree.nodes()
-        .iter()
+    tree.iter()
         .filter(|node| match node.entry.kind {
             Kind::File { link_group, .. } => link_group == 0 || groups.insert(link_group),
             _ => false,

@@ -8,13 +8,12 @@ use crate::op::copy::{self, CopyError, CopyInput};
 use crate::op::file::digest_uncached;
 use crate::store::{Store, StoreError};
 use crate::tree::ignore::{self, IgnoreError, Matcher, Verdict};
-use crate::tree::{Entry, Kind, Node, Origin, Resolved, Tree, archive, parent};
+use crate::tree::{Entry, Kind, Node, OnDisk, Origin, Resolved, Tree, TreeBuilder, archive, parent};
 use nacre_frontend::llb::{CopyOp, CopySource};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 /// Why a file cannot be made a context.
 #[derive(Debug, thiserror::Error)]
@@ -70,12 +69,13 @@ pub fn tree_of(file: Node, name: &str, store: &Store, now: (i64, u32)) -> Result
     let staging = store.begin_tree()?;
     let read = |_: &Node| Err(io::ErrorKind::Unsupported.into());
     let tree = copy::copy(&op, &[CopyInput::File(&file)], &Tree::default(), &staging, now, &read)?;
-    let mut nodes = tree.into_nodes();
-    if nodes.first().is_none_or(|node| !node.entry.path.is_empty()) {
-        nodes.insert(0, Node { entry: Entry { mtime: now, ..Entry::dir("", 0o755) }, origin: Origin::None });
+    let mut rooted = TreeBuilder::new();
+    if tree.get(b"").is_none() {
+        rooted.push(&Entry { mtime: now, ..Entry::dir("", 0o755) }, &Origin::None);
     }
-    let mut tree = Tree::from_nodes(nodes);
-    digest_uncached(tree.nodes_mut())?;
+    tree.iter().for_each(|node| rooted.push_node(&node));
+    let mut tree = rooted.finish();
+    digest_uncached(&mut tree)?;
     Ok(tree)
 }
 
@@ -83,7 +83,7 @@ pub fn tree_of(file: Node, name: &str, store: &Store, now: (i64, u32)) -> Result
 pub fn file_node(path: &Path, size: u64, mtime: (i64, u32)) -> Node {
     let kind = Kind::File { size, digest: None, link_group: 0 };
     let entry = Entry { kind, mtime, ..Entry::dir("", 0o600) };
-    Node { entry, origin: Origin::File(Arc::from(path)) }
+    Node { entry, origin: Origin::File(OnDisk::at(path)) }
 }
 
 /// Reads a file of a tree whose bytes are on disk, links followed inside the tree; `None` when there is none.
@@ -93,7 +93,7 @@ pub fn read_file(tree: &Tree, path: &str, limit: u64) -> io::Result<Option<Vec<u
     match (entry.is_file(), origin) {
         (true, Origin::File(file)) => {
             let mut bytes = Vec::new();
-            File::open(file)?.take(limit).read_to_end(&mut bytes)?;
+            File::open(file.whole())?.take(limit).read_to_end(&mut bytes)?;
             Ok(Some(bytes))
         }
         _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file")),
@@ -121,7 +121,8 @@ fn filtered(tree: Tree, matcher: &Matcher) -> Tree {
     }
     let mut verdicts: BTreeMap<Vec<u8>, Verdict> = BTreeMap::new();
     let mut wanted: BTreeSet<Vec<u8>> = BTreeSet::new();
-    for Node { entry, .. } in tree.nodes() {
+    let mut cursor = tree.cursor();
+    while let Some(Node { entry, .. }) = cursor.next() {
         let verdict = match entry.path.is_empty() {
             true => matcher.root(),
             false => {
@@ -140,11 +141,7 @@ fn filtered(tree: Tree, matcher: &Matcher) -> Tree {
         }
     }
     // Of hard links the first carries the bytes; here every name has its own origin, so any may go.
-    let mut nodes = tree.into_nodes();
-    nodes.retain(|node| node.entry.path.is_empty() || wanted.contains(&node.entry.path));
-    let mut tree = Tree::from_nodes(nodes);
-    super::changes::number_groups(&mut tree);
-    tree
+    tree.map(|node| node.entry.path.is_empty() || wanted.contains(&node.entry.path)).number_links()
 }
 
 #[cfg(test)]
@@ -180,7 +177,7 @@ mod tests {
         assert_eq!(read_file(&tree, "/a/../a/b/c", 9).unwrap().as_deref(), Some(&b"x"[..]));
         assert_eq!(read_file(&tree, "nothing", 9).unwrap(), None);
         assert!(read_file(&tree, "a", 9).is_err());
-        let digests = tree.nodes().iter().filter(|node| matches!(node.entry.kind, Kind::File { digest: Some(_), .. }));
+        let digests = tree.iter().filter(|node| matches!(node.entry.kind, Kind::File { digest: Some(_), .. }));
         assert_eq!(digests.count(), 2);
         assert_eq!(paths(&unpacked(&store, b"no archive")), ["", "name"]);
     }

@@ -71,7 +71,7 @@ pub fn look_up(rootfs: &Tree, spec: &str, read: &dyn Fn(&Node) -> io::Result<Vec
     }
     let file = |path: &'static str| match rootfs.resolve(path.as_bytes(), true) {
         Resolved::Found(found) => match rootfs.get(&found).filter(|node| node.entry.is_file()) {
-            Some(node) => read(node).map_err(|source| UserError::Read { path, source }),
+            Some(node) => read(&node).map_err(|source| UserError::Read { path, source }),
             None => Ok(Vec::new()),
         },
         _ => Ok(Vec::new()),

@@ -1,7 +1,8 @@
 //! Why a step ran: differences between key parts, in words.
 
 use super::cache_key::Difference;
-use crate::tree::{Entry, Kind, Tree};
+use crate::tree::{Entry, Kind, Node, Tree, compare_paths};
+use std::cmp::Ordering;
 
 /// Reasons shown for one step; the rest is counted.
 const SHOWN: usize = 3;
@@ -73,18 +74,36 @@ fn in_words(difference: &Difference) -> String {
 pub fn changed_files(old: &Tree, new: &Tree) -> Vec<String> {
     let mut reasons = Vec::new();
     let name = |entry: &Entry| String::from_utf8_lossy(&entry.path).into_owned();
-    for node in new.nodes() {
-        match old.get(&node.entry.path) {
-            None => reasons.push(format!("{} added", name(&node.entry))),
-            Some(before) if !same(&before.entry, &node.entry) => reasons.push(format!("{} changed", name(&node.entry))),
-            Some(_) => {}
+    let mut removed = Vec::new();
+    let mut gone = |entry: &Entry| {
+        if !entry.is_dir() {
+            removed.push(format!("{} removed", name(entry)));
+        }
+    };
+    let mut old = old.cursor();
+    let mut more = old.next().is_some();
+    let mut new = new.cursor();
+    while let Some(Node { entry, .. }) = new.next() {
+        let mut before = None;
+        while more {
+            match compare_paths(&old.node().entry.path, &entry.path) {
+                Ordering::Less => gone(&old.node().entry),
+                Ordering::Equal => before = Some(same(&old.node().entry, entry)),
+                Ordering::Greater => break,
+            }
+            more = old.next().is_some();
+        }
+        match before {
+            None => reasons.push(format!("{} added", name(entry))),
+            Some(false) => reasons.push(format!("{} changed", name(entry))),
+            Some(true) => {}
         }
     }
-    for node in old.nodes().iter().filter(|node| !node.entry.is_dir()) {
-        if new.get(&node.entry.path).is_none() {
-            reasons.push(format!("{} removed", name(&node.entry)));
-        }
+    while more {
+        gone(&old.node().entry);
+        more = old.next().is_some();
     }
+    reasons.append(&mut removed);
     reasons
 }
 

@@ -12,9 +12,10 @@ use crate::leak::{Leak, LeakStream};
 use crate::op::file::{FileOp, Recipe, Value};
 use crate::op::run::{self, RunError};
 use crate::snapshot::{AlsoTo, Compression, Layer, Made, Snapshot, SnapshotError, UnclaimedBlob};
-use crate::tree::{Entry, Kind, Node, Tree, index};
+use crate::tree::{Entry, Kind, Node, Origin, Tree, index};
 use crate::upper::LostAttribute;
 use nacre_frontend::llb::{RunOp, Vertex, VertexId};
+use std::convert::Infallible;
 use std::panic::resume_unwind;
 use std::sync::{Arc, PoisonError};
 use std::time::{Instant, SystemTime};
@@ -44,8 +45,12 @@ pub(super) fn is_verdict(error: &VertexError) -> bool {
 
 /// Bytes of a tree's files.
 fn file_bytes(tree: &Tree) -> u64 {
-    let size = |node: &Node| if let Kind::File { size, .. } = node.entry.kind { size } else { 0 };
-    tree.nodes().iter().map(size).sum()
+    let mut sum = 0;
+    let mut cursor = tree.cursor();
+    while let Some(node) = cursor.next() {
+        sum += if let Kind::File { size, .. } = node.entry.kind { size } else { 0 };
+    }
+    sum
 }
 
 /// A layer that was compressed while its files were read for the first time.
@@ -224,7 +229,6 @@ impl Build<'_> {
             if let Some(before) = before {
                 self.keep_times(&mut tree, &before);
             }
-            let tree = Arc::new(tree);
             self.check_for_secrets(&tree)?;
             self.span(id, Phase::Run, None, working, 0);
             let (storing, bytes) = (Instant::now(), file_bytes(&tree));
@@ -235,7 +239,7 @@ impl Build<'_> {
                 let (content, id) = (index::content_key(&tree), self.workspace.store.put_layer(tree.clone()));
                 (content, id, blob.map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic))))
             });
-            let layer = self.workspace.layer(layer_id?, Made::Step(Some(recipe)), Some(tree));
+            let layer = self.workspace.layer(layer_id?, Made::Step(Some(recipe)), Some(Arc::new(tree)));
             if let Some(blob) = blob.transpose()? {
                 let blob = self.workspace.adopt_blob(&layer, blob)?;
                 if let Some(place) = place.flatten() {
@@ -252,15 +256,17 @@ impl Build<'_> {
     /// Directories that the step made when it ran before, and makes again, keep their times. They stand in front of what they
     /// hold: the beginning of the blob, up to the first change, stays what it was and need not be made again.
     fn keep_times(&self, tree: &mut Tree, before: &Tree) {
-        for node in tree.nodes_mut() {
-            if matches!(node.entry.kind, Kind::Dir { .. }) && node.entry.mtime == self.now {
-                let old = before.get(&node.entry.path).map(|old| &old.entry);
-                let same = |old: &&Entry| Entry { mtime: self.now, ..Entry::clone(old) } == node.entry;
+        let keep = |(): &mut (), entry: &mut Entry, _: &mut Origin| {
+            if matches!(entry.kind, Kind::Dir { .. }) && entry.mtime == self.now {
+                let old = before.get(&entry.path).map(|old| old.entry);
+                let same = |old: &Entry| Entry { mtime: self.now, ..old.clone() } == *entry;
                 if let Some(old) = old.filter(same) {
-                    node.entry.mtime = old.mtime;
+                    entry.mtime = old.mtime;
                 }
             }
-        }
+            Ok::<(), Infallible>(())
+        };
+        let Ok(_) = tree.update(|_| (), keep, |()| ());
     }
 
     /// Says which files of the context look as if they held keys.
@@ -316,7 +322,7 @@ impl Build<'_> {
     fn check_for_secrets(&self, tree: &Tree) -> Result<(), VertexError> {
         let Some(leaks) = &self.request.host.leaks else { return Ok(()) };
         self.workspace.prepare(tree)?;
-        for node in tree.nodes() {
+        for node in tree.iter() {
             let entry = &node.entry;
             let path = || format!("/{}", String::from_utf8_lossy(&entry.path));
             leaks.check(&entry.path, || "the name of a file".to_owned())?;
@@ -326,7 +332,7 @@ impl Build<'_> {
             entry.xattrs.values().try_for_each(|value| leaks.check(value, path))?;
             if entry.is_file() {
                 let read = |source| SnapshotError::Read { path: path(), source };
-                let mut file = self.workspace.open(node).map_err(read)?;
+                let mut file = self.workspace.open(&node).map_err(read)?;
                 leaks.check_reader(&mut file, path).map_err(read)??;
             }
         }
@@ -413,7 +419,7 @@ impl Build<'_> {
             let layer = match earlier.filter(|id| self.workspace.is_whole(id, false)) {
                 Some(id) => self.workspace.layer(id, Made::Step(None), None),
                 None => {
-                    let id = self.workspace.store.put_layer(Arc::new(ran.changes))?;
+                    let id = self.workspace.store.put_layer(ran.changes)?;
                     self.workspace.store.adopt_upper(&ran.upper, &id)?;
                     self.workspace.store.set_layer_by_content(&snapshot_key.0, &id)?;
                     self.workspace.layer(id, Made::Step(None), None)
@@ -430,7 +436,7 @@ impl Build<'_> {
 /// Drops a tree. Very many files take a while, for which nobody has to wait.
 fn let_go(tree: Option<Tree>) {
     const MANY: usize = 4096;
-    if tree.as_ref().is_some_and(|tree| tree.nodes().len() >= MANY) {
+    if tree.as_ref().is_some_and(|tree| tree.len() >= MANY) {
         rayon::spawn(move || drop(tree));
     }
 }

@@ -329,7 +329,7 @@ mod tests {
         let digest = Some(*blake3::hash(content).as_bytes());
         let kind = Kind::File { size: content.len() as u64, digest, link_group: 0 };
         let node = Node { entry: Entry { kind, ..Entry::dir("f", 0o644) }, origin: Origin::Inline(content.into()) };
-        let id = store.put_layer(std::sync::Arc::new(Tree::from_nodes(vec![node]))).unwrap();
+        let id = store.put_layer(Tree::from_nodes(vec![node])).unwrap();
         let staging = store.begin_tree().unwrap();
         fs::write(staging.join("f"), content).unwrap();
         store.commit_tree(&staging, &id).unwrap();

@@ -21,7 +21,7 @@ use std::fs::{self, File};
 use std::io::{self, Cursor, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 
 /// What is remembered of a blob that was made here.
 #[derive(Serialize, Deserialize)]
@@ -55,10 +55,10 @@ impl Store {
 
     /// Stores a layer's index and returns the layer's id. The tree's origins stay usable through [`Store::layer`] as
     /// long as this process lives.
-    pub fn put_layer(&self, tree: Arc<Tree>) -> Result<LayerId, StoreError> {
-        let bytes = index::encode(&tree);
-        let id = LayerId(blake3::hash(&bytes).to_hex().as_str().into());
-        self.put_index(&id, &bytes)?;
+    pub fn put_layer(&self, tree: Tree) -> Result<LayerId, StoreError> {
+        let (written, digest) = self.write_index(&tree)?;
+        let id = index::layer_id(&digest);
+        self.put_index(&id, &written, &digest)?;
         self.remember_tree(&id, tree);
         Ok(id)
     }
@@ -66,22 +66,35 @@ impl Store {
     /// Stores the index of a layer that came as a blob, and which blob that was.
     pub fn put_pulled_layer(&self, tree: &Tree, blob: &OriginalBlob) -> Result<LayerId, StoreError> {
         let id = pulled_layer_id(&blob.diff_id);
-        self.put_index(&id, &index::encode(tree))?;
+        let (written, digest) = self.write_index(tree)?;
+        self.put_index(&id, &written, &digest)?;
         self.put_json(&id, "blob-original.json", blob)?;
-        self.remember_tree(&id, Arc::new(in_layer(tree.clone(), &id)));
+        self.remember_tree(&id, tree.clone().in_layer(&id));
         Ok(id)
     }
 
-    fn put_index(&self, id: &LayerId, bytes: &[u8]) -> Result<(), StoreError> {
+    /// Writes an index to a temporary file: its path, and the digest of its bytes.
+    fn write_index(&self, tree: &Tree) -> Result<(PathBuf, ContentDigest), StoreError> {
+        let path = self.tmp_path()?;
+        let written = File::create_new(&path).and_then(|mut file| index::write(tree, &mut file));
+        let digest = written.map_err(StoreError::io("write", &path)).inspect_err(|_| drop(fs::remove_file(&path)))?;
+        Ok((path, digest))
+    }
+
+    /// Puts an index that was written in its place, unless it is there.
+    fn put_index(&self, id: &LayerId, written: &Path, digest: &ContentDigest) -> Result<(), StoreError> {
         let directory = self.layer_dir(id)?;
         let path = directory.join("index");
-        if fs::metadata(&path).is_ok_and(|metadata| metadata.len() == bytes.len() as u64)
-            && fs::read(&path).is_ok_and(|there| there == bytes)
-        {
+        let digest_there =
+            || -> io::Result<blake3::Hash> { Ok(blake3::Hasher::new().update_reader(File::open(&path)?)?.finalize()) };
+        if digest_there().is_ok_and(|there| there.as_bytes() == digest) {
+            let _ = fs::remove_file(written);
             return Ok(());
         }
-        fs::create_dir_all(&directory).map_err(StoreError::io("create", &directory))?;
-        self.replace_file(&path, bytes)
+        fs::create_dir_all(&directory)
+            .map_err(StoreError::io("create", &directory))
+            .and_then(|()| fs::rename(written, &path).map_err(StoreError::io("rename to", &path)))
+            .inspect_err(|_| drop(fs::remove_file(written)))
     }
 
     /// Is there a usable index of this layer?
@@ -91,15 +104,17 @@ impl Store {
         }
         // Only the checksum is looked at: most layers of a build that finds everything are never asked what they hold.
         let Ok(path) = self.layer_dir(id).map(|directory| directory.join("index")) else { return false };
-        fs::read(path).is_ok_and(|bytes| index::is_whole(&bytes))
+        File::open(path)
+            .and_then(|file| Ok((file.metadata()?.len(), file)))
+            .is_ok_and(|(length, mut file)| index::is_whole(&mut file, length))
     }
 
     /// A layer's tree as a value. Read once in a process.
-    pub fn layer(&self, id: &LayerId) -> Result<Arc<Tree>, StoreError> {
+    pub fn layer(&self, id: &LayerId) -> Result<Tree, StoreError> {
         if let Some(tree) = self.layers.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get(id) {
             return Ok(tree.clone());
         }
-        let tree = Arc::new(in_layer(self.read_layer(id)?, id));
+        let tree = self.read_layer(id)?.in_layer(id);
         self.remember_tree(id, tree.clone());
         Ok(tree)
     }
@@ -108,13 +123,19 @@ impl Store {
     /// need.
     pub fn read_layer(&self, id: &LayerId) -> Result<Tree, StoreError> {
         let path = self.layer_dir(id)?.join("index");
-        let Some(bytes) = self.read_optional(&path)? else {
-            return Err(StoreError::NoLayer { path: self.root.clone(), id: id.clone() });
+        let mut file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(StoreError::NoLayer { path: self.root.clone(), id: id.clone() });
+            }
+            Err(error) => return Err(StoreError::io("read", &path)(error)),
         };
-        index::decode(&bytes).map_err(|error| StoreError::Damaged { path: path.clone(), reason: error.to_string() })
+        let length = file.metadata().map_err(StoreError::io("read", &path))?.len();
+        let tree = index::read(&mut file, length);
+        tree.map_err(|error| StoreError::Damaged { path: path.clone(), reason: error.to_string() })
     }
 
-    fn remember_tree(&self, id: &LayerId, tree: Arc<Tree>) {
+    fn remember_tree(&self, id: &LayerId, tree: Tree) {
         self.layers.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).insert(id.clone(), tree);
     }
 
@@ -170,7 +191,7 @@ impl Store {
             Err(error) => return Err(StoreError::io("rename to", &tree)(error)),
         }
         // Origins of files pointed into the staging directory.
-        self.remember_tree(id, Arc::new(in_layer(Arc::unwrap_or_clone(index), id)));
+        self.remember_tree(id, index.in_layer(id));
         Ok(tree)
     }
 
@@ -183,7 +204,7 @@ impl Store {
     pub fn open_origin(&self, origin: &Origin) -> io::Result<Box<dyn Read + Send>> {
         Ok(match origin {
             Origin::None => return Err(io::Error::new(io::ErrorKind::NotFound, "a file without origin")),
-            Origin::File(path) => Box::new(File::open(path)?),
+            Origin::File(file) => Box::new(File::open(file.whole())?),
             Origin::Inline(bytes) => Box::new(Cursor::new(bytes.clone())),
             Origin::Layer(id, path) => {
                 let tree = self.tree_dir(id).ok_or_else(|| {
@@ -286,17 +307,6 @@ impl Store {
     }
 }
 
-/// The tree with its files read from the layer of this id.
-fn in_layer(tree: Tree, id: &LayerId) -> Tree {
-    let mut tree = tree;
-    for Node { entry, origin } in tree.nodes_mut() {
-        if entry.is_file() {
-            *origin = Origin::Layer(id.clone(), entry.path.as_slice().into());
-        }
-    }
-    tree
-}
-
 fn memo_name(codec: Codec, level: Option<u32>, clamp: Option<i64>) -> String {
     let level = level.map_or_else(|| "default".to_owned(), |level| level.to_string());
     let clamp = clamp.map(|seconds| format!("-clamp{seconds}")).unwrap_or_default();
@@ -350,7 +360,8 @@ pub(super) fn compare_tree(directory: &Path, index: &Tree) -> io::Result<Result<
             }
         }
     };
-    for node in index.nodes() {
+    let mut cursor = index.cursor();
+    while let Some(node) = cursor.next() {
         let path = || String::from_utf8_lossy(&node.entry.path).into_owned();
         match same(node) {
             Ok(true) => {}
@@ -395,9 +406,9 @@ mod tests {
     #[test]
     fn a_layer_has_its_forms_when_they_are_made() {
         let (directory, store) = temporary();
-        let id = store.put_layer(Arc::new(tree(b"one"))).unwrap();
-        assert_eq!(store.put_layer(Arc::new(tree(b"one"))).unwrap(), id);
-        assert_ne!(store.put_layer(Arc::new(tree(b"two"))).unwrap(), id);
+        let id = store.put_layer(tree(b"one")).unwrap();
+        assert_eq!(store.put_layer(tree(b"one")).unwrap(), id);
+        assert_ne!(store.put_layer(tree(b"two")).unwrap(), id);
         assert_eq!(store.tree_dir(&id), None);
         assert_eq!(read(&store, &id).unwrap(), b"one", "from where the bytes are now");
 
@@ -417,7 +428,7 @@ mod tests {
     #[test]
     fn trees_are_checked_after_a_boot() {
         let (_directory, store) = temporary();
-        let id = store.put_layer(Arc::new(tree(b"one"))).unwrap();
+        let id = store.put_layer(tree(b"one")).unwrap();
         let path = store.commit_tree(&staged(&store, b"one"), &id).unwrap();
         let mark = path.with_file_name("tree.boot");
         fs::write(&mark, "an earlier boot").unwrap();
@@ -433,7 +444,7 @@ mod tests {
     #[test]
     fn damaged_indexes_are_noticed() {
         let (directory, store) = temporary();
-        let id = store.put_layer(Arc::new(tree(b"one"))).unwrap();
+        let id = store.put_layer(tree(b"one")).unwrap();
         let path = store.root().join("layers").join(&*id.0).join("index");
         let good = fs::read(&path).unwrap();
         let check = |bytes: &[u8]| {
@@ -446,14 +457,14 @@ mod tests {
         let mut flipped = good.clone();
         flipped[good.len() / 2] ^= 1;
         check(&flipped);
-        store.put_layer(Arc::new(tree(b"one"))).unwrap();
+        store.put_layer(tree(b"one")).unwrap();
         assert_eq!(fs::read(&path).unwrap(), good, "put again, it is whole");
     }
 
     #[test]
     fn blobs_and_contents_are_remembered() {
         let (_directory, store) = temporary();
-        let id = store.put_layer(Arc::new(tree(b"one"))).unwrap();
+        let id = store.put_layer(tree(b"one")).unwrap();
         let diff_id = super::super::blob::sha256(b"tar");
         let info = BlobInfo {
             diff_id: diff_id.clone(),

@@ -42,7 +42,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 /// What the version file of this format holds.
 const VERSION: &str = "nacre store 1\n";
@@ -80,7 +80,7 @@ pub struct Store {
     /// Held shared: nobody removes objects meanwhile.
     _lock: File,
     names: AtomicU64,
-    layers: Mutex<HashMap<LayerId, Arc<Tree>>>,
+    layers: Mutex<HashMap<LayerId, Tree>>,
     /// Name of the trees that this process can use.
     tree_name: &'static str,
 }

@@ -554,7 +554,7 @@ mod tests {
 
     fn layer(store: &Store, name: &str) -> LayerId {
         let tree = Tree::from_nodes(vec![Node { entry: Entry::dir(name, 0o755), origin: Origin::None }]);
-        let id = store.put_layer(std::sync::Arc::new(tree)).unwrap();
+        let id = store.put_layer(tree).unwrap();
         let staging = store.begin_tree().unwrap();
         fs::create_dir(staging.join(name)).unwrap();
         fs::write(staging.join(name).join("file"), vec![1; 100_000]).unwrap();

@@ -17,7 +17,7 @@ use super::blob::is_zstd;
 use super::layer::{LayerError, LayerSink, Limits, begins_tar, read_archive};
 use super::stream::copy_buffered;
 use super::tar_stream::{BLOCK, RatioExceeded};
-use super::{Entry, Origin, Tree};
+use super::{Entry, OnDisk, Origin, Tree};
 
 /// Most memory that an xz stream may ask for; its strongest preset takes 65 MiB.
 const XZ_MEMORY: u64 = 512 << 20;
@@ -93,7 +93,11 @@ pub fn unpack(path: &Path, staging: &Path, limits: &Limits) -> Result<Option<Tre
     };
     let numbered = |number: u64| staging.join(number.to_string());
     let mut sink = Staging { numbered: &numbered, next: 0 };
-    let origin = |number| Origin::File(Arc::from(numbered(number)));
+    let directory: Arc<Path> = Arc::from(staging);
+    let origin = |number: u64| {
+        let path = number.to_string().into_bytes();
+        Origin::File(OnDisk { directory: directory.clone(), path, inode: None })
+    };
     let tree = read_archive(&mut BufReader::with_capacity(READ_BYTES, tar), &mut sink, limits, &origin);
     tree.map(Some).map_err(|source| ArchiveError::Unpack { path: path.to_owned(), source })
 }
@@ -240,7 +244,7 @@ mod tests {
             let (_dir, result) = unpacked(&bytes, &Limits::default());
             let tree = result.unwrap().unwrap();
             let read = |path: &str| match &tree.get(path.as_bytes()).unwrap().origin {
-                Origin::File(path) => fs::read(path).unwrap(),
+                Origin::File(file) => fs::read(file.whole()).unwrap(),
                 other => panic!("{other:?}"),
             };
             assert_eq!(read("etc/hosts"), b"127.0.0.1 localhost\n");

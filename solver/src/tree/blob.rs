@@ -157,9 +157,9 @@ pub fn write_blob(
     out: &mut dyn Write,
 ) -> Result<BlobInfo, LayerError> {
     let method = Method::of(options)?;
-    let entries = TarEntries::new(tree, &options.tar)?;
+    let entries = TarEntries::new(tree, &options.tar);
     let seed = cache.map(|_| method.key_hasher());
-    let plan = plan(&entries, options.codec, seed.as_ref());
+    let plan = plan(&entries, options.codec, seed.as_ref())?;
     let known = cache.map(|cache| beginning(cache, &plan.chunks)).unwrap_or_default();
     Pipeline::new(&entries, &plan, method, cache, open, options.threads).carry_out(&known, out)
 }
@@ -168,7 +168,7 @@ pub fn write_blob(
 pub struct EarlyBlob {
     /// The blob.
     pub info: BlobInfo,
-    /// Digests of the files that had none, by their number in the tree. Of hard links, the first name's.
+    /// Digests of the files that had none, by their number in the tree, ascending. Of hard links, the first name's.
     pub digests: Vec<(usize, ContentDigest)>,
     chunks: Vec<ChunkRecord>,
 }
@@ -176,8 +176,8 @@ pub struct EarlyBlob {
 impl EarlyBlob {
     /// Tells `cache` of the chunks. `tree` is the one that was written, now with the digests of all files.
     pub fn remember(self, tree: &Tree, options: &BlobOptions, cache: &dyn ChunkCache) -> Result<(), LayerError> {
-        let entries = TarEntries::new(tree, &options.tar)?;
-        let plan = plan(&entries, options.codec, Some(&Method::of(options)?.key_hasher()));
+        let entries = TarEntries::new(tree, &options.tar);
+        let plan = plan(&entries, options.codec, Some(&Method::of(options)?.key_hasher()))?;
         for (chunk, record) in plan.chunks.iter().zip(self.chunks) {
             cache.put(&ChunkRecord { entries: chunk.key, ..record });
         }
@@ -208,13 +208,15 @@ pub fn write_early_blob(
         }
     }
     let method = Method::of(options)?;
-    let entries = TarEntries::new(tree, &options.tar)?;
-    let plan = plan(&entries, options.codec, None);
+    let entries = TarEntries::new(tree, &options.tar);
+    let plan = plan(&entries, options.codec, None)?;
     let keep = Keep::default();
     let pipeline =
         Pipeline { early: true, ..Pipeline::new(&entries, &plan, method, Some(&keep), open, options.threads) };
     let info = pipeline.carry_out(&[], out)?;
-    let digests = std::mem::take(&mut pipeline.lock().learned);
+    let mut digests = std::mem::take(&mut pipeline.lock().learned);
+    // Threads tell them in any order.
+    digests.sort_unstable_by_key(|(number, _)| *number);
     let chunks = std::mem::take(&mut *keep.0.lock().unwrap_or_else(PoisonError::into_inner));
     Ok(EarlyBlob { info, digests, chunks })
 }
@@ -281,21 +283,23 @@ struct Plan {
 }
 
 /// Cuts the tar stream; needs sizes only. With `seed`, chunks get keys.
-fn plan(entries: &TarEntries<'_>, codec: Codec, seed: Option<&blake3::Hasher>) -> Plan {
+fn plan(entries: &TarEntries<'_>, codec: Codec, seed: Option<&blake3::Hasher>) -> Result<Plan, LayerError> {
     let Cutting { min, mean_rest, forced, inside } = codec.cutting();
     let mut plan = Plan { chunks: Vec::new(), bytes: 0 };
     let mut current = Chunk { node: 0, offset: 0, bytes: 0, key: None, has_part: false };
     let mut keys = Keys { seed, hasher: None, whole: true };
     keys.begin();
     let mut head = Vec::new();
-    let mut before: (&[u8], u64) = (&[], 0);
-    for (at, node) in entries.nodes().iter().enumerate() {
-        let cut = current.bytes >= forced || current.bytes >= min && ends_chunk(before.0, before.1, mean_rest);
+    let (mut before, mut before_bytes): (Vec<u8>, u64) = (Vec::new(), 0);
+    let mut cursor = entries.tree().cursor();
+    while cursor.next().is_some() {
+        let (at, node) = (cursor.number(), cursor.node());
+        let cut = current.bytes >= forced || current.bytes >= min && ends_chunk(&before, before_bytes, mean_rest);
         if cut {
             plan.end(&mut current, (at, 0), &mut keys);
         }
         head.clear();
-        let size = entries.put_head(at, &mut head);
+        let size = entries.put_head(&node.entry, &mut head)?;
         current.bytes += head.len();
         keys.entry(&head, node, size);
         let mut offset = 0;
@@ -312,12 +316,12 @@ fn plan(entries: &TarEntries<'_>, codec: Codec, seed: Option<&blake3::Hasher>) -
             offset += piece;
         }
         current.bytes += padding(size);
-        before = (&node.entry.path, (head.len() + padding(size)) as u64 + size);
+        before.clone_from(&node.entry.path);
+        before_bytes = (head.len() + padding(size)) as u64 + size;
     }
     current.bytes += END.len();
-    let end = entries.nodes().len();
-    plan.end(&mut current, (end, 0), &mut keys);
-    plan
+    plan.end(&mut current, (entries.tree().len(), 0), &mut keys);
+    Ok(plan)
 }
 
 impl Plan {
@@ -409,19 +413,19 @@ struct Pipeline<'a> {
     threads: usize,
     /// Digests are not known yet, so that chunks have no keys, and there is no cache to ask.
     early: bool,
-    state: Mutex<State<'a>>,
+    state: Mutex<State>,
     changed: Condvar,
 }
 
 #[derive(Default)]
-struct State<'a> {
+struct State {
     /// The chunk that nobody has begun, the one to be hashed next, and the one to be written next.
     next: usize,
     hashed: usize,
     written: usize,
     slots: HashMap<usize, Slot>,
     /// Files that go on in the chunks of these numbers: several, as who reads one may be behind those who read others.
-    carried: HashMap<usize, Content<'a>>,
+    carried: HashMap<usize, Content>,
     /// Memory of chunks that are done, for those to come: fresh memory costs as much as reading a file into it.
     plain_buffers: Vec<Vec<u8>>,
     compressed_buffers: Vec<Vec<u8>>,
@@ -522,12 +526,12 @@ impl<'a> Pipeline<'a> {
         })
     }
 
-    fn lock(&self) -> MutexGuard<'_, State<'a>> {
+    fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until `ready` gives something; `None` when the others have failed.
-    fn wait<T>(&self, mut ready: impl FnMut(&mut State<'a>) -> Option<T>) -> Option<T> {
+    fn wait<T>(&self, mut ready: impl FnMut(&mut State) -> Option<T>) -> Option<T> {
         let mut state = self.lock();
         loop {
             if state.ended {
@@ -541,7 +545,7 @@ impl<'a> Pipeline<'a> {
     }
 
     /// Changes the state and wakes those who wait for it.
-    fn tell<T>(&self, change: impl FnOnce(&mut State<'a>) -> T) -> T {
+    fn tell<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         let result = change(&mut self.lock());
         self.changed.notify_all();
         result
@@ -620,39 +624,40 @@ impl<'a> Pipeline<'a> {
     fn fill(&self, at: usize, plain: &mut Vec<u8>) -> Result<bool, LayerError> {
         let chunk = &self.plan.chunks[at];
         let (end_node, end_offset) =
-            self.plan.chunks.get(at + 1).map_or((self.entries.nodes().len(), 0), |next| (next.node, next.offset));
+            self.plan.chunks.get(at + 1).map_or((self.entries.tree().len(), 0), |next| (next.node, next.offset));
         // What is left of another chunk is overwritten.
         plain.resize(chunk.bytes, 0);
         let mut rest = plain.as_mut_slice();
         let mut head = Vec::new();
-        let mut node = chunk.node;
         let mut offset = chunk.offset;
         let mut carried = None;
+        let mut cursor = self.entries.tree().cursor_at(chunk.node);
         if offset > 0 {
             let Some(content) = self.wait(|state| state.carried.remove(&at)) else { return Ok(false) };
             carried = Some(content);
         }
-        while node < end_node || end_offset > 0 && node == end_node {
+        for number in chunk.node..end_node + usize::from(end_offset > 0) {
+            let Some(node) = cursor.next() else { break };
             let (mut content, size) = match carried.take() {
-                Some(content) => (content, content_size(&self.entries.nodes()[node])),
+                Some(content) => (content, content_size(node)),
                 None => {
                     head.clear();
-                    let size = self.entries.put_head(node, &mut head);
+                    let size = self.entries.put_head(&node.entry, &mut head)?;
                     take(&mut rest, head.len()).copy_from_slice(&head);
-                    (Content::open(&self.entries.nodes()[node], self.open, size)?, size)
+                    (Content::open(node, self.open, size)?, size)
                 }
             };
-            let to = if node == end_node { end_offset } else { size };
+            let to = if number == end_node { end_offset } else { size };
             content.read(take(&mut rest, (to - offset) as usize))?;
-            if node == end_node {
+            if number == end_node {
                 self.tell(|state| state.carried.insert(at + 1, content));
                 return Ok(true);
             }
             if let Some(digest) = content.finish()? {
-                self.lock().learned.push((node, digest));
+                self.lock().learned.push((number, digest));
             }
             take(&mut rest, padding(size)).fill(0);
-            (node, offset) = (node + 1, 0);
+            offset = 0;
         }
         rest.fill(0);
         Ok(true)
@@ -1098,25 +1103,27 @@ mod tests {
         let (mut tree, mut files) = big(None);
         // Two names of a file, one of which is in front of the other.
         files.insert(b"d/0300-other".to_vec(), files[&b"d/0300-large"[..]].clone());
-        let mut other = tree.get(b"d/0300-large").unwrap().clone();
+        let mut other = tree.get(b"d/0300-large").unwrap();
         other.entry.path = b"d/0300-other".to_vec();
-        let mut nodes = tree.into_nodes();
-        nodes.push(other);
-        nodes.push(file("empty", b"", 0));
-        tree = Tree::from_nodes(nodes);
-        for node in tree.nodes_mut() {
-            if let Kind::File { link_group, .. } = &mut node.entry.kind {
-                *link_group = u32::from(node.entry.path.starts_with(b"d/0300-"));
+        tree.edit(|nodes| {
+            nodes.push(other);
+            nodes.push(file("empty", b"", 0));
+            for node in nodes {
+                if let Kind::File { link_group, .. } = &mut node.entry.kind {
+                    *link_group = u32::from(node.entry.path.starts_with(b"d/0300-"));
+                }
             }
-        }
+        });
         let mut unread = tree.clone();
-        for (at, node) in unread.nodes_mut().iter_mut().enumerate() {
-            if let Kind::File { digest, .. } = &mut node.entry.kind
-                && at != 7
-            {
-                *digest = None;
+        unread.edit(|nodes| {
+            for (at, node) in nodes.iter_mut().enumerate() {
+                if let Kind::File { digest, .. } = &mut node.entry.kind
+                    && at != 7
+                {
+                    *digest = None;
+                }
             }
-        }
+        });
         let open = |node: &Node| -> io::Result<Box<dyn Read + Send>> {
             Ok(Box::new(io::Cursor::new(files[&node.entry.path].clone())))
         };
@@ -1128,15 +1135,13 @@ mod tests {
             let mut blob = Vec::new();
             let early = write_early_blob(&unread, &open, &options, &mut blob).unwrap();
             assert!(blob == expected && early.info == info, "{codec:?}");
-            let mut found = early.digests.clone();
-            found.sort_unstable();
-            let wanted = tree.nodes().iter().enumerate().filter_map(|(at, node)| match node.entry.kind {
+            let wanted = tree.iter().enumerate().filter_map(|(at, node)| match node.entry.kind {
                 // Read by its first name; nothing to read; known.
                 _ if node.entry.path == b"d/0300-other" || node.entry.path == b"empty" || at == 7 => None,
                 Kind::File { digest, .. } => Some((at, digest?)),
                 _ => None,
             });
-            assert!(found == wanted.collect::<Vec<_>>(), "{codec:?}");
+            assert!(early.digests == wanted.collect::<Vec<_>>(), "{codec:?}");
             let cache = Cache::default();
             early.remember(&tree, &options, &cache).unwrap();
             assert!(*cache.records.lock().unwrap() == *usual.records.lock().unwrap(), "{codec:?}");
@@ -1151,7 +1156,7 @@ mod tests {
         for codec in [Codec::Gzip, Codec::Zstd] {
             let tree = big(None).0;
             let tar = TarOptions::default();
-            let plan = plan(&TarEntries::new(&tree, &tar).unwrap(), codec, None);
+            let plan = plan(&TarEntries::new(&tree, &tar), codec, None).unwrap();
             let sizes: Vec<usize> = plan.chunks.iter().map(|chunk| chunk.bytes).collect();
             let Cutting { min, forced, inside, .. } = codec.cutting();
             assert!(sizes.iter().all(|&size| size <= forced + inside as usize + min), "{sizes:?}");

@@ -22,10 +22,10 @@ use std::collections::BTreeMap;
 use std::io::{self, BufRead, Read, Write};
 use std::ops::Bound;
 
-use super::index::link_groups;
+use super::index::LinkGroups;
 use super::stream::copy_buffered;
 use super::tar_stream::{BLOCK, Header, TarStream, padding, read_some, show};
-use super::{Attributes, ContentDigest, Entry, Kind, Node, Origin, Tree, file_name, join, parent};
+use super::{Attributes, ContentDigest, Entry, Kind, Node, Origin, Tree, TreeBuilder, file_name, join, parent};
 
 const WHITEOUT_PREFIX: &[u8] = b".wh.";
 const OPAQUE_NAME: &[u8] = b".wh..wh..opq";
@@ -152,60 +152,60 @@ pub(super) const END: [u8; 2 * BLOCK] = [0; 2 * BLOCK];
 
 /// The nodes of a tree as entries of a tar stream, any of them at any time.
 pub(super) struct TarEntries<'a> {
-    nodes: &'a [Node],
+    tree: &'a Tree,
     options: &'a TarOptions,
-    /// Of hard links, by number: the name that carries the data. Empty when there are none.
-    leaders: Vec<u32>,
-    groups: Vec<u32>,
+    links: LinkGroups,
+    /// Of hard links, by number: the name that carries the data. Number 0 is none.
+    leaders: Vec<Vec<u8>>,
 }
 
 impl<'a> TarEntries<'a> {
-    /// Fails for names that no tar can hold.
-    pub(super) fn new(tree: &'a Tree, options: &'a TarOptions) -> Result<Self, LayerError> {
-        let nodes = tree.nodes();
-        for Node { entry, .. } in nodes {
-            if entry.xattrs.keys().any(|name| name.contains(&b'=') || name.contains(&0)) {
-                return Err(LayerError::Unsupported { path: show(&entry.path), what: "an xattr name with `=`" });
+    pub(super) fn new(tree: &'a Tree, options: &'a TarOptions) -> Self {
+        let links = LinkGroups::of(tree);
+        let mut leaders = vec![Vec::new()];
+        let mut cursor = tree.cursor();
+        while leaders.len() <= links.len()
+            && let Some(Node { entry, .. }) = cursor.next()
+        {
+            // They are numbered in the order of their first names.
+            if links.number(entry) as usize == leaders.len() {
+                leaders.push(entry.path.clone());
             }
         }
-        let groups = link_groups(tree);
-        let mut leaders = vec![u32::MAX; groups.iter().max().map_or(0, |&last| last as usize + 1)];
-        for (at, &group) in groups.iter().enumerate() {
-            let leader = &mut leaders[group as usize];
-            *leader = (*leader).min(at as u32);
+        Self { tree, options, links, leaders }
+    }
+
+    pub(super) fn tree(&self) -> &'a Tree {
+        self.tree
+    }
+
+    /// Appends the header blocks of a node, and gives the size of the content that follows them. Fails for names that no tar
+    /// can hold.
+    pub(super) fn put_head(&self, entry: &Entry, out: &mut Vec<u8>) -> Result<u64, LayerError> {
+        if entry.xattrs.keys().any(|name| name.contains(&b'=') || name.contains(&0)) {
+            return Err(LayerError::Unsupported { path: show(&entry.path), what: "an xattr name with `=`" });
         }
-        Ok(Self { nodes, options, leaders, groups })
-    }
-
-    pub(super) fn nodes(&self) -> &'a [Node] {
-        self.nodes
-    }
-
-    /// Appends the header blocks of a node, and gives the size of the content that follows them.
-    pub(super) fn put_head(&self, at: usize, out: &mut Vec<u8>) -> u64 {
-        let entry = &self.nodes[at].entry;
         let mut header = Header::of(entry, self.options);
         if entry.path.is_empty() {
             if let Kind::Dir { opaque: true } = entry.kind {
                 header.opaque_marker(b"").encode_to(out);
             }
-            return 0;
+            return Ok(0);
         }
         if let Kind::File { size, .. } = entry.kind {
-            let group = self.groups[at];
-            let leader = self.leaders[group as usize] as usize;
-            if group != 0 && leader != at {
-                header.typeflag = b'1';
-                header.link.clone_from(&self.nodes[leader].entry.path);
-            } else {
-                header.size = size;
+            match self.leaders.get(self.links.number(entry) as usize) {
+                Some(leader) if !leader.is_empty() && *leader != entry.path => {
+                    header.typeflag = b'1';
+                    header.link.clone_from(leader);
+                }
+                _ => header.size = size,
             }
         }
         header.encode_to(out);
         if let Kind::Dir { opaque: true } = entry.kind {
             header.opaque_marker(&entry.path).encode_to(out);
         }
-        header.size
+        Ok(header.size)
     }
 }
 
@@ -213,12 +213,13 @@ impl<'a> TarEntries<'a> {
 /// elsewhere there must be as many.
 pub fn write_tar(tree: &Tree, open: &Open<'_>, options: &TarOptions, out: &mut dyn Write) -> Result<(), LayerError> {
     let write_error = |source| LayerError::Write { source };
-    let entries = TarEntries::new(tree, options)?;
+    let entries = TarEntries::new(tree, options);
     let mut head = Vec::new();
     let mut buffer = vec![0; 1 << 17];
-    for (at, node) in entries.nodes().iter().enumerate() {
+    let mut cursor = tree.cursor();
+    while let Some(node) = cursor.next() {
         head.clear();
-        let size = entries.put_head(at, &mut head);
+        let size = entries.put_head(&node.entry, &mut head)?;
         out.write_all(&head).map_err(write_error)?;
         let mut content = Content::open(node, open, size)?;
         let mut left = size;
@@ -235,31 +236,56 @@ pub fn write_tar(tree: &Tree, open: &Open<'_>, options: &TarOptions, out: &mut d
 }
 
 /// The bytes of a file, checked while they are read.
-pub(super) struct Content<'a> {
-    node: &'a Node,
-    /// `None` for what is empty, which nobody needs to open.
+pub(super) struct Content {
+    /// `None` for what is empty, which nobody needs to open, and for what is no file.
     reader: Option<Box<dyn Read + Send>>,
     hasher: blake3::Hasher,
+    path: Vec<u8>,
+    expected: Expected,
 }
 
-impl<'a> Content<'a> {
+/// What is to be found.
+enum Expected {
+    /// As many bytes as are read.
+    Length,
+    Digest(ContentDigest),
+}
+
+impl Content {
     /// Opens a file of which `size` bytes are to be read.
-    pub(super) fn open(node: &'a Node, open: &Open<'_>, size: u64) -> Result<Self, LayerError> {
-        let error = |source| LayerError::Content { path: show(&node.entry.path), source };
+    pub(super) fn open(node: &Node, open: &Open<'_>, size: u64) -> Result<Self, LayerError> {
+        let path = &node.entry.path;
+        let error = |source| LayerError::Content { path: show(path), source };
         let reader = if size == 0 { None } else { Some(open(node).map_err(error)?) };
-        Ok(Self { node, reader, hasher: blake3::Hasher::new() })
+        let expected = match node.entry.kind {
+            Kind::File { digest: Some(digest), size: whole, .. } if size > 0 || whole == 0 => Expected::Digest(digest),
+            _ => Expected::Length,
+        };
+        // Only of what is read there may be something to say.
+        let path = match (&reader, &expected) {
+            (None, Expected::Length) => Vec::new(),
+            _ => path.clone(),
+        };
+        Ok(Self { reader, hasher: blake3::Hasher::new(), path, expected })
+    }
+
+    fn changed(&self) -> LayerError {
+        LayerError::Changed { path: show(&self.path) }
+    }
+
+    fn unreadable(&self, source: io::Error) -> LayerError {
+        LayerError::Content { path: show(&self.path), source }
     }
 
     /// Fills the buffer; fewer bytes are an error.
     pub(super) fn read(&mut self, mut buffer: &mut [u8]) -> Result<(), LayerError> {
-        let path = || show(&self.node.entry.path);
         while !buffer.is_empty() {
-            let Some(reader) = &mut self.reader else { return Err(LayerError::Changed { path: path() }) };
-            let length =
-                read_some(&mut **reader, buffer).map_err(|source| LayerError::Content { path: path(), source })?;
-            if length == 0 {
-                return Err(LayerError::Changed { path: path() });
-            }
+            let Some(reader) = &mut self.reader else { return Err(self.changed()) };
+            let length = match read_some(&mut **reader, buffer) {
+                Ok(0) => return Err(self.changed()),
+                Ok(length) => length,
+                Err(source) => return Err(self.unreadable(source)),
+            };
             self.hasher.update(&buffer[..length]);
             buffer = &mut buffer[length..];
         }
@@ -269,21 +295,15 @@ impl<'a> Content<'a> {
     /// The digest must be that of the node; what has been appended since then does not count. Without one nothing may be
     /// left, and the digest of what was read is given.
     pub(super) fn finish(mut self) -> Result<Option<ContentDigest>, LayerError> {
-        let path = || show(&self.node.entry.path);
-        if let (Some(reader), Kind::File { digest: None, .. }) = (&mut self.reader, &self.node.entry.kind) {
-            let more = read_some(&mut **reader, &mut [0]);
-            if more.map_err(|source| LayerError::Content { path: path(), source })? != 0 {
-                return Err(LayerError::Changed { path: path() });
-            }
-        }
-        match self.node.entry.kind {
-            Kind::File { digest: Some(digest), size, .. }
-                if (size == 0 || self.reader.is_some()) && digest != *self.hasher.finalize().as_bytes() =>
-            {
-                Err(LayerError::Changed { path: path() })
-            }
-            Kind::File { digest: None, .. } if self.reader.is_some() => Ok(Some(*self.hasher.finalize().as_bytes())),
-            _ => Ok(None),
+        let found = *self.hasher.finalize().as_bytes();
+        match (&self.expected, &mut self.reader) {
+            (Expected::Digest(digest), _) if *digest != found => Err(self.changed()),
+            (Expected::Digest(_), _) | (Expected::Length, None) => Ok(None),
+            (Expected::Length, Some(reader)) => match read_some(&mut **reader, &mut [0]) {
+                Ok(0) => Ok(Some(found)),
+                Ok(_) => Err(self.changed()),
+                Err(source) => Err(self.unreadable(source)),
+            },
         }
     }
 }
@@ -728,22 +748,16 @@ impl Builder {
     }
 
     fn finish(self, origin: &dyn Fn(u64) -> Origin) -> Tree {
-        let node = |(key, at): (Vec<u8>, usize)| {
+        let mut tree = TreeBuilder::new();
+        for (key, at) in self.names {
             let inode = &self.inodes[at];
             let mut entry = inode.entry(&key);
             if let (Kind::File { link_group, .. }, 2..) = (&mut entry.kind, inode.names) {
                 *link_group = at as u32 + 1;
             }
-            Node { entry, origin: inode.ordinal.map_or(Origin::None, origin) }
-        };
-        let mut tree = Tree::from_nodes(self.names.into_iter().map(node).collect());
-        let groups = link_groups(&tree);
-        for (node, group) in tree.nodes_mut().iter_mut().zip(groups) {
-            if let Kind::File { link_group, .. } = &mut node.entry.kind {
-                *link_group = group;
-            }
+            tree.push(&entry, &inode.ordinal.map_or(Origin::None, origin));
         }
-        tree
+        tree.finish().number_links()
     }
 }
 
@@ -929,7 +943,7 @@ pub(super) mod tests {
             assert!(matches!(write(content), Err(LayerError::Changed { path }) if path == "a"));
         }
         let mut unread = tree.clone();
-        unread.nodes_mut()[0].entry.kind = Kind::File { size: 5, digest: None, link_group: 0 };
+        unread.edit(|nodes| nodes[0].entry.kind = Kind::File { size: 5, digest: None, link_group: 0 });
         assert!(write_of(&unread, b"12340").is_ok());
         assert!(matches!(write_of(&unread, b"123456"), Err(LayerError::Changed { .. })));
         let gone = |_: &Node| -> io::Result<Box<dyn Read + Send>> { Err(io::ErrorKind::NotFound.into()) };

@@ -12,11 +12,13 @@ pub mod ignore;
 pub mod index;
 pub mod layer;
 mod member;
+mod packed;
 pub mod stream;
 mod tar_stream;
 
+pub use packed::{Cursor, Inode, OnDisk, TreeBuilder};
+
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 
 /// BLAKE3 digest of a file's bytes; internal, never in an image.
@@ -89,11 +91,11 @@ pub enum Origin {
     /// Not a regular file, or nobody will ask.
     None,
     /// A file on disk, read in place: of a context, of a layer's tree, of a staging directory.
-    File(Arc<Path>),
+    File(OnDisk),
     /// Bytes that stood in the Dockerfile.
     Inline(Arc<[u8]>),
     /// Path `.1` of a stored layer whose tree may not have been made yet.
-    Layer(LayerId, Arc<[u8]>),
+    Layer(LayerId, Vec<u8>),
 }
 
 /// An entry and its bytes.
@@ -155,11 +157,48 @@ impl<'a> IntoIterator for &'a Attributes {
     }
 }
 
-/// A sorted table of nodes.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// A sorted table of nodes, packed. Cheap to clone.
+#[derive(Clone, Default)]
 pub struct Tree {
-    nodes: Vec<Node>,
+    packed: Arc<packed::Packed>,
+    /// All files are read from this layer, at their own paths, whatever was packed.
+    all_in: Option<LayerId>,
 }
+
+/// Nodes of a tree, one after the other.
+#[derive(Debug, Clone)]
+pub struct Nodes<'a>(Cursor<'a>);
+
+impl Iterator for Nodes<'_> {
+    type Item = Node;
+
+    fn next(&mut self) -> Option<Node> {
+        self.0.next().cloned()
+    }
+}
+
+impl std::fmt::Debug for Tree {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_list().entries(self.iter()).finish()
+    }
+}
+
+/// A tree of nodes that come in path order, each path once.
+impl FromIterator<Node> for Tree {
+    fn from_iter<T: IntoIterator<Item = Node>>(nodes: T) -> Self {
+        let mut builder = TreeBuilder::new();
+        nodes.into_iter().for_each(|node| builder.push_node(&node));
+        builder.finish()
+    }
+}
+
+impl PartialEq for Tree {
+    fn eq(&self, other: &Self) -> bool {
+        self.len() == other.len() && self.iter().eq(other.iter())
+    }
+}
+
+impl Eq for Tree {}
 
 /// Orders paths so that a directory stands directly before its content: byte order with `/` lowest.
 pub fn compare_paths(a: &[u8], b: &[u8]) -> std::cmp::Ordering {
@@ -254,47 +293,147 @@ impl Tree {
             nodes.dedup_by(|a, b| a.entry.path == b.entry.path);
             nodes.reverse();
         }
-        Self { nodes }
+        nodes.into_iter().collect()
+    }
+
+    /// How many nodes there are.
+    pub fn len(&self) -> usize {
+        self.packed.len()
+    }
+
+    /// There is nothing in it.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// How many files have no digest.
+    pub fn unread(&self) -> usize {
+        self.packed.unread()
+    }
+
+    /// Some file belongs to a group of hard links.
+    pub fn has_links(&self) -> bool {
+        self.packed.has_links()
     }
 
     /// All nodes in path order.
-    pub fn nodes(&self) -> &[Node] {
-        &self.nodes
+    pub fn iter(&self) -> Nodes<'_> {
+        Nodes(self.cursor())
     }
 
-    /// All nodes in path order, to fill in digests; paths must stay as they are.
-    pub fn nodes_mut(&mut self) -> &mut [Node] {
-        &mut self.nodes
+    /// All nodes in path order, each only lent: without memory of its own.
+    pub fn cursor(&self) -> Cursor<'_> {
+        Cursor::new(&self.packed, self.all_in.as_ref())
     }
 
-    /// The nodes themselves.
-    pub fn into_nodes(self) -> Vec<Node> {
-        self.nodes
+    /// The nodes from this number on.
+    pub fn cursor_at(&self, number: usize) -> Cursor<'_> {
+        let mut cursor = self.cursor();
+        cursor.go_to(&self.packed, number);
+        cursor
     }
 
-    /// Position of a path, or where it would stand.
-    fn position(&self, path: &[u8]) -> Result<usize, usize> {
-        self.nodes.binary_search_by(|node| compare_paths(&node.entry.path, path))
+    /// The nodes from the first on that stands at or behind `path`.
+    fn cursor_from(&self, path: &[u8]) -> Cursor<'_> {
+        let mut cursor = self.cursor();
+        if !path.is_empty() {
+            cursor.go_to_path(&self.packed, path);
+        }
+        cursor
+    }
+
+    /// The node of this number.
+    pub fn node(&self, number: usize) -> Option<Node> {
+        self.cursor_at(number).next().cloned()
     }
 
     /// The node at exactly this path; symlinks are not followed.
-    pub fn get(&self, path: &[u8]) -> Option<&Node> {
-        self.position(path).ok().map(|at| &self.nodes[at])
+    pub fn get(&self, path: &[u8]) -> Option<Node> {
+        self.cursor_from(path).next().filter(|node| node.entry.path == path).cloned()
+    }
+
+    /// The node at this path, if there is one, and all below it, each only lent.
+    pub fn cursor_within(&self, path: &[u8]) -> Cursor<'_> {
+        let mut cursor = self.cursor_from(path);
+        cursor.until(path);
+        cursor
     }
 
     /// The node at this path, if there is one, and all below it.
-    pub fn subtree(&self, path: &[u8]) -> &[Node] {
-        let start = self.position(path).unwrap_or_else(|at| at);
-        let length = self.nodes[start..].partition_point(|node| is_within(&node.entry.path, path));
-        &self.nodes[start..start + length]
+    pub fn subtree(&self, path: &[u8]) -> Nodes<'_> {
+        Nodes(self.cursor_within(path))
     }
 
-    /// The entries directly in a directory.
-    pub fn children<'a>(&'a self, path: &'a [u8]) -> impl Iterator<Item = &'a Node> {
-        let skip = if path.is_empty() { 0 } else { path.len() + 1 };
-        self.subtree(path)
-            .iter()
-            .filter(move |node| node.entry.path.len() > path.len() && !node.entry.path[skip..].contains(&b'/'))
+    /// Is there something at this path or below it?
+    pub fn holds(&self, path: &[u8]) -> bool {
+        self.cursor_within(path).next().is_some()
+    }
+
+    /// Is there something below this path?
+    pub fn has_content(&self, path: &[u8]) -> bool {
+        let mut cursor = self.cursor_within(path);
+        match cursor.next() {
+            None => false,
+            Some(node) if node.entry.path != path => true,
+            Some(_) => cursor.next().is_some(),
+        }
+    }
+
+    /// The tree with its nodes changed. Paths must stay in their order; a node that is not kept is left out.
+    pub fn map(&self, mut change: impl FnMut(&mut Node) -> bool) -> Tree {
+        let mut builder = TreeBuilder::new();
+        let mut cursor = self.cursor();
+        while let Some(node) = cursor.next() {
+            let mut node = node.clone();
+            if change(&mut node) {
+                builder.push_node(&node);
+            }
+        }
+        builder.finish()
+    }
+
+    /// Changes entries in place, in several threads where there are many. Paths must stay, and origins but for what a walk saw
+    /// of a file. Of each part of the tree, `state` is made anew, of the number of its first node, and `done` is
+    /// given it; what that makes of it comes in the order of the parts. After an error the tree is empty.
+    pub(crate) fn update<S: Send, T: Send, E: Send>(
+        &mut self,
+        state: impl Fn(usize) -> S + Sync,
+        change: impl Fn(&mut S, &mut Entry, &mut Origin) -> Result<(), E> + Sync,
+        done: impl Fn(S) -> T + Sync,
+    ) -> Result<Vec<T>, E> {
+        let (packed, done) = packed::update(std::mem::take(&mut self.packed), state, change, done)?;
+        self.packed = Arc::new(packed);
+        Ok(done)
+    }
+
+    /// The tree with its groups of hard links numbered from 1 in path order; a lone name has none.
+    pub(crate) fn number_links(self) -> Tree {
+        if !self.has_links() {
+            return self;
+        }
+        let links = index::LinkGroups::of(&self);
+        self.map(|node| {
+            let number = links.number(&node.entry);
+            if let Kind::File { link_group, .. } = &mut node.entry.kind {
+                *link_group = number;
+            }
+            true
+        })
+    }
+
+    /// The tree with its files read from a layer, at their own paths.
+    pub(crate) fn in_layer(mut self, id: &LayerId) -> Tree {
+        self.all_in = Some(id.clone());
+        self
+    }
+
+    /// Layers that files are read from.
+    pub(crate) fn layers(&self) -> Vec<LayerId> {
+        let mut layers: Vec<LayerId> = self.all_in.iter().cloned().collect();
+        if layers.is_empty() {
+            self.packed.sources_are(|id| layers.push(id.clone()));
+        }
+        layers
     }
 
     /// Follows symlinks inside the tree, `..` stopping at its root, as chroot would. A last component that is a symlink
@@ -316,7 +455,7 @@ impl Tree {
             }
             let next = join(&done, &part);
             let last = pending.iter().all(|rest| rest.is_empty() || rest == b".");
-            match self.get(&next).map(|node| &node.entry.kind) {
+            match self.get(&next).map(|node| node.entry.kind) {
                 Some(Kind::Symlink { target }) if !last || follow_last => {
                     links += 1;
                     if links > 255 {
@@ -331,7 +470,7 @@ impl Tree {
                 Some(_) if !last => return Resolved::NotADirectory(next),
                 Some(_) => done = next,
                 None => {
-                    missing = missing || self.subtree(&next).is_empty();
+                    missing = missing || !self.holds(&next);
                     done = next;
                 }
             }
@@ -342,50 +481,81 @@ impl Tree {
     /// This tree with a layer put on top: whiteouts and opaque directories act, anything but a directory on a directory
     /// replaces all of it. The result has no whiteouts and no opaque marks.
     pub fn apply(&self, layer: &Tree) -> Tree {
+        if self.is_empty() && !layer.packed.has_marks() {
+            return layer.clone();
+        }
         // Link groups are numbered per tree; the layer's must not meet the lower ones.
-        let groups = self.nodes.iter().map(|node| node.entry.link_group()).max().unwrap_or(0);
-        let mut nodes = Vec::with_capacity(self.nodes.len() + layer.nodes.len());
-        let mut upper = layer.nodes.iter().peekable();
-        // What the layer hides: everything in `hidden` when `.1`, else only below it.
-        let mut hidden: Option<(&[u8], bool)> = None;
-        let mut push = |node: &Node, groups: u32| {
-            if node.entry.kind == Kind::Whiteout {
-                return;
-            }
-            let mut node = node.clone();
-            match &mut node.entry.kind {
-                Kind::Dir { opaque } => *opaque = false,
-                Kind::File { link_group, .. } if *link_group != 0 => *link_group = link_group.saturating_add(groups),
-                _ => {}
-            }
-            nodes.push(node);
-        };
-        for lower in &self.nodes {
-            let mut replaced = false;
-            while let Some(node) = upper.peek() {
-                match compare_paths(&node.entry.path, &lower.entry.path) {
-                    std::cmp::Ordering::Greater => break,
-                    order => {
-                        replaced |= order.is_eq();
-                        let hides = match node.entry.kind {
-                            Kind::Dir { opaque } => opaque,
-                            _ => true,
-                        };
-                        let inside = hidden.is_some_and(|(dir, _)| is_within(&node.entry.path, dir));
-                        if hides && !inside {
-                            hidden = Some((&node.entry.path, true));
-                        }
-                        push(node, groups);
-                        upper.next();
-                    }
-                }
-            }
-            if !replaced && !hidden.is_some_and(|(dir, _)| is_within(&lower.entry.path, dir)) {
-                push(lower, 0);
+        let mut groups = 0;
+        if self.has_links() && layer.has_links() {
+            let mut cursor = self.cursor();
+            while let Some(node) = cursor.next() {
+                groups = groups.max(node.entry.link_group());
             }
         }
-        upper.for_each(|node| push(node, groups));
-        Tree { nodes }
+        let mut merged = TreeBuilder::new();
+        // What the layer hides: all that is at or below this path.
+        let mut hidden: Option<Vec<u8>> = None;
+        let is_hidden = |hidden: &Option<Vec<u8>>, path: &[u8]| hidden.as_ref().is_some_and(|dir| is_within(path, dir));
+        let mut upper = layer.cursor();
+        let mut next_upper = upper.next().is_some();
+        let mut lower = self.cursor();
+        while let Some(below) = lower.next() {
+            let mut replaced = false;
+            while next_upper {
+                let node = upper.node();
+                let order = compare_paths(&node.entry.path, &below.entry.path);
+                if order.is_gt() {
+                    break;
+                }
+                replaced |= order.is_eq();
+                let hides = match node.entry.kind {
+                    Kind::Dir { opaque } => opaque,
+                    _ => true,
+                };
+                if hides && !is_hidden(&hidden, &node.entry.path) {
+                    hidden = Some(node.entry.path.clone());
+                }
+                put_merged(&mut merged, node, groups);
+                next_upper = upper.next().is_some();
+            }
+            if !replaced && !is_hidden(&hidden, &below.entry.path) {
+                put_merged(&mut merged, below, 0);
+            }
+        }
+        while next_upper {
+            put_merged(&mut merged, upper.node(), groups);
+            next_upper = upper.next().is_some();
+        }
+        merged.finish()
+    }
+}
+
+/// Adds a node to a flattened tree: whiteouts and opaque marks have acted. `groups` numbers of hard links are taken.
+fn put_merged(merged: &mut TreeBuilder, node: &Node, groups: u32) {
+    let Node { entry, origin } = node;
+    let kind = match &entry.kind {
+        Kind::Whiteout => return,
+        Kind::Dir { opaque: true } => Kind::Dir { opaque: false },
+        Kind::File { link_group, size, digest } if groups != 0 && *link_group != 0 => {
+            Kind::File { link_group: link_group.saturating_add(groups), size: *size, digest: *digest }
+        }
+        _ => return merged.push_node(node),
+    };
+    merged.push(&Entry { kind, ..entry.clone() }, origin);
+}
+
+#[cfg(test)]
+impl Tree {
+    /// All nodes at once.
+    pub(crate) fn nodes(&self) -> Vec<Node> {
+        self.iter().collect()
+    }
+
+    /// Changes nodes at will.
+    pub(crate) fn edit(&mut self, change: impl FnOnce(&mut Vec<Node>)) {
+        let mut nodes = self.nodes();
+        change(&mut nodes);
+        *self = Self::from_nodes(nodes);
     }
 }
 
@@ -411,14 +581,13 @@ mod tests {
     fn directories_stand_before_their_content() {
         let sorted = tree(&[("a-b", DIR), ("a", DIR), ("a/x", Kind::Fifo), ("", DIR), ("a.b", DIR)]);
         assert_eq!(paths(&sorted), ["", "a", "a/x", "a-b", "a.b"]);
-        assert_eq!(sorted.children(b"").count(), 3);
-        assert_eq!(sorted.subtree(b"a").len(), 2);
+        assert_eq!(sorted.subtree(b"a").count(), 2);
     }
 
     #[test]
     fn of_two_nodes_with_one_path_the_last_stays() {
         let twice = tree(&[("b", DIR), ("a", DIR), ("a", Kind::Fifo)]);
-        assert_eq!(twice.get(b"a").map(|node| &node.entry.kind), Some(&Kind::Fifo));
+        assert_eq!(twice.get(b"a").map(|node| node.entry.kind), Some(Kind::Fifo));
     }
 
     #[test]
