@@ -37,7 +37,7 @@ fn main() {
     println!("{:44} {:>10}  for each", "", "least ms");
 
     let options = ScanOptions { detail: Detail::Context, filter: &Everything };
-    piece("scan: list and stat", FILES, "file", || drop(black_box(scan(&source, &options).expect("a scan"))));
+    piece("scan: list and stat", FILES, "file", || drop(black_box(scan(source.as_path(), &options).expect("a scan"))));
 
     let context = Context::open(&source, IgnoreFile::None).expect("a context");
     let files = context.tree().expect("a walk").clone();

@@ -517,8 +517,6 @@ fn build(
     if received_bytes > 0 {
         events(Event::Traffic { received_bytes });
     }
-    workspace.forget();
-    std::mem::forget(contexts);
     Ok(all)
 }
 

@@ -21,7 +21,6 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::SystemTime;
@@ -190,12 +189,13 @@ impl Context {
             return Ok(tree);
         }
         let options = ScanOptions { detail: Detail::Context, filter: &Ignored(&self.matcher) };
-        let tree = scan::scan(&self.root, &options)?;
+        let tree = scan::scan(self.root.clone(), &options)?;
         Ok(self.walked.get_or_init(|| Arc::new(tree)))
     }
 
     /// Does the file come from a walk of this directory?
     pub(crate) fn holds(&self, file: &OnDisk) -> bool {
+        // One that was opened again is the same.
         Arc::ptr_eq(&self.root, &file.directory) || self.root == file.directory
     }
 
@@ -349,24 +349,12 @@ pub(crate) fn unread_bytes(
         all += size;
         let known = !cache.is_empty()
             && file.inode.is_some_and(|inode| {
-                write_path(file, &mut path);
+                file.write_whole(&mut path);
                 cache.look_up(&path, &Stamp::of_walked(entry, inode), &mut near).is_some()
             });
         unread += if known { 0 } else { *size };
     }
     Ok((unread, all))
-}
-
-/// The whole path of a file, in memory that is used again.
-fn write_path(file: &OnDisk, path: &mut Vec<u8>) {
-    path.clear();
-    path.extend_from_slice(file.directory.as_os_str().as_bytes());
-    if !file.path.is_empty() {
-        if !path.ends_with(b"/") {
-            path.push(b'/');
-        }
-        path.extend_from_slice(&file.path);
-    }
 }
 
 /// Fills in the digest of every file of a context that has none, and size, times and capabilities of the same moment. Files are opened
@@ -416,7 +404,7 @@ fn digest_entry(
         return Ok(());
     }
     let stamp = file.inode.map(|inode| Stamp::of_walked(entry, inode));
-    write_path(file, &mut part.path);
+    file.write_whole(&mut part.path);
     let known = stamp.and_then(|stamp| cache.look_up(&part.path, &stamp, &mut part.near));
     let record = match known {
         Some(mut record) => {
@@ -478,7 +466,7 @@ impl DigestCache {
                 continue;
             }
             let stamp = Stamp::of_walked(entry, *inode);
-            write_path(file, &mut path);
+            file.write_whole(&mut path);
             let key = keys.get(path.as_slice()).copied();
             let record = Record { stamp, digest: *digest, capability: Box::default(), day, key };
             run.learn(&path, &record, stamp.is_settled(started));

@@ -208,8 +208,17 @@ impl TreeWriter {
 
     /// Removes what was written for paths that are no files after all.
     fn remove_stale(&mut self, tree: &Tree) -> Result<(), MaterializeError> {
-        let is_stale = |path: &Vec<u8>| !tree.get(path).is_some_and(|node| node.entry.is_file());
-        let stale: Vec<Vec<u8>> = self.written.keys().filter(|path| is_stale(path)).cloned().collect();
+        let mut written: Vec<&Vec<u8>> = self.written.keys().collect();
+        written.sort_unstable_by(|a, b| tree::compare_paths(a, b));
+        let mut cursor = tree.cursor();
+        let mut more = cursor.next().is_some();
+        let mut is_file = |path: &[u8]| {
+            while more && tree::compare_paths(&cursor.node().entry.path, path).is_lt() {
+                more = cursor.next().is_some();
+            }
+            more && cursor.node().entry.path == path && cursor.node().entry.is_file()
+        };
+        let stale: Vec<Vec<u8>> = written.into_iter().filter(|path| !is_file(path)).cloned().collect();
         for path in stale {
             self.written.remove(&path);
             if let Ok(dir) = open_below(self.root.as_fd(), tree::parent(&path), OFlags::PATH | OFlags::DIRECTORY) {
@@ -257,8 +266,8 @@ impl TreeWriter {
 
     /// Writes everything but directories: in parallel, hard links at the end.
     fn write_entries(&self, tree: &Tree, read: &ReadContent<'_>) -> Result<(), MaterializeError> {
-        // As many nodes are given to a thread at a time.
-        const PART: usize = 256;
+        // As many nodes are given to a thread at a time: each gets several parts, as files differ in size.
+        let at_once = (tree.len() / (8 * rayon::current_num_threads())).clamp(16, 256);
         // Which member of a group has its content on disk, or will have it: one that was written if there is one.
         let mut carriers: HashMap<u32, Vec<u8>> = HashMap::new();
         if tree.has_links() {
@@ -275,7 +284,7 @@ impl TreeWriter {
         let part = |first: usize| -> Result<(), MaterializeError> {
             let mut dir: Option<(Vec<u8>, OwnedFd)> = None;
             let mut cursor = tree.cursor_at(first);
-            for _ in 0..PART {
+            for _ in 0..at_once {
                 let Some(node) = cursor.next() else { break };
                 if node.entry.is_dir() || is_link(&node.entry) {
                     continue;
@@ -289,7 +298,7 @@ impl TreeWriter {
             }
             Ok(())
         };
-        (0..tree.len().div_ceil(PART)).into_par_iter().try_for_each(|number| part(number * PART))?;
+        (0..tree.len().div_ceil(at_once)).into_par_iter().try_for_each(|number| part(number * at_once))?;
         if carriers.is_empty() {
             return Ok(());
         }

@@ -205,10 +205,11 @@ struct Frame<S> {
 /// [`Detail`] says. Sockets are left out, and so is what disappears while the scan runs.
 ///
 /// Uses the threads of the global pool: what calls it there must hold no lock that other work of the pool may want.
-pub fn scan<F: Filter>(root: &Path, options: &ScanOptions<'_, F>) -> Result<Tree, ScanError> {
-    let walk = Walk { root: Arc::from(root), options, open: open_directories() };
+pub fn scan<F: Filter>(root: impl Into<Arc<Path>>, options: &ScanOptions<'_, F>) -> Result<Tree, ScanError> {
+    let walk = Walk { root: root.into(), options, open: open_directories() };
     // The root itself may be named through symlinks: it is the caller's choice.
-    let fd = openat(CWD, root, LIST_DIRECTORY - OFlags::NOFOLLOW, Mode::empty()).map_err(walk.failed("open", b""))?;
+    let fd = openat(CWD, &*walk.root, LIST_DIRECTORY - OFlags::NOFOLLOW, Mode::empty());
+    let fd = fd.map_err(walk.failed("open", b""))?;
     let stat = stat_fd(&fd).map_err(walk.failed("stat", b""))?;
     let mut top = walk.scanned(Vec::new(), &stat, Kind::Dir { opaque: false });
     if options.detail == Detail::Full {
@@ -544,6 +545,8 @@ impl<F: Filter> Walk<'_, F> {
 fn list_reversed(dir: BorrowedFd<'_>) -> Result<Vec<(CString, FileType)>, Errno> {
     let mut names = list(dir)?;
     names.sort_unstable_by(|a, b| b.0.cmp(&a.0));
+    // What is renamed while a directory is read may be listed in both of its places.
+    names.dedup_by(|a, b| a.0 == b.0);
     Ok(names)
 }
 

@@ -343,13 +343,6 @@ impl Workspace {
         crate::cache::decode_index(&bytes)
     }
 
-    /// Leaves what is in memory to the end of the process. To give back the pieces of large trees one by one would take a
-    /// tenth of a build that finds everything cached.
-    pub fn forget(&self) {
-        std::mem::forget(std::mem::take(&mut *self.layers.lock().unwrap_or_else(PoisonError::into_inner)));
-        std::mem::forget(std::mem::take(&mut *self.flats.lock().unwrap_or_else(PoisonError::into_inner)));
-    }
-
     /// Steps will run on this image, if they are not cached. Who reads its layers unpacks them then: to read them again for
     /// that would take longer.
     pub(crate) fn will_run_on(&self, image: &ResolvedImage) {

@@ -170,21 +170,29 @@ fn merged(first: &Tree, second: &Tree, stays: impl Fn(&Node) -> bool) -> TreeBui
     merged
 }
 
+/// What was last found out about the base.
+#[derive(Default)]
+struct Near {
+    /// A path where nothing stands, so that what is put below it need not be looked for.
+    vacant: Option<Vec<u8>>,
+    /// A directory that has something in it.
+    occupied: Option<Vec<u8>>,
+}
+
 pub(super) struct Changes<'a> {
     base: &'a Tree,
     nodes: Runs,
     /// Directories of the base that were removed, whatever stands there now.
     removed: HashSet<Vec<u8>>,
-    /// A path of the base where nothing stands, so that what is put below it need not be looked for.
-    vacant: RefCell<Option<Vec<u8>>>,
+    near: RefCell<Near>,
     now: (i64, u32),
     last_group: u32,
 }
 
 impl<'a> Changes<'a> {
     pub(super) fn new(base: &'a Tree, now: (i64, u32)) -> Self {
-        let (nodes, removed, vacant) = (Runs::default(), HashSet::new(), RefCell::default());
-        Self { base, nodes, removed, vacant, now, last_group: 0 }
+        let (nodes, removed, near) = (Runs::default(), HashSet::new(), RefCell::default());
+        Self { base, nodes, removed, near, now, last_group: 0 }
     }
 
     pub(super) fn look(&self, path: &[u8]) -> Look {
@@ -211,7 +219,7 @@ impl<'a> Changes<'a> {
         if path.is_empty() {
             return self.base.get(path).map_or(Look::Implied, |node| Look::Node(Box::new(node)));
         }
-        let mut vacant = self.vacant.borrow_mut();
+        let Near { vacant, occupied } = &mut *self.near.borrow_mut();
         if self.base.is_empty() || vacant.as_ref().is_some_and(|vacant| is_within(path, vacant)) {
             return Look::Nothing;
         }
@@ -220,7 +228,11 @@ impl<'a> Changes<'a> {
             Some(_) => Look::Implied,
             None => {
                 let above = parent(path);
-                *vacant = Some(if self.base.holds(above) { path } else { above }.to_vec());
+                if occupied.as_deref() == Some(above) || self.base.holds(above) {
+                    *occupied = Some(above.to_vec());
+                } else {
+                    *vacant = Some(above.to_vec());
+                }
                 Look::Nothing
             }
         }
@@ -321,6 +333,7 @@ impl<'a> Changes<'a> {
     pub(super) fn finish(self) -> Tree {
         let Self { base, nodes, removed, .. } = self;
         let changed = nodes.finish();
+        // Nothing that is copied has marks, and there is nothing to mark.
         if base.is_empty() {
             return changed.number_links();
         }

@@ -810,6 +810,9 @@ fn keep(wanted: &Wanted<'_>, url: &str, staging: &Path, top: &Path, place: &Path
     let found = scan::scan(top, &ScanOptions { detail: Detail::Context, filter: &Everything })?;
     let mut tree = found.map(|Node { entry, origin }| {
         *origin = Origin::None;
+        if let Kind::File { link_group, .. } = &mut entry.kind {
+            *link_group = 0;
+        }
         // What git tracks, whatever the process's umask was.
         entry.mode = match entry.kind {
             Kind::Dir { .. } => 0o755,

@@ -35,7 +35,16 @@ pub(crate) fn owner_of(entry: &Entry) -> Owner {
 pub(super) fn may_see_devices<'a>(flat: &Tree, mut texts: impl Iterator<Item = &'a str>) -> bool {
     let covered = |path: &[u8]| [&b"dev/"[..], b"proc/", b"sys/"].iter().any(|directory| path.starts_with(directory));
     let is_device = |entry: &Entry| owner_of(entry).device.is_some() && !covered(&entry.path);
-    texts.any(|text| text.contains("mknod")) || flat.iter().any(|node| is_device(&node.entry))
+    if texts.any(|text| text.contains("mknod")) {
+        return true;
+    }
+    let mut cursor = flat.cursor();
+    while let Some(node) = cursor.next() {
+        if is_device(&node.entry) {
+            return true;
+        }
+    }
+    false
 }
 
 /// What the disk does not hold of an entry where `scope` is emulated.

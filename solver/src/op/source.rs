@@ -1123,13 +1123,14 @@ fn no_content(_node: &Node) -> io::Result<Box<dyn Read>> {
 
 /// Regular files of a tree, those with several names once.
 fn count_inodes(tree: &Tree) -> usize {
-    let mut groups = HashSet::new();
-    tree.iter()
-        .filter(|node| match node.entry.kind {
-            Kind::File { link_group, .. } => link_group == 0 || groups.insert(link_group),
-            _ => false,
-        })
-        .count()
+    let (mut groups, mut count) = (HashSet::new(), 0);
+    let mut cursor = tree.cursor();
+    while let Some(Node { entry, .. }) = cursor.next() {
+        if let Kind::File { link_group, .. } = entry.kind {
+            count += usize::from(link_group == 0 || groups.insert(link_group));
+        }
+    }
+    count
 }
 
 /// A directory that is removed unless it was renamed.

@@ -192,10 +192,7 @@ impl Build<'_> {
             add_parent(&mut parts, &parent);
             let key = parts.key();
             let reason = match self.look_up(&wanted, &key, &parts, Some(&recipe), selection.as_ref()) {
-                Ok(snapshot) => {
-                    let_go(selection);
-                    return Ok(self.found(id, snapshot, started));
-                }
+                Ok(snapshot) => return Ok(self.found(id, snapshot, started)),
                 Err(reason) => reason,
             };
             if !parent.is_whole() {
@@ -221,10 +218,7 @@ impl Build<'_> {
             let working = Instant::now();
             let mut tree = match (early.as_mut().and_then(|early| early.tree.take()), selected) {
                 (None, Some(selected)) if recipe.selects_layer(self.workspace)? => selected,
-                (made, other) => {
-                    let_go(other);
-                    made.map_or_else(|| recipe.carry_out(self.workspace), Ok)?
-                }
+                (made, _) => made.map_or_else(|| recipe.carry_out(self.workspace), Ok)?,
             };
             if let Some(before) = before {
                 self.keep_times(&mut tree, &before);
@@ -430,13 +424,5 @@ impl Build<'_> {
             self.tell(Event::Finished { id: id.0, duration: started.elapsed() });
             return Ok(parent.with(layer, &content, Some(self.now.0)));
         }
-    }
-}
-
-/// Drops a tree. Very many files take a while, for which nobody has to wait.
-fn let_go(tree: Option<Tree>) {
-    const MANY: usize = 4096;
-    if tree.as_ref().is_some_and(|tree| tree.len() >= MANY) {
-        rayon::spawn(move || drop(tree));
     }
 }

@@ -15,6 +15,7 @@ use super::{Store, StoreError, check_name, hex};
 use crate::image::Descriptor;
 use crate::materialize::remove_tree;
 use crate::tree::blob::{BlobInfo, Codec};
+use crate::tree::index::IndexError;
 use crate::tree::{ContentDigest, Kind, LayerId, Node, Origin, Tree, index};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
@@ -132,7 +133,10 @@ impl Store {
         };
         let length = file.metadata().map_err(StoreError::io("read", &path))?.len();
         let tree = index::read(&mut file, length);
-        tree.map_err(|error| StoreError::Damaged { path: path.clone(), reason: error.to_string() })
+        tree.map_err(|error| match error {
+            IndexError::Read(kind) => StoreError::io("read", &path)(kind.into()),
+            error => StoreError::Damaged { path: path.clone(), reason: error.to_string() },
+        })
     }
 
     fn remember_tree(&self, id: &LayerId, tree: Tree) {

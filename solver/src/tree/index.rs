@@ -62,6 +62,9 @@ pub enum IndexError {
     /// The trailer does not fit the content.
     #[error("layer index is damaged")]
     Damaged,
+    /// It cannot be read.
+    #[error("cannot read the layer index: {0}")]
+    Read(io::ErrorKind),
     /// The content breaks the format's rules although the trailer is right.
     #[error("layer index is malformed at byte {offset}: {what}")]
     Malformed {
@@ -165,10 +168,11 @@ pub fn decode(bytes: &[u8]) -> Result<Tree, IndexError> {
 /// Reads an index of `length` bytes; all origins are [`Origin::None`].
 pub fn read(reader: &mut dyn Read, length: u64) -> Result<Tree, IndexError> {
     let mut reader = Reader::new(reader, length)?;
-    let tree = entries(&mut reader, length);
-    // What is damaged may be malformed, too, which is of less interest.
-    reader.end()?;
-    tree
+    match entries(&mut reader, length) {
+        Err(error @ IndexError::Read(_)) => Err(error),
+        // What is damaged may be malformed, too, which is of less interest.
+        tree => reader.end().and(tree),
+    }
 }
 
 fn entries(reader: &mut Reader<'_>, length: u64) -> Result<Tree, IndexError> {
@@ -339,6 +343,13 @@ fn is_clean(path: &[u8]) -> bool {
         || !path.contains(&0) && path.split(|&byte| byte == b'/').all(|part| !matches!(part, b"" | b"." | b".."))
 }
 
+fn unreadable(error: io::Error) -> IndexError {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => IndexError::Damaged,
+        kind => IndexError::Read(kind),
+    }
+}
+
 /// Reads an index but for its trailer, and digests it meanwhile.
 struct Reader<'a> {
     source: &'a mut dyn Read,
@@ -360,7 +371,8 @@ impl<'a> Reader<'a> {
             Ok([magic @ .., _]) if magic != MAGIC => Err(IndexError::Magic),
             Ok([.., VERSION]) => Ok(reader),
             Ok([.., found]) => Err(IndexError::Version { found: *found }),
-            Ok([]) | Err(_) => Err(IndexError::Magic),
+            Err(error @ IndexError::Read(_)) => Err(error),
+            Ok([]) | Err(_) => Err(IndexError::Damaged),
         }
     }
 
@@ -371,7 +383,7 @@ impl<'a> Reader<'a> {
             self.fill(1)?;
         }
         let mut trailer = [0; TRAILER];
-        self.source.read_exact(&mut trailer).map_err(|_| IndexError::Damaged)?;
+        self.source.read_exact(&mut trailer).map_err(unreadable)?;
         if self.hasher.finalize().as_bytes() == &trailer { Ok(()) } else { Err(IndexError::Damaged) }
     }
 
@@ -386,7 +398,7 @@ impl<'a> Reader<'a> {
             let (before, more) = (self.buffer.len(), PART.min(self.left));
             self.at = 0;
             self.buffer.resize(before + more as usize, 0);
-            self.source.read_exact(&mut self.buffer[before..]).map_err(|_| IndexError::Damaged)?;
+            self.source.read_exact(&mut self.buffer[before..]).map_err(unreadable)?;
             self.hasher.update(&self.buffer[before..]);
             (self.left, self.offset) = (self.left - more, self.offset + more);
         }

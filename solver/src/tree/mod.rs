@@ -429,11 +429,11 @@ impl Tree {
 
     /// Layers that files are read from.
     pub(crate) fn layers(&self) -> Vec<LayerId> {
-        let mut layers: Vec<LayerId> = self.all_in.iter().cloned().collect();
-        if layers.is_empty() {
-            self.packed.sources_are(|id| layers.push(id.clone()));
+        match &self.all_in {
+            Some(id) if self.packed.has_files() => vec![id.clone()],
+            Some(_) => Vec::new(),
+            None => self.packed.layers().cloned().collect(),
         }
-        layers
     }
 
     /// Follows symlinks inside the tree, `..` stopping at its root, as chroot would. A last component that is a symlink

@@ -18,6 +18,8 @@ use super::index::{put, put_bytes, unzigzag, zigzag};
 use super::{Attributes, ContentDigest, Entry, Kind, LayerId, Node, Origin, compare_paths, is_within};
 use rayon::prelude::*;
 use std::cmp::Ordering;
+use std::ffi::OsString;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -82,10 +84,20 @@ impl OnDisk {
 
     /// Its whole path.
     pub fn whole(&self) -> PathBuf {
-        use std::os::unix::ffi::OsStrExt;
-        match self.path.is_empty() {
-            true => self.directory.to_path_buf(),
-            false => self.directory.join(std::ffi::OsStr::from_bytes(&self.path)),
+        let mut whole = Vec::new();
+        self.write_whole(&mut whole);
+        OsString::from_vec(whole).into()
+    }
+
+    /// Its whole path in place of what is in `out`, memory that is used again.
+    pub(crate) fn write_whole(&self, out: &mut Vec<u8>) {
+        out.clear();
+        out.extend_from_slice(self.directory.as_os_str().as_bytes());
+        if !self.path.is_empty() {
+            if !out.ends_with(b"/") {
+                out.push(b'/');
+            }
+            out.extend_from_slice(&self.path);
         }
     }
 }
@@ -145,6 +157,7 @@ pub(super) struct Packed {
     sources: Vec<Source>,
     has_links: bool,
     has_marks: bool,
+    has_files: bool,
     unread: usize,
 }
 
@@ -163,6 +176,11 @@ impl Packed {
         self.unread
     }
 
+    /// There are regular files.
+    pub(super) fn has_files(&self) -> bool {
+        self.has_files
+    }
+
     /// Something acts on layers below: a whiteout, an opaque directory.
     pub(super) fn has_marks(&self) -> bool {
         self.has_marks
@@ -174,12 +192,12 @@ impl Packed {
         self.blocks.partition_point(behind).saturating_sub(1)
     }
 
-    pub(super) fn sources_are(&self, mut is: impl FnMut(&LayerId)) {
-        for source in &self.sources {
-            if let Source::Layer(id) = source {
-                is(id);
-            }
-        }
+    /// Layers that files are read from.
+    pub(super) fn layers(&self) -> impl Iterator<Item = &LayerId> {
+        self.sources.iter().filter_map(|source| match source {
+            Source::Layer(id) => Some(id),
+            Source::Directory(_) | Source::Inline(_) => None,
+        })
     }
 }
 
@@ -275,6 +293,7 @@ impl TreeBuilder {
         self.path.truncate(shared);
         self.path.extend_from_slice(&entry.path[shared..]);
         self.packed.has_links |= entry.link_group() != 0;
+        self.packed.has_files |= entry.is_file();
         self.packed.unread += usize::from(is_unread(entry));
         self.packed.has_marks |= matches!(entry.kind, Kind::Whiteout | Kind::Dir { opaque: true });
         encode(&mut self.bytes, &mut self.before, entry, origin, source);
@@ -331,9 +350,11 @@ impl TreeBuilder {
         }
         self.packed.has_links |= packed.has_links;
         self.packed.has_marks |= packed.has_marks;
+        self.packed.has_files |= packed.has_files;
         let unread = self.packed.unread + packed.unread;
         for block in packed.blocks {
-            if self.nodes + block.nodes <= BLOCK_NODES {
+            // Full ones are moved as they are.
+            if block.nodes < BLOCK_NODES && self.nodes + block.nodes <= BLOCK_NODES {
                 let sources = self.packed.sources.clone();
                 self.push_all(&block.bytes, block.nodes, &sources);
             } else {
@@ -755,7 +776,7 @@ impl<'a> Cursor<'a> {
     }
 }
 
-/// As many blocks are given to a thread at a time.
+/// As many blocks are given to a thread at a time, at most.
 const BLOCKS_AT_ONCE: usize = 64;
 
 /// Changes entries, in several threads where there are many. Paths and origins stay, but what a walk saw of a file may
@@ -767,7 +788,7 @@ pub(super) fn update<S: Send, T: Send, E: Send>(
     change: impl Fn(&mut S, &mut Entry, &mut Origin) -> Result<(), E> + Sync,
     done: impl Fn(S) -> T + Sync,
 ) -> Result<(Packed, Vec<T>), E> {
-    let Packed { blocks, len, sources, has_links, has_marks, .. } = Arc::unwrap_or_clone(packed);
+    let Packed { blocks, len, sources, has_links, has_marks, has_files, .. } = Arc::unwrap_or_clone(packed);
     let part = |part: Vec<Block>| -> Result<(Vec<Block>, usize, T), E> {
         let mut state = state(part.first().map_or(0, |block| block.start));
         let mut changed = Vec::with_capacity(part.len());
@@ -795,23 +816,20 @@ pub(super) fn update<S: Send, T: Send, E: Send>(
         }
         Ok((changed, unread, done(state)))
     };
-    let mut blocks = blocks.into_iter();
-    let parts = std::iter::from_fn(|| {
-        let part: Vec<Block> = blocks.by_ref().take(BLOCKS_AT_ONCE).collect();
-        (!part.is_empty()).then_some(part)
-    });
-    let parts: Vec<Vec<Block>> = parts.collect();
-    // A pool of threads is woken for many files only.
-    let changed: Vec<(Vec<Block>, usize, T)> = match parts.len() {
-        0 | 1 if len < 64 => parts.into_iter().map(part).collect::<Result<_, E>>()?,
-        0 | 1 => {
-            // Few blocks: one to each thread.
-            let parts: Vec<Vec<Block>> = parts.into_iter().flatten().map(|block| vec![block]).collect();
-            parts.into_par_iter().map(part).collect::<Result<_, E>>()?
-        }
-        _ => parts.into_par_iter().map(part).collect::<Result<_, E>>()?,
+    // A pool of threads is woken for many files only; and of those each thread gets several parts, as they differ in size.
+    let changed: Vec<(Vec<Block>, usize, T)> = if len < 64 {
+        vec![part(blocks)?]
+    } else {
+        let at_once = (blocks.len() / (8 * rayon::current_num_threads())).clamp(1, BLOCKS_AT_ONCE);
+        let mut blocks = blocks.into_iter();
+        let parts = std::iter::from_fn(|| {
+            let part: Vec<Block> = blocks.by_ref().take(at_once).collect();
+            (!part.is_empty()).then_some(part)
+        });
+        let parts: Vec<Vec<Block>> = parts.collect();
+        parts.into_par_iter().map(part).collect::<Result<_, E>>()?
     };
-    let mut packed = Packed { blocks: Vec::new(), len, sources, has_links, has_marks, unread: 0 };
+    let mut packed = Packed { blocks: Vec::new(), len, sources, has_links, has_marks, has_files, unread: 0 };
     let mut results = Vec::with_capacity(changed.len());
     for (blocks, unread, done) in changed {
         packed.blocks.extend(blocks);
@@ -943,7 +961,10 @@ mod tests {
         });
         let expected: Vec<Node> = expected.collect();
         assert_eq!(tree.nodes(), expected);
-        assert_eq!(tree.layers(), [id]);
+        assert_eq!(tree.layers(), std::slice::from_ref(&id));
+        // Where there are no files, nothing is read from there.
+        let bare: Tree = expected.iter().filter(|node| !node.entry.is_file()).cloned().collect();
+        assert_eq!(bare.in_layer(&id).layers(), []);
         assert_eq!(tree.map(|_| true).nodes(), expected);
     }
 
