@@ -19,6 +19,7 @@
 
 use crate::scan::{self, LIST_DIRECTORY, open_below};
 use crate::tree::layer::LayerSink;
+use crate::tree::node_map::NodeMap;
 use crate::tree::stream::copy_buffered;
 use crate::tree::{self, Entry, Kind, Node, Origin, Tree};
 use rayon::prelude::*;
@@ -122,7 +123,7 @@ pub struct TreeWriter {
     target: PathBuf,
     options: WriteOptions,
     /// Files written so far, with the metadata they were given.
-    written: HashMap<Vec<u8>, Entry>,
+    written: NodeMap,
     /// Directory of the last file.
     last_dir: Option<(Vec<u8>, OwnedFd)>,
     /// Sharing blocks has failed once: do not try again.
@@ -158,7 +159,7 @@ impl TreeWriter {
             root,
             target: target.to_owned(),
             options,
-            written: HashMap::new(),
+            written: NodeMap::default(),
             last_dir: None,
             cannot_clone: AtomicBool::new(false),
         })
@@ -182,7 +183,8 @@ impl TreeWriter {
             // An archive may have a name twice.
             Err(Errno::EXIST) => {
                 if self.clear(dir.as_fd(), &entry.path)? {
-                    self.written.retain(|path, _| !tree::is_within(path, &entry.path));
+                    self.written.remove(&entry.path);
+                    self.written.remove_below(&entry.path);
                 }
                 self.create(dir.as_fd(), &entry.path)?
             }
@@ -192,7 +194,7 @@ impl TreeWriter {
             .map_err(|source| MaterializeError::Content { path: text(&entry.path), source })?;
         self.check_size(entry, found)?;
         self.set_metadata(file.as_fd(), entry)?;
-        self.written.insert(entry.path.clone(), entry.clone());
+        self.written.put(Node { entry: entry.clone(), origin: Origin::None });
         Ok(())
     }
 
@@ -200,16 +202,15 @@ impl TreeWriter {
     /// removed otherwise; the content of the others is read as in [`write_tree`].
     pub fn finish(mut self, tree: &Tree, read: &ReadContent<'_>) -> Result<(), MaterializeError> {
         self.last_dir = None;
-        self.remove_stale(tree)?;
+        let written = std::mem::take(&mut self.written).finish();
+        self.remove_stale(tree, &written)?;
         let directories = self.make_directories(tree)?;
-        self.write_entries(tree, read)?;
+        self.write_entries(tree, &written, read)?;
         self.set_directory_metadata(&directories)
     }
 
     /// Removes what was written for paths that are no files after all.
-    fn remove_stale(&mut self, tree: &Tree) -> Result<(), MaterializeError> {
-        let mut written: Vec<&Vec<u8>> = self.written.keys().collect();
-        written.sort_unstable_by(|a, b| tree::compare_paths(a, b));
+    fn remove_stale(&self, tree: &Tree, written: &Tree) -> Result<(), MaterializeError> {
         let mut cursor = tree.cursor();
         let mut more = cursor.next().is_some();
         let mut is_file = |path: &[u8]| {
@@ -218,9 +219,10 @@ impl TreeWriter {
             }
             more && cursor.node().entry.path == path && cursor.node().entry.is_file()
         };
-        let stale: Vec<Vec<u8>> = written.into_iter().filter(|path| !is_file(path)).cloned().collect();
-        for path in stale {
-            self.written.remove(&path);
+        for Node { entry: Entry { path, .. }, .. } in written.iter() {
+            if is_file(&path) {
+                continue;
+            }
             if let Ok(dir) = open_below(self.root.as_fd(), tree::parent(&path), OFlags::PATH | OFlags::DIRECTORY) {
                 self.clear(dir.as_fd(), &path)?;
             }
@@ -265,16 +267,16 @@ impl TreeWriter {
     }
 
     /// Writes everything but directories: in parallel, hard links at the end.
-    fn write_entries(&self, tree: &Tree, read: &ReadContent<'_>) -> Result<(), MaterializeError> {
+    fn write_entries(&self, tree: &Tree, written: &Tree, read: &ReadContent<'_>) -> Result<(), MaterializeError> {
         // As many nodes are given to a thread at a time: each gets several parts, as files differ in size.
         let at_once = (tree.len() / (8 * rayon::current_num_threads())).clamp(16, 256);
         // Which member of a group has its content on disk, or will have it: one that was written if there is one.
         let mut carriers: HashMap<u32, Vec<u8>> = HashMap::new();
         if tree.has_links() {
-            for written in [true, false] {
+            for only_written in [true, false] {
                 let mut cursor = tree.cursor();
                 while let Some(Node { entry, .. }) = cursor.next() {
-                    if entry.link_group() != 0 && (!written || self.written.contains_key(&entry.path)) {
+                    if entry.link_group() != 0 && (!only_written || written.get(&entry.path).is_some()) {
                         carriers.entry(entry.link_group()).or_insert_with(|| entry.path.clone());
                     }
                 }
@@ -294,7 +296,7 @@ impl TreeWriter {
                     Some((path, fd)) if path == above => fd,
                     other => &mut other.insert((above.to_vec(), self.open_dir(above)?)).1,
                 };
-                self.write_node(fd.as_fd(), node, read)?;
+                self.write_node(fd.as_fd(), node, written, read)?;
             }
             Ok(())
         };
@@ -316,13 +318,20 @@ impl TreeWriter {
         Ok(())
     }
 
-    fn write_node(&self, dir: BorrowedFd<'_>, node: &Node, read: &ReadContent<'_>) -> Result<(), MaterializeError> {
+    fn write_node(
+        &self,
+        dir: BorrowedFd<'_>,
+        node: &Node,
+        written: &Tree,
+        read: &ReadContent<'_>,
+    ) -> Result<(), MaterializeError> {
         let entry = &node.entry;
         let name = name_of(&entry.path);
         let failed = |call| move |error: Errno| self.failed(call, &entry.path, error);
-        if let (Kind::File { .. }, Some(written)) = (&entry.kind, self.written.get(&entry.path)) {
+        let before = if entry.is_file() { written.get(&entry.path) } else { None };
+        if let Some(before) = before {
             let same = |entry: &Entry| (entry.mode, entry.uid, entry.gid, entry.mtime, entry.xattrs.clone());
-            if same(written) != same(entry) {
+            if same(&before.entry) != same(entry) {
                 let file = openat(dir, name, OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
                     .map_err(failed("open"))?;
                 self.set_metadata(file.as_fd(), entry)?;

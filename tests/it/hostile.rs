@@ -369,8 +369,9 @@ fn a_context_that_changes_meanwhile() {
 fn a_fork_bomb_ends_with_its_step() {
     let token = format!("bomb-{}", std::process::id());
     // The first process forks nothing once the others do: a shell that cannot fork ends, and the step with it. For root the
-    // limit counts what the user has outside, too: it is nobody's.
-    let build = Build::new().flag("--ulimit=nproc=60").flag("--step-timeout=3s").dockerfile(&format!(
+    // limit counts what the user has outside, too: it is nobody's. Where there is one id, it counts all that the tests beside
+    // this one run, which takes some dozens, so that there must be room for the bomb's first.
+    let build = Build::new().flag("--ulimit=nproc=300").flag("--step-timeout=3s").dockerfile(&format!(
         "FROM busybox\nUSER 54321\nRUN echo {token}; b() {{ b | b & }}; {{ b; b; }} & exec sleep 600\n"
     ));
     build.fails_with(4, &["stopped after 3s"]);

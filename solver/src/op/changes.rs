@@ -2,9 +2,9 @@
 
 use super::copy::CopyError;
 use super::passwd::Owner;
-use crate::tree::{Entry, Kind, Node, Origin, Tree, TreeBuilder, compare_paths, is_within, join, parent};
+use crate::tree::node_map::{InTree, NodeMap, merged};
+use crate::tree::{Entry, Kind, Node, Origin, Tree, is_within, join, parent};
 use std::cell::RefCell;
-use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashSet};
 
 /// Symlinks to follow for one path, as container tools do.
@@ -51,125 +51,6 @@ pub(super) fn shown(path: &[u8]) -> String {
     format!("/{}", String::from_utf8_lossy(path))
 }
 
-/// A path in the order of trees.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct InTree(Vec<u8>);
-
-impl Ord for InTree {
-    fn cmp(&self, other: &Self) -> Ordering {
-        compare_paths(&self.0, &other.0)
-    }
-}
-
-impl PartialOrd for InTree {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-/// Nodes by path, in little memory when they come in about the order of a tree, which they mostly do: each run is in that order,
-/// and of what stands in several the last counts. What comes out of order is collected until it makes a run of its own.
-#[derive(Default)]
-struct Runs {
-    runs: Vec<TreeBuilder>,
-    recent: BTreeMap<InTree, Node>,
-}
-
-impl Runs {
-    /// As many nodes out of order are kept unpacked.
-    const RECENT: usize = 4096;
-
-    fn get(&self, path: &[u8]) -> Option<Node> {
-        let recent = || match self.recent.is_empty() {
-            true => None,
-            // To look up without a copy of the path takes more than a copy.
-            false => self.recent.get(&InTree(path.to_vec())).cloned(),
-        };
-        recent().or_else(|| self.runs.iter().rev().find_map(|run| run.get(path)))
-    }
-
-    fn put(&mut self, node: Node) {
-        if let Some(recent) = self.recent.get_mut(&InTree(node.entry.path.clone())) {
-            *recent = node;
-            return;
-        }
-        if self.runs.is_empty() {
-            self.runs.push(TreeBuilder::new());
-        }
-        match self.runs.last_mut().filter(|run| run.comes_last(&node.entry.path)) {
-            Some(run) => run.push_node(&node),
-            None => drop(self.recent.insert(InTree(node.entry.path.clone()), node)),
-        }
-        if self.recent.len() >= Self::RECENT {
-            self.end_run();
-        }
-    }
-
-    /// Makes a run of what was out of order. Each run stays less than half of the one before, so that there are few.
-    fn end_run(&mut self) {
-        let mut run = TreeBuilder::new();
-        std::mem::take(&mut self.recent).into_values().for_each(|node| run.push_node(&node));
-        while let Some(before) = self.runs.pop_if(|before| before.len() <= 2 * run.len()) {
-            run = merged(&before.finish(), &run.finish(), |_| true);
-        }
-        self.runs.push(run);
-    }
-
-    /// Leaves out what does not stay.
-    fn retain(&mut self, stays: impl Fn(&[u8]) -> bool) {
-        self.recent.retain(|path, _| stays(&path.0));
-        for run in &mut self.runs {
-            let all = std::mem::take(run).finish();
-            *run = merged(&all, &Tree::default(), |node| stays(&node.entry.path));
-        }
-    }
-
-    fn finish(mut self) -> Tree {
-        if self.runs.len() == 1 && self.recent.is_empty() {
-            return self.runs.remove(0).finish();
-        }
-        self.end_run();
-        let mut all = Tree::default();
-        for run in self.runs {
-            all = merged(&all, &run.finish(), |_| true).finish();
-        }
-        all
-    }
-}
-
-/// The nodes of both that stay; the second's where both have one.
-fn merged(first: &Tree, second: &Tree, stays: impl Fn(&Node) -> bool) -> TreeBuilder {
-    let mut merged = TreeBuilder::new();
-    let mut push = |node: &Node| {
-        if stays(node) {
-            merged.push_node(node);
-        }
-    };
-    let mut second = second.cursor();
-    let mut more = second.next().is_some();
-    let mut first = first.cursor();
-    while let Some(node) = first.next() {
-        let mut replaced = false;
-        while more {
-            let order = compare_paths(&second.node().entry.path, &node.entry.path);
-            if order.is_gt() {
-                break;
-            }
-            replaced |= order.is_eq();
-            push(second.node());
-            more = second.next().is_some();
-        }
-        if !replaced {
-            push(node);
-        }
-    }
-    while more {
-        push(second.node());
-        more = second.next().is_some();
-    }
-    merged
-}
-
 /// What was last found out about the base.
 #[derive(Default)]
 struct Near {
@@ -181,7 +62,7 @@ struct Near {
 
 pub(super) struct Changes<'a> {
     base: &'a Tree,
-    nodes: Runs,
+    nodes: NodeMap,
     /// Directories of the base that were removed, whatever stands there now.
     removed: HashSet<Vec<u8>>,
     near: RefCell<Near>,
@@ -191,7 +72,7 @@ pub(super) struct Changes<'a> {
 
 impl<'a> Changes<'a> {
     pub(super) fn new(base: &'a Tree, now: (i64, u32)) -> Self {
-        let (nodes, removed, near) = (Runs::default(), HashSet::new(), RefCell::default());
+        let (nodes, removed, near) = (NodeMap::default(), HashSet::new(), RefCell::default());
         Self { base, nodes, removed, near, now, last_group: 0 }
     }
 
@@ -318,7 +199,8 @@ impl<'a> Changes<'a> {
     /// Makes way for what is put at a path next: a directory goes with all that is in it.
     pub(super) fn make_way(&mut self, path: &[u8]) {
         if self.look(path).is_dir() {
-            self.nodes.retain(|other| !is_within(other, path));
+            self.nodes.remove(path);
+            self.nodes.remove_below(path);
             self.removed.insert(path.to_vec());
         }
     }
@@ -401,44 +283,6 @@ pub fn with_parents(changeset: Tree, dest: &Tree) -> Tree {
     let parents: Tree = parents.into_values().flatten().collect();
     match parents.is_empty() {
         true => changeset,
-        false => merged(&parents, &changeset, |_| true).finish(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn node(number: u64, mode: u32) -> Node {
-        let path = format!("d{}/f{number:05}", number % 7);
-        Node { entry: Entry { kind: Kind::Fifo, ..Entry::dir(path, mode) }, origin: Origin::None }
-    }
-
-    #[test]
-    fn in_whatever_order_they_come_the_last_counts() {
-        // Ascending, descending, in disorder, and with many that come twice.
-        let count = 3 * Runs::RECENT as u64;
-        let orders: [&dyn Fn(u64) -> u64; 4] =
-            [&|at| at, &|at| count - at, &|at| at.wrapping_mul(7919) % count, &|at| at * at % 5003];
-        for (number, order) in orders.iter().enumerate() {
-            let mut runs = Runs::default();
-            let mut expected = BTreeMap::new();
-            for at in 0..count {
-                let node = node(order(at), at as u32);
-                expected.insert(InTree(node.entry.path.clone()), node.clone());
-                runs.put(node.clone());
-                assert_eq!(runs.get(&node.entry.path), Some(node));
-                if at == count / 2 {
-                    runs.retain(|path| !is_within(path, b"d3"));
-                    expected.retain(|path, _| !is_within(&path.0, b"d3"));
-                }
-            }
-            assert!(runs.runs.len() < 8, "{} runs", runs.runs.len());
-            for path in expected.keys() {
-                assert!(runs.get(&path.0).is_some());
-            }
-            assert_eq!(runs.get(b"d3/none"), None);
-            assert!(runs.finish() == expected.into_values().collect(), "order {number}");
-        }
+        false => merged(&parents, &changeset).finish(),
     }
 }

@@ -18,14 +18,15 @@
 //! archive is followed inside of it. A later entry replaces an earlier one. All that is kept in memory is counted
 //! against [`Limits`]. Parents without an entry of their own stay implied.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::io::{self, BufRead, Read, Write};
 use std::ops::Bound;
 
 use super::index::LinkGroups;
+use super::node_map::{NodeMap, merged};
 use super::stream::copy_buffered;
 use super::tar_stream::{BLOCK, Header, TarStream, padding, read_some, show};
-use super::{Attributes, ContentDigest, Entry, Kind, Node, Origin, Tree, TreeBuilder, file_name, join, parent};
+use super::{Attributes, ContentDigest, Entry, Kind, Node, Origin, Tree, file_name, join, parent};
 
 const WHITEOUT_PREFIX: &[u8] = b".wh.";
 const OPAQUE_NAME: &[u8] = b".wh..wh..opq";
@@ -405,7 +406,7 @@ impl LayerSink for NoSink {
 /// entries; an opaque marker makes a directory entry where there is none. File digests are filled in, origins not.
 pub fn read_tar(reader: &mut dyn BufRead, sink: &mut dyn LayerSink, limits: &Limits) -> Result<Tree, LayerError> {
     let mut stream = TarStream::new(reader, *limits);
-    let tree = Builder::new(*limits, Whiteouts::Recognised).read(&mut stream, sink, &|_| Origin::None)?;
+    let tree = Builder::new(*limits, Whiteouts::Recognised, &|_| Origin::None).read(&mut stream, sink)?;
     stream.drain()?;
     Ok(tree)
 }
@@ -418,7 +419,7 @@ pub(super) fn read_archive(
     limits: &Limits,
     origin: &dyn Fn(u64) -> Origin,
 ) -> Result<Tree, LayerError> {
-    Builder::new(*limits, Whiteouts::Ordinary).read(&mut TarStream::new(reader, *limits), sink, origin)
+    Builder::new(*limits, Whiteouts::Ordinary, origin).read(&mut TarStream::new(reader, *limits), sink)
 }
 
 /// Does a tar with at least one entry begin here?
@@ -435,6 +436,7 @@ enum Whiteouts {
 }
 
 /// What a name stands for; several names may share one.
+#[derive(Clone)]
 struct Inode {
     kind: Kind,
     mode: u32,
@@ -442,18 +444,23 @@ struct Inode {
     gid: u32,
     mtime: (i64, u32),
     xattrs: Attributes,
-    /// Number among the files that the sink was given.
-    ordinal: Option<u64>,
-    names: u32,
+    origin: Origin,
 }
 
 /// Collects entries as they come. Keys are paths with NUL for `/`: no name holds a NUL, and plain byte order of such
 /// keys is the order of a [`Tree`].
-struct Builder {
+struct Builder<'a> {
     limits: Limits,
     whiteouts: Whiteouts,
-    names: BTreeMap<Vec<u8>, usize>,
+    /// Tells where the nth file that the sink was given went.
+    origin: &'a dyn Fn(u64) -> Origin,
+    /// Names that have an inode of their own, as nearly all have, by their paths.
+    single: NodeMap,
+    /// The others, by their keys, and the inodes that they share.
+    linked: BTreeMap<Vec<u8>, usize>,
     inodes: Vec<Inode>,
+    /// Keys that something may stand below.
+    parents: HashSet<Vec<u8>>,
     entries: u64,
     file_bytes: u64,
     metadata_bytes: u64,
@@ -463,13 +470,16 @@ struct Builder {
     plain_parent: Option<Vec<u8>>,
 }
 
-impl Builder {
-    fn new(limits: Limits, whiteouts: Whiteouts) -> Self {
+impl<'a> Builder<'a> {
+    fn new(limits: Limits, whiteouts: Whiteouts, origin: &'a dyn Fn(u64) -> Origin) -> Self {
         Self {
             limits,
             whiteouts,
-            names: BTreeMap::new(),
+            origin,
+            single: NodeMap::default(),
+            linked: BTreeMap::new(),
             inodes: Vec::new(),
+            parents: HashSet::new(),
             entries: 0,
             file_bytes: 0,
             metadata_bytes: 0,
@@ -478,12 +488,7 @@ impl Builder {
         }
     }
 
-    fn read(
-        mut self,
-        stream: &mut TarStream<'_>,
-        sink: &mut dyn LayerSink,
-        origin: &dyn Fn(u64) -> Origin,
-    ) -> Result<Tree, LayerError> {
+    fn read(mut self, stream: &mut TarStream<'_>, sink: &mut dyn LayerSink) -> Result<Tree, LayerError> {
         let mut files = 0;
         while let Some(header) = stream.next(false)? {
             let name = key_of(&header.name)?;
@@ -516,14 +521,14 @@ impl Builder {
                     };
                     outcome.map_err(|source| LayerError::Store { path: show(&entry.path), source })?;
                     let kind = Kind::File { size: header.size, digest: Some(digest), link_group: 0 };
-                    self.insert(key, Inode { kind, ordinal: Some(files), ..inode });
+                    self.insert(key, Inode { kind, origin: (self.origin)(files), ..inode });
                     files += 1;
                 }
                 b'1' => self.link(key, &header, inode)?,
                 _ => self.insert(key, inode),
             }
         }
-        Ok(self.finish(origin))
+        Ok(self.finish())
     }
 
     fn count(&mut self, header: &Header) -> Result<(), LayerError> {
@@ -553,8 +558,8 @@ impl Builder {
             // The marker's parent is a directory, so a symlink in its place is followed.
             let child = self.resolve(&join_key(directory, b"x"))?;
             let directory = split_key(&child).0.to_vec();
-            match self.names.get(&directory).map(|&at| &mut self.inodes[at].kind) {
-                Some(Kind::Dir { opaque }) => *opaque = true,
+            match self.look(&directory) {
+                Some(inode) if matches!(inode.kind, Kind::Dir { .. }) => self.make_opaque(&directory, inode),
                 _ => {
                     let inode = Inode { mtime: header.mtime, ..Inode::directory(true) };
                     self.insert(directory, inode);
@@ -574,9 +579,8 @@ impl Builder {
         let key = self.resolve(&join_key(directory, hidden))?;
         // A whiteout hides lower layers only: what this layer has at the path stays, and a directory loses what is
         // below it in lower layers.
-        let found = self.names.get(&key).copied();
-        match found.map(|at| &mut self.inodes[at].kind) {
-            Some(Kind::Dir { opaque }) => *opaque = true,
+        match self.look(&key) {
+            Some(inode) if matches!(inode.kind, Kind::Dir { .. }) => self.make_opaque(&key, inode),
             Some(_) => {}
             None => {
                 let inode = match self.has_children(&key) {
@@ -619,36 +623,59 @@ impl Builder {
             gid: header.gid,
             mtime,
             xattrs: xattrs.map(|(name, value)| (name.clone(), value.clone())).collect(),
-            ordinal: None,
-            names: 0,
+            origin: Origin::None,
         })
+    }
+
+    /// What stands at a key.
+    fn look(&self, key: &[u8]) -> Option<Inode> {
+        match self.linked.get(key) {
+            Some(&at) => Some(self.inodes[at].clone()),
+            None => self.single.get(&path_of(key)).map(Inode::from),
+        }
+    }
+
+    /// Nothing of lower layers shows in a directory, which is there already.
+    fn make_opaque(&mut self, key: &[u8], directory: Inode) {
+        self.single.put(Inode { kind: Kind::Dir { opaque: true }, ..directory }.node(key));
     }
 
     fn link(&mut self, key: Vec<u8>, header: &Header, inode: Inode) -> Result<(), LayerError> {
         let target = key_of(&header.link)?;
         let target = self.resolve(&target)?;
-        if target == key && self.names.contains_key(&key) {
+        if target == key && self.look(&key).is_some() {
             return Ok(());
         }
         self.vacate(&key);
         let missing = || LayerError::LinkTarget { path: show(&path_of(&key)), target: show(&path_of(&target)) };
-        let &at = self.names.get(&target).ok_or_else(missing)?;
-        if matches!(self.inodes[at].kind, Kind::Dir { .. } | Kind::Whiteout) {
+        let found = self.look(&target).ok_or_else(missing)?;
+        if matches!(found.kind, Kind::Dir { .. } | Kind::Whiteout) {
             return Err(missing());
         }
+        let at = match self.linked.get(&target) {
+            Some(&at) => at,
+            None => {
+                self.single.remove(&path_of(&target));
+                self.inodes.push(found);
+                self.linked.insert(target, self.inodes.len() - 1);
+                self.inodes.len() - 1
+            }
+        };
         // The header speaks of the inode, so all its names change.
         let shared = &mut self.inodes[at];
         (shared.mode, shared.uid, shared.gid, shared.mtime) = (inode.mode, inode.uid, inode.gid, inode.mtime);
         if !inode.xattrs.is_empty() {
             shared.xattrs = inode.xattrs;
         }
-        self.put(key, at);
+        self.single.remove(&path_of(&key));
+        self.note_parents(&key);
+        self.linked.insert(key, at);
         Ok(())
     }
 
     /// Puts a new inode at a key; a directory keeps what is below it when it replaces a directory.
     fn insert(&mut self, key: Vec<u8>, mut inode: Inode) {
-        let old = self.names.get(&key).map(|&at| &self.inodes[at].kind);
+        let old = self.look(&key).map(|old| old.kind);
         match (&mut inode.kind, old) {
             (Kind::Dir { opaque }, Some(Kind::Dir { opaque: before })) => *opaque |= before,
             // Whiteout and directory in one layer: only what is new is there.
@@ -656,14 +683,18 @@ impl Builder {
             (Kind::Dir { .. }, _) => {}
             _ => self.vacate(&key),
         }
-        self.inodes.push(inode);
-        self.put(key, self.inodes.len() - 1);
+        self.linked.remove(&key);
+        self.note_parents(&key);
+        self.single.put(inode.node(&key));
     }
 
-    fn put(&mut self, key: Vec<u8>, at: usize) {
-        self.inodes[at].names += 1;
-        if let Some(before) = self.names.insert(key, at) {
-            self.inodes[before].names -= 1;
+    fn note_parents(&mut self, key: &[u8]) {
+        let mut above = split_key(key).0;
+        while !above.is_empty() {
+            if !self.parents.contains(above) {
+                self.parents.insert(above.to_vec());
+            }
+            above = split_key(above).0;
         }
     }
 
@@ -672,21 +703,23 @@ impl Builder {
         if self.plain_parent.as_ref().is_some_and(|parent| below(parent, key) || parent == key) {
             self.plain_parent = None;
         }
-        while let Some((inner, _)) = self.first_below(key) {
-            if let Some(at) = self.names.remove(&inner) {
-                self.inodes[at].names -= 1;
-            }
+        if !self.parents.remove(key) {
+            return;
+        }
+        self.single.remove_below(&path_of(key));
+        while let Some(inner) = self.first_linked_below(key) {
+            self.linked.remove(&inner);
         }
     }
 
-    fn first_below(&self, key: &[u8]) -> Option<(Vec<u8>, usize)> {
+    fn first_linked_below(&self, key: &[u8]) -> Option<Vec<u8>> {
         let from = Bound::Excluded(key.to_vec());
-        let (inner, &at) = self.names.range((from, Bound::Unbounded)).next()?;
-        below(inner, key).then(|| (inner.clone(), at))
+        let (inner, _) = self.linked.range((from, Bound::Unbounded)).next()?;
+        below(inner, key).then(|| inner.clone())
     }
 
-    fn has_children(&self, key: &[u8]) -> bool {
-        self.first_below(key).is_some()
+    fn has_children(&mut self, key: &[u8]) -> bool {
+        self.parents.contains(key) && (self.first_linked_below(key).is_some() || self.single.has_below(&path_of(key)))
     }
 
     /// Follows symlinks among the parents of a key, inside the archive. The last component is taken as it is.
@@ -720,7 +753,7 @@ impl Builder {
             if next.len() > MAX_PATH {
                 return Err(bad_name());
             }
-            match self.names.get(&next).map(|&at| &self.inodes[at].kind) {
+            match self.look(&next).map(|inode| inode.kind) {
                 None | Some(Kind::Dir { .. }) => done = next,
                 Some(Kind::Symlink { target }) => {
                     links += 1;
@@ -730,7 +763,7 @@ impl Builder {
                     if target.starts_with(b"/") {
                         done.clear();
                     }
-                    pending.extend(parts(target, b'/'));
+                    pending.extend(parts(&target, b'/'));
                 }
                 // Something new below what lower layers lose.
                 Some(Kind::Whiteout) => {
@@ -747,17 +780,19 @@ impl Builder {
         if key.len() > MAX_PATH { Err(bad_name()) } else { Ok(key) }
     }
 
-    fn finish(self, origin: &dyn Fn(u64) -> Origin) -> Tree {
-        let mut tree = TreeBuilder::new();
-        for (key, at) in self.names {
-            let inode = &self.inodes[at];
-            let mut entry = inode.entry(&key);
-            if let (Kind::File { link_group, .. }, 2..) = (&mut entry.kind, inode.names) {
+    fn finish(self) -> Tree {
+        let single = self.single.finish();
+        if self.linked.is_empty() {
+            return single;
+        }
+        let linked = self.linked.into_iter().map(|(key, at)| {
+            let mut node = self.inodes[at].clone().node(&key);
+            if let Kind::File { link_group, .. } = &mut node.entry.kind {
                 *link_group = at as u32 + 1;
             }
-            tree.push(&entry, &inode.ordinal.map_or(Origin::None, origin));
-        }
-        tree.finish().number_links()
+            node
+        });
+        merged(&single, &linked.collect()).finish().number_links()
     }
 }
 
@@ -771,9 +806,13 @@ impl Inode {
             gid: 0,
             mtime: (0, 0),
             xattrs: Attributes::default(),
-            ordinal: None,
-            names: 0,
+            origin: Origin::None,
         }
+    }
+
+    fn node(self, key: &[u8]) -> Node {
+        let Inode { kind, mode, uid, gid, mtime, xattrs, origin } = self;
+        Node { entry: Entry { path: path_of(key), kind, mode, uid, gid, mtime, xattrs }, origin }
     }
 
     fn entry(&self, key: &[u8]) -> Entry {
@@ -786,6 +825,13 @@ impl Inode {
             mtime: self.mtime,
             xattrs: self.xattrs.clone(),
         }
+    }
+}
+
+impl From<Node> for Inode {
+    fn from(node: Node) -> Self {
+        let Node { entry: Entry { path: _, kind, mode, uid, gid, mtime, xattrs }, origin } = node;
+        Self { kind, mode, uid, gid, mtime, xattrs, origin }
     }
 }
 

@@ -12,6 +12,7 @@ pub mod ignore;
 pub mod index;
 pub mod layer;
 mod member;
+pub(crate) mod node_map;
 mod packed;
 pub mod stream;
 mod tar_stream;
@@ -306,6 +307,11 @@ impl Tree {
         self.len() == 0
     }
 
+    /// Something acts on layers below: a whiteout, an opaque directory.
+    fn has_marks(&self) -> bool {
+        self.packed.has_marks()
+    }
+
     /// How many files have no digest.
     pub fn unread(&self) -> usize {
         self.packed.unread()
@@ -481,7 +487,7 @@ impl Tree {
     /// This tree with a layer put on top: whiteouts and opaque directories act, anything but a directory on a directory
     /// replaces all of it. The result has no whiteouts and no opaque marks.
     pub fn apply(&self, layer: &Tree) -> Tree {
-        if self.is_empty() && !layer.packed.has_marks() {
+        if self.is_empty() && !layer.has_marks() {
             return layer.clone();
         }
         // Link groups are numbered per tree; the layer's must not meet the lower ones.

@@ -393,6 +393,28 @@ impl TreeBuilder {
         })
     }
 
+    /// Shows entries at and below a path, until `more` says that it has seen enough; whether it never did.
+    pub(super) fn each_within(&self, path: &[u8], mut more: impl FnMut(&Entry) -> bool) -> bool {
+        if self.comes_last(path) {
+            return true;
+        }
+        let mut packed = Cursor::new(&self.packed, None);
+        packed.go_to_path(&self.packed, path);
+        let mut open = Cursor::of_block(&self.bytes, self.nodes, &self.packed.sources);
+        for cursor in [&mut packed, &mut open] {
+            while let Some(Node { entry, .. }) = cursor.next() {
+                let is_inside = is_within(&entry.path, path);
+                if is_inside && !more(entry) {
+                    return false;
+                }
+                if !is_inside && compare_paths(&entry.path, path).is_gt() {
+                    break;
+                }
+            }
+        }
+        true
+    }
+
     /// The tree.
     pub fn finish(mut self) -> super::Tree {
         self.end_block();
