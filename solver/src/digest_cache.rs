@@ -25,8 +25,8 @@
 use crate::context::ContextError;
 use crate::key_patterns::KeyKind;
 use crate::scan;
-use crate::tree::index::{put, put_bytes, unzigzag, zigzag};
-use crate::tree::{ContentDigest, compare_paths};
+use crate::tree::index::{put, put_bytes, put_path, unzigzag, zigzag};
+use crate::tree::{ContentDigest, compare_paths, shared_length};
 use rustix::fs::Statx;
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
@@ -496,12 +496,6 @@ impl Packer {
         let Self { blocks, records, path, .. } = self;
         (records > 0).then_some(Segment { blocks, records, last_path: path })
     }
-}
-
-fn shared_length(a: &[u8], b: &[u8]) -> usize {
-    const WORD: usize = 8;
-    let words = a.chunks_exact(WORD).zip(b.chunks_exact(WORD)).take_while(|(x, y)| x == y).count() * WORD;
-    words + a[words..].iter().zip(&b[words..]).take_while(|(x, y)| x == y).count()
 }
 
 fn put_record(out: &mut Vec<u8>, shared: usize, rest: &[u8], before: (&Stamp, u32), fields: &Fields<'_>) {
@@ -1018,13 +1012,9 @@ impl<W: Write> Writer<W> {
     fn write_blocks(&mut self) -> io::Result<()> {
         for Block { bytes, .. } in self.packer.blocks.drain(..) {
             let path = first_path(&bytes);
-            let shared = shared_length(&self.first_path, path);
             put(&mut self.directory, bytes.len() as u64);
-            put(&mut self.directory, shared as u64);
-            put_bytes(&mut self.directory, &path[shared..]);
+            put_path(&mut self.directory, &mut self.first_path, path);
             self.directory.extend_from_slice(&checksum(&bytes));
-            self.first_path.truncate(shared);
-            self.first_path.extend_from_slice(&path[shared..]);
             self.out.write_all(&bytes)?;
             self.offset += bytes.len() as u64;
         }

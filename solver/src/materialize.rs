@@ -211,23 +211,18 @@ impl TreeWriter {
 
     /// Removes what was written for paths that are no files after all.
     fn remove_stale(&self, tree: &Tree, written: &Tree) -> Result<(), MaterializeError> {
-        let mut cursor = tree.cursor();
-        let mut more = cursor.next().is_some();
-        let mut is_file = |path: &[u8]| {
-            while more && tree::compare_paths(&cursor.node().entry.path, path).is_lt() {
-                more = cursor.next().is_some();
-            }
-            more && cursor.node().entry.path == path && cursor.node().entry.is_file()
-        };
-        for Node { entry: Entry { path, .. }, .. } in written.iter() {
-            if is_file(&path) {
+        let mut both = written.zip(tree);
+        while let Some((before, now)) = both.next() {
+            let Some(path) =
+                before.filter(|_| !now.is_some_and(|now| now.entry.is_file())).map(|node| &node.entry.path)
+            else {
                 continue;
-            }
-            if let Ok(dir) = open_below(self.root.as_fd(), tree::parent(&path), OFlags::PATH | OFlags::DIRECTORY) {
-                self.clear(dir.as_fd(), &path)?;
+            };
+            if let Ok(dir) = open_below(self.root.as_fd(), tree::parent(path), OFlags::PATH | OFlags::DIRECTORY) {
+                self.clear(dir.as_fd(), path)?;
             }
             // Directories made for it alone.
-            let mut above = tree::parent(&path);
+            let mut above = tree::parent(path);
             while !above.is_empty() && !tree.holds(above) {
                 let Ok(dir) = self.open_dir(tree::parent(above)) else { break };
                 let _ = unlinkat(&dir, name_of(above), AtFlags::REMOVEDIR);

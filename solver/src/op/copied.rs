@@ -8,9 +8,8 @@ use super::owners;
 use crate::materialize::{self, MaterializeError, Ownership, ReadContent, WriteOptions};
 use crate::sandbox::emulation::{Device, Identity, Owner, Records, Scope, UPPER};
 use crate::scan::{self, Detail, Everything, ScanOptions, keep_attributes};
-use crate::tree::{Entry, Inode, Kind, Node, Origin, Tree, TreeBuilder, compare_paths, parent};
+use crate::tree::{Entry, Inode, Kind, Node, Origin, Tree, TreeBuilder, parent};
 use crate::upper::{LostAttribute, UpperError, digest_all, take_inode};
-use std::cmp::Ordering;
 use std::io;
 use std::path::Path;
 
@@ -45,26 +44,16 @@ pub(super) fn changes(
     let mut found = scan::scan(root, &ScanOptions { detail: Detail::Full, filter: &Everything })?;
     digest_all(root, &mut found)?;
     let mut changes = TreeBuilder::new();
-    let mut gone = before.cursor();
-    let mut more = gone.next().is_some();
-    // What was in something that is gone needs no whiteout of its own.
-    let whiteout = |changes: &mut TreeBuilder, path: &[u8]| {
-        if !path.is_empty() && found.get(parent(path)).is_some_and(|above| above.entry.is_dir()) {
-            changes.push(&Entry { kind: Kind::Whiteout, ..Entry::dir(path, 0) }, &Origin::None);
-        }
-    };
-    let mut cursor = found.cursor();
-    while let Some(node) = cursor.next() {
-        let Node { mut entry, mut origin } = node.clone();
-        let mut old = None;
-        while more {
-            match compare_paths(&gone.node().entry.path, &entry.path) {
-                Ordering::Less => whiteout(&mut changes, &gone.node().entry.path),
-                Ordering::Equal => old = Some(gone.node().clone()),
-                Ordering::Greater => break,
+    let mut both = before.zip(&found);
+    while let Some((old, new)) = both.next() {
+        let Some(Node { mut entry, mut origin }) = new.cloned() else {
+            let path = old.map_or(&b""[..], |old| &old.entry.path);
+            // What was in something that is gone needs no whiteout of its own.
+            if !path.is_empty() && found.get(parent(path)).is_some_and(|above| above.entry.is_dir()) {
+                changes.push(&Entry { kind: Kind::Whiteout, ..Entry::dir(path, 0) }, &Origin::None);
             }
-            more = gone.next().is_some();
-        }
+            continue;
+        };
         if entry.path.is_empty() {
             continue;
         }
@@ -81,7 +70,7 @@ pub(super) fn changes(
         // are real.
         let stands_for = known.and_then(|owner| owner.device).or_else(|| {
             let empty = matches!(entry.kind, Kind::File { size: 0, .. });
-            old.as_ref().filter(|_| empty).and_then(|old| owners::owner_of(&old.entry).device)
+            old.filter(|_| empty).and_then(|old| owners::owner_of(&old.entry).device)
         });
         if let (Some(Device { block, major, minor }), true) = (stands_for, entry.is_file()) {
             entry.kind = if block { Kind::Block { major, minor } } else { Kind::Char { major, minor } };
@@ -89,14 +78,10 @@ pub(super) fn changes(
         }
         let missed = keep_attributes(&mut entry);
         let node = Node { entry, origin };
-        if !old.is_some_and(|old| is_same(&old, &node)) {
+        if !old.is_some_and(|old| is_same(old, &node)) {
             lost.extend(missed.map(|name| LostAttribute { path: node.entry.path.clone(), name }));
             changes.push_node(&node);
         }
-    }
-    while more {
-        whiteout(&mut changes, &gone.node().entry.path);
-        more = gone.next().is_some();
     }
     Ok(changes.finish().number_links())
 }

@@ -15,7 +15,7 @@ use crate::tree::{ContentDigest, Entry, Kind, Node, Origin, Tree, index};
 use nacre_frontend::llb::{CopyOp, CopySource, MkdirOp};
 use std::convert::Infallible;
 use std::io::{self, Read};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 /// Result of a vertex.
@@ -34,19 +34,19 @@ pub enum Value {
 /// A directory of the caller with the digests that are known of it, or files that come from elsewhere.
 pub struct LocalContext {
     directory: Option<(Context, Mutex<DigestCache>)>,
-    /// A copy of the context's tree that many users share.
-    tree: OnceLock<Arc<Tree>>,
+    /// What it holds when it is no directory.
+    tree: Arc<Tree>,
 }
 
 impl LocalContext {
     /// `digests` is where digests of its files are kept between builds.
     pub fn new(context: Context, digests: DigestCache) -> Self {
-        Self { directory: Some((context, Mutex::new(digests))), tree: OnceLock::new() }
+        Self { directory: Some((context, Mutex::new(digests))), tree: Arc::default() }
     }
 
     /// A context of these files, whose digests are known.
     pub fn of_tree(tree: Arc<Tree>) -> Self {
-        Self { directory: None, tree: OnceLock::from(tree) }
+        Self { directory: None, tree }
     }
 
     /// The directory and what it leaves out; `None` for files from an archive or a repository.
@@ -56,14 +56,10 @@ impl LocalContext {
 
     /// All files that are not ignored, without digests.
     pub fn tree(&self) -> Result<Arc<Tree>, ContextError> {
-        if let Some(tree) = self.tree.get() {
-            return Ok(tree.clone());
-        }
-        let tree = match &self.directory {
+        Ok(match &self.directory {
             Some((context, _)) => context.tree()?.clone(),
-            None => Arc::default(),
-        };
-        Ok(self.tree.get_or_init(|| tree).clone())
+            None => self.tree.clone(),
+        })
     }
 
     /// Fills in the digests of its files that have none. False if one was not as it was walked: times and capabilities are filled

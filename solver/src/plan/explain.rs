@@ -1,8 +1,7 @@
 //! Why a step ran: differences between key parts, in words.
 
 use super::cache_key::Difference;
-use crate::tree::{Entry, Kind, Node, Tree, compare_paths};
-use std::cmp::Ordering;
+use crate::tree::{Entry, Kind, Tree};
 
 /// Reasons shown for one step; the rest is counted.
 const SHOWN: usize = 3;
@@ -75,33 +74,17 @@ pub fn changed_files(old: &Tree, new: &Tree) -> Vec<String> {
     let mut reasons = Vec::new();
     let name = |entry: &Entry| String::from_utf8_lossy(&entry.path).into_owned();
     let mut removed = Vec::new();
-    let mut gone = |entry: &Entry| {
-        if !entry.is_dir() {
-            removed.push(format!("{} removed", name(entry)));
-        }
-    };
-    let mut old = old.cursor();
-    let mut more = old.next().is_some();
-    let mut new = new.cursor();
-    while let Some(Node { entry, .. }) = new.next() {
-        let mut before = None;
-        while more {
-            match compare_paths(&old.node().entry.path, &entry.path) {
-                Ordering::Less => gone(&old.node().entry),
-                Ordering::Equal => before = Some(same(&old.node().entry, entry)),
-                Ordering::Greater => break,
+    let mut both = old.zip(new);
+    while let Some(pair) = both.next() {
+        match pair {
+            (Some(old), None) if old.entry.is_dir() => {}
+            (Some(old), None) => removed.push(format!("{} removed", name(&old.entry))),
+            (None, Some(new)) => reasons.push(format!("{} added", name(&new.entry))),
+            (Some(old), Some(new)) if !same(&old.entry, &new.entry) => {
+                reasons.push(format!("{} changed", name(&new.entry)));
             }
-            more = old.next().is_some();
+            _ => {}
         }
-        match before {
-            None => reasons.push(format!("{} added", name(entry))),
-            Some(false) => reasons.push(format!("{} changed", name(entry))),
-            Some(true) => {}
-        }
-    }
-    while more {
-        gone(&old.node().entry);
-        more = old.next().is_some();
     }
     reasons.append(&mut removed);
     reasons

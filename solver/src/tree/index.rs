@@ -26,7 +26,9 @@
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
 
-use super::{Attributes, ContentDigest, Entry, Kind, LayerId, Node, Origin, Tree, TreeBuilder, compare_paths};
+use super::{
+    Attributes, ContentDigest, Entry, Kind, LayerId, Node, Origin, Tree, TreeBuilder, compare_paths, shared_length,
+};
 
 const MAGIC: &[u8; 8] = b"nacreidx";
 const VERSION: u8 = 1;
@@ -34,12 +36,12 @@ const TRAILER: usize = blake3::OUT_LEN;
 /// Longest path; four times what Linux takes in one call.
 const MAX_PATH: usize = 16 << 10;
 
-const FILE: u8 = 0;
-const DIR: u8 = 1;
-const SYMLINK: u8 = 2;
-const FIFO: u8 = 3;
-const CHAR: u8 = 4;
-const BLOCK: u8 = 5;
+pub(super) const FILE: u8 = 0;
+pub(super) const DIR: u8 = 1;
+pub(super) const SYMLINK: u8 = 2;
+pub(super) const FIFO: u8 = 3;
+pub(super) const CHAR: u8 = 4;
+pub(super) const BLOCK: u8 = 5;
 const WHITEOUT: u8 = 6;
 const KIND_MASK: u8 = 0x0f;
 const OPAQUE: u8 = 0x10;
@@ -94,10 +96,8 @@ pub fn write(tree: &Tree, out: &mut dyn Write) -> io::Result<ContentDigest> {
     let mut previous: Vec<u8> = Vec::new();
     let mut cursor = tree.cursor();
     while let Some(Node { entry, .. }) = cursor.next() {
-        let shared = entry.path.iter().zip(&previous).take_while(|(a, b)| a == b).count();
-        put_entry(&mut part, entry, shared, links.number(entry));
-        previous.truncate(shared);
-        previous.extend_from_slice(&entry.path[shared..]);
+        put_path(&mut part, &mut previous, &entry.path);
+        put_entry(&mut part, entry, links.number(entry));
         if part.len() >= PART {
             hasher.update(&part);
             out.write_all(&part)?;
@@ -111,9 +111,8 @@ pub fn write(tree: &Tree, out: &mut dyn Write) -> io::Result<ContentDigest> {
     Ok(*hasher.finalize().as_bytes())
 }
 
-fn put_entry(out: &mut Vec<u8>, entry: &Entry, shared: usize, link_group: u32) {
-    put(out, shared as u64);
-    put_bytes(out, &entry.path[shared..]);
+/// Writes all of an entry but its path.
+fn put_entry(out: &mut Vec<u8>, entry: &Entry, link_group: u32) {
     let mut flags = kind_number(&entry.kind);
     match &entry.kind {
         Kind::Dir { opaque: true } => flags |= OPAQUE,
@@ -131,6 +130,11 @@ fn put_entry(out: &mut Vec<u8>, entry: &Entry, shared: usize, link_group: u32) {
     }
     put(out, zigzag(entry.mtime.0));
     put(out, u64::from(entry.mtime.1));
+    put_rest(out, entry, link_group);
+}
+
+/// Writes what only an entry's kind has, and its attributes if there are any.
+pub(super) fn put_rest(out: &mut Vec<u8>, entry: &Entry, link_group: u32) {
     match &entry.kind {
         Kind::File { size, digest, .. } => {
             put(out, *size);
@@ -304,7 +308,7 @@ impl LinkGroups {
     }
 }
 
-fn kind_number(kind: &Kind) -> u8 {
+pub(super) fn kind_number(kind: &Kind) -> u8 {
     match kind {
         Kind::File { .. } => FILE,
         Kind::Dir { .. } => DIR,
@@ -327,6 +331,15 @@ pub(crate) fn put(out: &mut Vec<u8>, mut number: u64) {
 pub(crate) fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
     put(out, bytes.len() as u64);
     out.extend_from_slice(bytes);
+}
+
+/// Writes how many bytes a path shares with the one before, and the rest of it; then it is the one before.
+pub(crate) fn put_path(out: &mut Vec<u8>, before: &mut Vec<u8>, path: &[u8]) {
+    let shared = shared_length(before, path);
+    put(out, shared as u64);
+    put_bytes(out, &path[shared..]);
+    before.truncate(shared);
+    before.extend_from_slice(&path[shared..]);
 }
 
 pub(crate) fn zigzag(number: i64) -> u64 {

@@ -17,6 +17,7 @@ mod packed;
 pub mod stream;
 mod tar_stream;
 
+pub(crate) use packed::Zip;
 pub use packed::{Cursor, Inode, OnDisk, TreeBuilder};
 
 use std::collections::BTreeMap;
@@ -201,18 +202,22 @@ impl PartialEq for Tree {
 
 impl Eq for Tree {}
 
+/// How many bytes two paths have in common at their beginnings. Neighbours share most, so that part by words.
+pub(crate) fn shared_length(a: &[u8], b: &[u8]) -> usize {
+    const WORD: usize = 8;
+    let words = a.chunks_exact(WORD).zip(b.chunks_exact(WORD)).take_while(|(x, y)| x == y).count() * WORD;
+    words + a[words..].iter().zip(&b[words..]).take_while(|(x, y)| x == y).count()
+}
+
 /// Orders paths so that a directory stands directly before its content: byte order with `/` lowest.
 pub fn compare_paths(a: &[u8], b: &[u8]) -> std::cmp::Ordering {
-    // Neighbours have most of their paths in common: that part by words.
-    const WORD: usize = 8;
-    let words = a.chunks_exact(WORD).zip(b.chunks_exact(WORD)).take_while(|(x, y)| x == y).count();
-    let (a, b) = (&a[words * WORD..], &b[words * WORD..]);
-    match a.iter().zip(b).find(|(x, y)| x != y) {
-        None => a.len().cmp(&b.len()),
-        Some((x, y)) => {
-            let rank = |byte: u8| if byte == b'/' { 0 } else { u16::from(byte) + 1 };
-            rank(*x).cmp(&rank(*y))
+    let shared = shared_length(a, b);
+    match (a.get(shared), b.get(shared)) {
+        (Some(x), Some(y)) => {
+            let rank = |byte: &u8| if *byte == b'/' { 0 } else { u16::from(*byte) + 1 };
+            rank(x).cmp(&rank(y))
         }
+        _ => a.len().cmp(&b.len()),
     }
 }
 
@@ -330,6 +335,11 @@ impl Tree {
     /// All nodes in path order, each only lent: without memory of its own.
     pub fn cursor(&self) -> Cursor<'_> {
         Cursor::new(&self.packed, self.all_in.as_ref())
+    }
+
+    /// This tree and another at once, in path order.
+    pub(crate) fn zip<'a>(&'a self, other: &'a Tree) -> Zip<'a> {
+        Zip::new(self.cursor(), other.cursor())
     }
 
     /// The nodes from this number on.
@@ -502,18 +512,9 @@ impl Tree {
         // What the layer hides: all that is at or below this path.
         let mut hidden: Option<Vec<u8>> = None;
         let is_hidden = |hidden: &Option<Vec<u8>>, path: &[u8]| hidden.as_ref().is_some_and(|dir| is_within(path, dir));
-        let mut upper = layer.cursor();
-        let mut next_upper = upper.next().is_some();
-        let mut lower = self.cursor();
-        while let Some(below) = lower.next() {
-            let mut replaced = false;
-            while next_upper {
-                let node = upper.node();
-                let order = compare_paths(&node.entry.path, &below.entry.path);
-                if order.is_gt() {
-                    break;
-                }
-                replaced |= order.is_eq();
+        let mut both = self.zip(layer);
+        while let Some((lower, upper)) = both.next() {
+            if let Some(node) = upper {
                 let hides = match node.entry.kind {
                     Kind::Dir { opaque } => opaque,
                     _ => true,
@@ -522,15 +523,11 @@ impl Tree {
                     hidden = Some(node.entry.path.clone());
                 }
                 put_merged(&mut merged, node, groups);
-                next_upper = upper.next().is_some();
+            } else if let Some(node) = lower
+                && !is_hidden(&hidden, &node.entry.path)
+            {
+                put_merged(&mut merged, node, 0);
             }
-            if !replaced && !is_hidden(&hidden, &below.entry.path) {
-                put_merged(&mut merged, below, 0);
-            }
-        }
-        while next_upper {
-            put_merged(&mut merged, upper.node(), groups);
-            next_upper = upper.next().is_some();
         }
         merged.finish()
     }

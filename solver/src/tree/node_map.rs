@@ -187,27 +187,9 @@ impl NodeMap {
 /// The nodes of both; the second's where both have one.
 pub(crate) fn merged(first: &Tree, second: &Tree) -> TreeBuilder {
     let mut merged = TreeBuilder::new();
-    let mut second = second.cursor();
-    let mut more = second.next().is_some();
-    let mut first = first.cursor();
-    while let Some(node) = first.next() {
-        let mut replaced = false;
-        while more {
-            let order = compare_paths(&second.node().entry.path, &node.entry.path);
-            if order.is_gt() {
-                break;
-            }
-            replaced |= order.is_eq();
-            merged.push_node(second.node());
-            more = second.next().is_some();
-        }
-        if !replaced {
-            merged.push_node(node);
-        }
-    }
-    while more {
-        merged.push_node(second.node());
-        more = second.next().is_some();
+    let mut both = first.zip(second);
+    while let Some((first, second)) = both.next() {
+        second.or(first).into_iter().for_each(|node| merged.push_node(node));
     }
     merged
 }

@@ -14,7 +14,9 @@
 //!
 //! Blocks are read from their beginning: [`Cursor`] decodes one node after the other into the same memory.
 
-use super::index::{put, put_bytes, unzigzag, zigzag};
+use super::index::{
+    BLOCK, CHAR, DIR, FIFO, FILE, SYMLINK, kind_number, put, put_bytes, put_path, put_rest, unzigzag, zigzag,
+};
 use super::{Attributes, ContentDigest, Entry, Kind, LayerId, Node, Origin, compare_paths, is_within};
 use rayon::prelude::*;
 use std::cmp::Ordering;
@@ -43,14 +45,6 @@ const SAME_PLACE: u8 = 1 << 1;
 const HAS_INODE: u8 = 1 << 2;
 const SAME_DEVICE: u8 = 1 << 3;
 const HAS_BIRTH: u8 = 1 << 4;
-
-const FILE: u8 = 0;
-const DIR: u8 = 1;
-const SYMLINK: u8 = 2;
-const FIFO: u8 = 3;
-const CHAR: u8 = 4;
-const BLOCK: u8 = 5;
-const WHITEOUT: u8 = 6;
 
 /// A file on disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -284,14 +278,10 @@ impl TreeBuilder {
         if self.nodes == BLOCK_NODES {
             self.end_block();
         }
-        let shared = match self.nodes {
-            0 => 0,
-            _ => entry.path.iter().zip(&self.path).take_while(|(a, b)| a == b).count(),
-        };
-        put(&mut self.bytes, shared as u64);
-        put_bytes(&mut self.bytes, &entry.path[shared..]);
-        self.path.truncate(shared);
-        self.path.extend_from_slice(&entry.path[shared..]);
+        if self.nodes == 0 {
+            self.path.clear();
+        }
+        put_path(&mut self.bytes, &mut self.path, &entry.path);
         self.packed.has_links |= entry.link_group() != 0;
         self.packed.has_files |= entry.is_file();
         self.packed.unread += usize::from(is_unread(entry));
@@ -430,17 +420,13 @@ fn is_unread(entry: &Entry) -> bool {
 fn encode(out: &mut Vec<u8>, before: &mut Before, entry: &Entry, origin: &Origin, source: Option<usize>) {
     let at = out.len();
     out.extend_from_slice(&[0; 2]);
-    let (kind, mut flags) = match &entry.kind {
+    let mut flags = match &entry.kind {
         Kind::File { digest, link_group, .. } => {
             let digest = if digest.is_some() { HAS_DIGEST } else { 0 };
-            (FILE, digest | if *link_group != 0 { HAS_LINKS } else { 0 })
+            digest | if *link_group != 0 { HAS_LINKS } else { 0 }
         }
-        Kind::Dir { opaque } => (DIR, if *opaque { OPAQUE } else { 0 }),
-        Kind::Symlink { .. } => (SYMLINK, 0),
-        Kind::Fifo => (FIFO, 0),
-        Kind::Char { .. } => (CHAR, 0),
-        Kind::Block { .. } => (BLOCK, 0),
-        Kind::Whiteout => (WHITEOUT, 0),
+        Kind::Dir { opaque: true } => OPAQUE,
+        _ => 0,
     };
     let owner = &mut before.owners[usize::from(entry.is_dir())];
     if *owner == (entry.mode, entry.uid, entry.gid) {
@@ -457,31 +443,10 @@ fn encode(out: &mut Vec<u8>, before: &mut Before, entry: &Entry, origin: &Origin
         0 => flags |= WHOLE_SECONDS,
         nanoseconds => out.extend_from_slice(&nanoseconds.to_le_bytes()),
     }
-    match &entry.kind {
-        Kind::File { size, digest, link_group } => {
-            put(out, *size);
-            out.extend_from_slice(digest.as_ref().map_or(&[], |digest| digest.as_slice()));
-            if *link_group != 0 {
-                put(out, u64::from(*link_group));
-            }
-        }
-        Kind::Symlink { target } => put_bytes(out, target),
-        Kind::Char { major, minor } | Kind::Block { major, minor } => {
-            put(out, u64::from(*major));
-            put(out, u64::from(*minor));
-        }
-        Kind::Dir { .. } | Kind::Fifo | Kind::Whiteout => {}
-    }
-    if !entry.xattrs.is_empty() {
-        flags |= HAS_XATTRS;
-        put(out, entry.xattrs.len() as u64);
-        for (name, value) in &entry.xattrs {
-            put_bytes(out, name);
-            put_bytes(out, value);
-        }
-    }
+    flags |= if entry.xattrs.is_empty() { 0 } else { HAS_XATTRS };
+    put_rest(out, entry, entry.link_group());
     let more = encode_origin(out, before, entry, origin, source);
-    out[at] = kind | flags;
+    out[at] = kind_number(&entry.kind) | flags;
     out[at + 1] = more;
 }
 
@@ -798,12 +763,46 @@ impl<'a> Cursor<'a> {
     }
 }
 
+/// Goes through two trees at once, in path order.
+#[derive(Debug, Clone)]
+pub(crate) struct Zip<'a> {
+    cursors: [Cursor<'a>; 2],
+    /// Which have a node that is still to be given.
+    has: [bool; 2],
+    /// Of which the last was given.
+    given: [bool; 2],
+}
+
+impl<'a> Zip<'a> {
+    pub(super) fn new(ours: Cursor<'a>, theirs: Cursor<'a>) -> Self {
+        Self { cursors: [ours, theirs], has: [false; 2], given: [true; 2] }
+    }
+
+    /// What both have at the next path at which one of them has something, until the one after that.
+    pub(crate) fn next(&mut self) -> Option<(Option<&Node>, Option<&Node>)> {
+        for ((cursor, has), given) in self.cursors.iter_mut().zip(&mut self.has).zip(self.given) {
+            if given {
+                *has = cursor.next().is_some();
+            }
+        }
+        let [ours, theirs] = &self.cursors;
+        let (ours, theirs) = (ours.node(), theirs.node());
+        self.given = match self.has {
+            [false, false] => return None,
+            [true, true] => {
+                let order = compare_paths(&ours.entry.path, &theirs.entry.path);
+                [order.is_le(), order.is_ge()]
+            }
+            has => has,
+        };
+        Some((self.given[0].then_some(ours), self.given[1].then_some(theirs)))
+    }
+}
+
 /// As many blocks are given to a thread at a time, at most.
 const BLOCKS_AT_ONCE: usize = 64;
 
-/// Changes entries, in several threads where there are many. Paths and origins stay, but what a walk saw of a file may
-/// go. Of each part of the tree, `state` is made
-/// anew of its first number, and given to `done` in the order of the parts.
+/// See [`super::Tree::update`].
 pub(super) fn update<S: Send, T: Send, E: Send>(
     packed: Arc<Packed>,
     state: impl Fn(usize) -> S + Sync,
@@ -828,10 +827,7 @@ pub(super) fn update<S: Send, T: Send, E: Send>(
                 let Node { entry, origin } = &mut cursor.node;
                 change(&mut state, entry, origin)?;
                 unread += usize::from(is_unread(entry));
-                let shared = entry.path.iter().zip(&path).take_while(|(a, b)| a == b).count();
-                put(&mut bytes, shared as u64);
-                put_bytes(&mut bytes, &entry.path[shared..]);
-                path.clone_from(&entry.path);
+                put_path(&mut bytes, &mut path, &entry.path);
                 encode(&mut bytes, &mut before, entry, origin, source);
             }
             changed.push(Block { bytes: bytes.as_slice().into(), ..block });
