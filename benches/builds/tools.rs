@@ -93,6 +93,18 @@ fn run(command: &mut Command) -> Result<(), Failure> {
     Err(format!("{command:?}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr)).into())
 }
 
+fn read_all(directory: &Path) -> Result<(), Failure> {
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        match entry.file_type()? {
+            kind if kind.is_dir() => read_all(&entry.path())?,
+            kind if kind.is_file() => drop(std::io::copy(&mut fs::File::open(entry.path())?, &mut std::io::sink())?),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 impl Tool {
     pub(crate) fn new(
         kind: ToolKind,
@@ -291,6 +303,10 @@ impl Tool {
             (ToolKind::Docker, Some(_)) => return Ok(None),
             _ => {}
         }
+        // Nobody's build is to wait until what others left behind, or the base, is on the disk; and everybody finds the files
+        // in memory, as after a checkout. Whoever comes after a long build of another would not.
+        rustix::fs::sync();
+        read_all(context)?;
         let daemon = self.daemon.as_ref().map(Child::id);
         let mut sample = timed(&mut commands, daemon)?;
         sample.output_bytes = fs::metadata(&archive).map(|metadata| metadata.len()).unwrap_or(0);

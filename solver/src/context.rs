@@ -199,10 +199,15 @@ impl Context {
         Arc::ptr_eq(&self.root, &file.directory) || self.root == file.directory
     }
 
+    /// Opens a file that the walk saw.
+    pub(crate) fn open_walked(&self, file: &OnDisk) -> io::Result<OwnedFd> {
+        Ok(open_below(self.fd.as_fd(), &file.path, READ_FILE)?)
+    }
+
     /// Opens a file that the walk saw, to be read once and whole. `keys` takes what it holds of that kind.
     pub(crate) fn open_unread(&self, entry: &Entry, file: &OnDisk, keys: &FoundKeys) -> io::Result<UnreadFile> {
         let stamp = Stamp::of_walked(entry, file.inode.ok_or(io::ErrorKind::NotFound)?);
-        let open = File::from(open_below(self.fd.as_fd(), &file.path, READ_FILE)?);
+        let open = File::from(self.open_walked(file)?);
         Ok(UnreadFile { file: open, path: file.whole(), stamp, left: stamp.size, keys: Arc::clone(keys) })
     }
 }

@@ -12,6 +12,7 @@ pub mod materialize;
 pub mod op;
 pub mod plan;
 pub mod push;
+mod read_ahead;
 pub mod registry;
 pub mod sandbox;
 pub mod scan;

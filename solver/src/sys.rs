@@ -21,6 +21,7 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, O
 use rustix::process::Pid;
 use std::ffi::{CStr, CString, OsStr};
 use std::io;
+use std::num::NonZeroU64;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -450,12 +451,19 @@ pub fn install_filter(instructions: &[FilterInstruction]) -> Result<()> {
     install(libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW).or_else(|_| install(0)).map(drop).call(describe)
 }
 
-/// Asks the kernel to begin to write this part of a file to disk, sync_file_range(2): what is synced later is then mostly
-/// there. Errors do not matter, since nothing is relied on.
-pub fn begin_to_write_out(file: impl AsFd, offset: u64, length: u64) {
-    let (Ok(offset), Ok(length)) = (libc::off64_t::try_from(offset), libc::off64_t::try_from(length)) else { return };
-    // SAFETY: no memory is involved, and the descriptor is borrowed for the call.
-    unsafe { libc::sync_file_range(file.as_fd().as_raw_fd(), offset, length, libc::SYNC_FILE_RANGE_WRITE) };
+/// Asks the kernel to fetch the beginning of a file, posix_fadvise(2). Errors do not matter, since nothing is relied on.
+pub fn will_read(file: impl AsFd, length: u64) {
+    let _ = rustix::fs::fadvise(file, 0, NonZeroU64::new(length), rustix::fs::Advice::WillNeed);
+}
+
+/// Blocks that were read from disks for this thread so far, getrusage(2).
+pub fn blocks_read_by_thread() -> i64 {
+    // SAFETY: `usage` is a plain structure that the call fills in.
+    unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage);
+        usage.ru_inblock
+    }
 }
 
 /// Names the variable that tells a supervisor, which inherits the setting, that its step is to have huge pages.

@@ -11,10 +11,11 @@ use crate::plan::cache_key::Parts;
 use crate::registry::http::HttpFile;
 use crate::snapshot::{Snapshot, SnapshotError, Workspace};
 use crate::store::Store;
-use crate::tree::{ContentDigest, Entry, Kind, Node, Origin, Tree, index};
+use crate::tree::{ContentDigest, Entry, Kind, Node, OnDisk, Origin, Tree, index};
 use nacre_frontend::llb::{CopyOp, CopySource, MkdirOp};
 use std::convert::Infallible;
 use std::io::{self, Read};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
@@ -275,9 +276,20 @@ impl Recipe {
 
     /// Opens a file of a context that has not been read: `None` for what lies elsewhere. See [`Context::open_unread`].
     pub(crate) fn open_unread(&self, node: &Node, keys: &FoundKeys) -> Option<io::Result<Box<dyn Read + Send>>> {
+        let (context, file) = self.in_context(node)?;
+        Some(context.open_unread(&node.entry, file, keys).map(|file| Box::new(file) as Box<dyn Read + Send>))
+    }
+
+    /// The file that [`Self::open_unread`] would read, not to be read.
+    pub(crate) fn open_ahead(&self, node: &Node) -> Option<OwnedFd> {
+        let (context, file) = self.in_context(node)?;
+        context.open_walked(file).ok()
+    }
+
+    fn in_context<'a>(&'a self, node: &'a Node) -> Option<(&'a Context, &'a OnDisk)> {
         let Origin::File(file) = &node.origin else { return None };
         let context = self.locals().find_map(|local| local.context().filter(|context| context.holds(file)))?;
-        Some(context.open_unread(&node.entry, file, keys).map(|file| Box::new(file) as Box<dyn Read + Send>))
+        Some((context, file))
     }
 
     /// Takes in the digests, by the files' numbers, ascending, that were found when files were read by way of [`Self::open_unread`], and

@@ -11,6 +11,7 @@ use crate::key_patterns::KeyKind;
 use crate::leak::{Leak, LeakStream};
 use crate::op::file::{FileOp, Recipe, Value};
 use crate::op::run::{self, RunError};
+use crate::read_ahead::{self, Progress, Reading};
 use crate::snapshot::{AlsoTo, Compression, Layer, Made, Snapshot, SnapshotError, UnclaimedBlob};
 use crate::tree::{Entry, Kind, Node, Origin, Tree, index};
 use crate::upper::LostAttribute;
@@ -127,14 +128,23 @@ impl Build<'_> {
             true => selection,
             false => own.insert(recipe.undigested(self.workspace)?),
         };
-        let keys = FoundKeys::default();
-        let open = |node: &Node| match recipe.open_unread(node, &keys) {
-            Some(opened) => opened.map(|reader| self.workspace.stoppable(reader)),
-            None => self.workspace.open(node),
+        let (keys, progress) = (FoundKeys::default(), Progress::default());
+        let open = |node: &Node| {
+            progress.opens(node);
+            match recipe.open_unread(node, &keys) {
+                Some(opened) => opened.map(|reader| self.workspace.stoppable(reader)),
+                None => self.workspace.open(node),
+            }
         };
         let mut place = self.place(wanted.parent, compression);
         let also = place.as_mut().map(|place| place as &mut dyn AlsoTo);
-        let blob = self.workspace.early_blob(tree, &open, compression, also);
+        let blob = std::thread::scope(|scope| {
+            let tree = &*tree;
+            let ahead = scope.spawn(|| read_ahead::ahead(tree, &progress, |node| recipe.open_ahead(node)));
+            progress.followed_by(ahead.thread());
+            let _reading = Reading(&progress);
+            self.workspace.early_blob(tree, &open, compression, also)
+        });
         if self.cancel.is_cancelled() {
             return Err(RunError::Interrupted.into());
         }

@@ -4,11 +4,12 @@
 //! Two writers of one blob both succeed; the second rename puts the same bytes in place.
 
 use super::{Store, StoreError, hex};
-use crate::sys;
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, SyncSender};
+use std::thread::JoinHandle;
 
 /// Documents (configs, manifests) above this size are refused; as containerd does.
 pub const DOCUMENT_LIMIT_BYTES: u64 = 8 << 20;
@@ -42,12 +43,38 @@ pub struct BlobWriter {
     /// `None` when whoever writes computes the digest.
     hasher: Option<Sha256>,
     size_bytes: u64,
-    /// How much of it is on its way to disk.
-    begun_bytes: u64,
+    /// How much of it was there when its syncing was last asked for.
+    asked_bytes: u64,
+    syncing: Option<Syncing>,
 }
 
-/// What is written is sent to disk in pieces of this size, while the next ones are made: all of it is synced in the end.
-const WRITE_OUT_BYTES: u64 = 8 << 20;
+/// How much is written before it is synced, while more is made: in the end all of it must be on the disk.
+const SYNC_EACH_BYTES: u64 = 8 << 20;
+
+/// Syncs a file that grows. sync_file_range(2) would not do: it goes no further than to the device, and where that is a file
+/// or has a cache, the last sync would wait for all of it.
+#[derive(Debug)]
+struct Syncing {
+    ask: SyncSender<()>,
+    thread: JoinHandle<io::Result<()>>,
+}
+
+impl Syncing {
+    fn begin(file: &File) -> io::Result<Self> {
+        // An error is told to one of those who share an open file, here or in the last sync.
+        let file = file.try_clone()?;
+        let (ask, asked) = mpsc::sync_channel(1);
+        let thread = std::thread::Builder::new()
+            .name("sync".into())
+            .spawn(move || asked.into_iter().try_for_each(|()| file.sync_data()))?;
+        Ok(Self { ask, thread })
+    }
+
+    fn end(self) -> io::Result<()> {
+        drop(self.ask);
+        self.thread.join().unwrap_or_else(|_| Err(io::ErrorKind::BrokenPipe.into()))
+    }
+}
 
 impl Write for BlobWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -57,10 +84,16 @@ impl Write for BlobWriter {
             hasher.update(&bytes[..count]);
         }
         self.size_bytes += count as u64;
-        let waiting = self.size_bytes - self.begun_bytes;
-        if waiting >= WRITE_OUT_BYTES {
-            sys::begin_to_write_out(file, self.begun_bytes, waiting);
-            self.begun_bytes = self.size_bytes;
+        if self.size_bytes - self.asked_bytes >= SYNC_EACH_BYTES {
+            self.asked_bytes = self.size_bytes;
+            if self.syncing.is_none() {
+                // Without one, the last sync takes longer.
+                self.syncing = Syncing::begin(file).ok();
+            }
+            if let Some(syncing) = &self.syncing {
+                // Full: it has not come to what was asked before.
+                let _ = syncing.ask.try_send(());
+            }
         }
         Ok(count)
     }
@@ -92,7 +125,8 @@ impl BlobWriter {
         let there = fs::metadata(&target).is_ok_and(|metadata| metadata.len() == self.size_bytes);
         if !there {
             if let Some(file) = self.file.take() {
-                file.sync_data().map_err(StoreError::io("sync", &self.temporary))?;
+                let before = self.syncing.take().map_or(Ok(()), Syncing::end);
+                before.and_then(|()| file.sync_data()).map_err(StoreError::io("sync", &self.temporary))?;
             }
             fs::rename(&self.temporary, &target).map_err(StoreError::io("rename to", &target))?;
         }
@@ -124,7 +158,8 @@ impl Store {
             file: Some(file),
             hasher: Some(Sha256::new()),
             size_bytes: 0,
-            begun_bytes: 0,
+            asked_bytes: 0,
+            syncing: None,
         })
     }
 
