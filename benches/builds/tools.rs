@@ -146,7 +146,13 @@ impl Tool {
             let _ = fs::remove_dir_all(&context);
             fs::create_dir_all(&context)?;
             base.generate(&context)?;
-            let mut command = self.command(&context, "bench-base", None);
+            run(&mut self.command(&context, "bench-base", None))?;
+            // docker has it unpacked now; nacre does that when the first step runs on it.
+            let context = self.out.join("on-base");
+            let _ = fs::remove_dir_all(&context);
+            fs::create_dir_all(&context)?;
+            fs::write(context.join("Dockerfile"), "FROM bench-base\nRUN true\n")?;
+            let mut command = self.command(&context, "bench-used", None);
             run(&mut command)?;
         }
         Ok(())

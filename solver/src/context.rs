@@ -11,17 +11,21 @@
 pub use crate::digest_cache::DigestCache;
 use crate::digest_cache::{ByBytes, Near, Record, Run, Stamp, today};
 use crate::key_patterns::{self, KeyKind};
+use crate::read_ahead;
 use crate::scan::{self, Choice, Detail, Filter, ScanError, ScanOptions, open_below};
+use crate::sys;
 use crate::tree::ignore::{self, IgnoreError, Matcher, Verdict};
-use crate::tree::{ContentDigest, Entry, Inode, Kind, Node, OnDisk, Origin, Tree};
+use crate::tree::{ContentDigest, Entry, Inode, Kind, Node, OnDisk, Origin, Part, Tree};
 use rustix::fs::{CWD, FileType, Mode, OFlags, openat};
 use rustix::io::Errno;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
+use std::ops::ControlFlow;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::SystemTime;
 
@@ -371,10 +375,24 @@ pub fn digest_files(tree: &mut Tree, context: &Context, cache: &mut DigestCache)
         return Ok(true);
     }
     let known = &*cache;
+    // The last part of which a thread read something was not in memory, as far as is known.
+    let on_disk = AtomicBool::new(false);
+    let begin = |part: &Part<'_>| {
+        if on_disk.load(Ordering::Relaxed) && !fetch_unknown(part, context, known) {
+            on_disk.store(false, Ordering::Relaxed);
+        }
+        Digesting { blocks: sys::blocks_read_by_thread(), ..Digesting::default() }
+    };
     let digest = |part: &mut Digesting, entry: &mut Entry, origin: &mut Origin| {
         digest_entry(entry, origin, context, known, part)
     };
-    let parts = tree.update(|_| Digesting::default(), digest, |part| (part.run, part.differs))?;
+    let end = |part: Digesting| {
+        if sys::blocks_read_by_thread() > part.blocks {
+            on_disk.store(true, Ordering::Relaxed);
+        }
+        (part.run, part.differs)
+    };
+    let parts = tree.update(begin, digest, end)?;
     let mut as_walked = true;
     for (run, differs) in parts {
         as_walked &= !differs;
@@ -383,9 +401,36 @@ pub fn digest_files(tree: &mut Tree, context: &Context, cache: &mut DigestCache)
     Ok(as_walked)
 }
 
+/// Has the files of a part fetched that have to be read. False if the disk was not needed for it.
+fn fetch_unknown(part: &Part<'_>, context: &Context, known: &DigestCache) -> bool {
+    /// What is fetched more may be gone again before it is read.
+    const MOST_BYTES: u64 = 64 << 20;
+    let before = sys::blocks_read_by_thread();
+    let (mut path, mut near, mut bytes) = (Vec::new(), Near::default(), 0);
+    part.each(|Node { entry, origin }| {
+        let (Origin::File(file), Kind::File { digest: None, size, .. }) = (origin, &entry.kind) else {
+            return ControlFlow::Continue(());
+        };
+        if !context.holds(file) {
+            return ControlFlow::Continue(());
+        }
+        file.write_whole(&mut path);
+        let stamp = file.inode.map(|inode| Stamp::of_walked(entry, inode));
+        if stamp.is_none_or(|stamp| known.look_up(&path, &stamp, &mut near).is_none())
+            && let Ok(file) = context.open_walked(file)
+        {
+            bytes += read_ahead::fetch(&file, *size);
+        }
+        if bytes < MOST_BYTES { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    });
+    sys::blocks_read_by_thread() > before
+}
+
 /// A part of a tree whose files get their digests.
 #[derive(Default)]
 struct Digesting {
+    /// What had been read from disks when it was begun.
+    blocks: i64,
     /// What there is to remember or to tell.
     run: Run,
     /// Memory for paths.

@@ -69,6 +69,13 @@ fn size_if_read(node: &Node) -> Option<u64> {
     }
 }
 
+/// Asks for the beginning of a file of this size. Of how much.
+pub(crate) fn fetch(file: &OwnedFd, size: u64) -> u64 {
+    let length = FETCHED_BYTES.min(size);
+    sys::will_read(file, length);
+    length
+}
+
 /// Has the tree's files fetched until [`Reading`] ends. `open` gives those that may be on disk.
 pub(crate) fn ahead(tree: &Tree, progress: &Progress, open: impl Fn(&Node) -> Option<OwnedFd>) {
     let (mut passed, mut probed, mut left_alone) = (0_u64, 0, 0);
@@ -95,7 +102,7 @@ pub(crate) fn ahead(tree: &Tree, progress: &Progress, open: impl Fn(&Node) -> Op
             continue;
         }
         let Some(file) = open(node) else { continue };
-        sys::will_read(&file, FETCHED_BYTES.min(size));
+        fetch(&file, size);
         probed += 1;
         if probed == PROBES {
             let now = sys::blocks_read_by_thread();

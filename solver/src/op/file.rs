@@ -11,7 +11,7 @@ use crate::plan::cache_key::Parts;
 use crate::registry::http::HttpFile;
 use crate::snapshot::{Snapshot, SnapshotError, Workspace};
 use crate::store::Store;
-use crate::tree::{ContentDigest, Entry, Kind, Node, OnDisk, Origin, Tree, index};
+use crate::tree::{ContentDigest, Entry, Kind, Node, OnDisk, Origin, Part, Tree, index};
 use nacre_frontend::llb::{CopyOp, CopySource, MkdirOp};
 use std::convert::Infallible;
 use std::io::{self, Read};
@@ -304,7 +304,10 @@ impl Recipe {
         for local in self.locals() {
             local.learn(tree, digests, &keys, started);
         }
-        let begin = |first: usize| (first, digests.partition_point(|(number, _)| *number < first));
+        let begin = |part: &Part<'_>| {
+            let first = part.first();
+            (first, digests.partition_point(|(number, _)| *number < first))
+        };
         let fill_in = |(number, next): &mut (usize, usize), entry: &mut Entry, origin: &mut Origin| {
             if let (Some((at, found)), Kind::File { digest, .. }) = (digests.get(*next), &mut entry.kind)
                 && at == number

@@ -17,8 +17,8 @@ mod packed;
 pub mod stream;
 mod tar_stream;
 
-pub(crate) use packed::Zip;
 pub use packed::{Cursor, Inode, OnDisk, TreeBuilder};
+pub(crate) use packed::{Part, Zip};
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -409,11 +409,11 @@ impl Tree {
     }
 
     /// Changes entries in place, in several threads where there are many. Paths must stay, and origins but for what a walk saw
-    /// of a file. Of each part of the tree, `state` is made anew, of the number of its first node, and `done` is
-    /// given it; what that makes of it comes in the order of the parts. After an error the tree is empty.
+    /// of a file. Of each part of the tree, `state` is made anew, which is shown it, and `done` is given
+    /// it; what that makes of it comes in the order of the parts. After an error the tree is empty.
     pub(crate) fn update<S: Send, T: Send, E: Send>(
         &mut self,
-        state: impl Fn(usize) -> S + Sync,
+        state: impl Fn(&Part<'_>) -> S + Sync,
         change: impl Fn(&mut S, &mut Entry, &mut Origin) -> Result<(), E> + Sync,
         done: impl Fn(S) -> T + Sync,
     ) -> Result<Vec<T>, E> {

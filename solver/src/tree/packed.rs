@@ -21,6 +21,7 @@ use super::{Attributes, ContentDigest, Entry, Kind, LayerId, Node, Origin, compa
 use rayon::prelude::*;
 use std::cmp::Ordering;
 use std::ffi::OsString;
+use std::ops::ControlFlow;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -802,16 +803,41 @@ impl<'a> Zip<'a> {
 /// As many blocks are given to a thread at a time, at most.
 const BLOCKS_AT_ONCE: usize = 64;
 
+/// Some nodes of a tree that follow each other.
+pub(crate) struct Part<'a> {
+    blocks: &'a [Block],
+    sources: &'a [Source],
+}
+
+impl Part<'_> {
+    /// Number of the first node.
+    pub(crate) fn first(&self) -> usize {
+        self.blocks.first().map_or(0, |block| block.start)
+    }
+
+    /// Shows the nodes one after the other, until `look` has seen enough.
+    pub(crate) fn each(&self, mut look: impl FnMut(&Node) -> ControlFlow<()>) {
+        for block in self.blocks {
+            let mut cursor = Cursor::of_block(&block.bytes, block.nodes, self.sources);
+            while cursor.decode() {
+                if look(&cursor.node).is_break() {
+                    return;
+                }
+            }
+        }
+    }
+}
+
 /// See [`super::Tree::update`].
 pub(super) fn update<S: Send, T: Send, E: Send>(
     packed: Arc<Packed>,
-    state: impl Fn(usize) -> S + Sync,
+    state: impl Fn(&Part<'_>) -> S + Sync,
     change: impl Fn(&mut S, &mut Entry, &mut Origin) -> Result<(), E> + Sync,
     done: impl Fn(S) -> T + Sync,
 ) -> Result<(Packed, Vec<T>), E> {
     let Packed { blocks, len, sources, has_links, has_marks, has_files, .. } = Arc::unwrap_or_clone(packed);
     let part = |part: Vec<Block>| -> Result<(Vec<Block>, usize, T), E> {
-        let mut state = state(part.first().map_or(0, |block| block.start));
+        let mut state = state(&Part { blocks: &part, sources: &sources });
         let mut changed = Vec::with_capacity(part.len());
         let (mut bytes, mut unread) = (Vec::new(), 0);
         for block in part {
@@ -1026,7 +1052,7 @@ mod tests {
                 *number += 1;
                 Ok::<(), Infallible>(())
             };
-            let Ok(ends) = tree.update(|first| first, change, |end| end);
+            let Ok(ends) = tree.update(|part| part.first(), change, |end| end);
             assert!(ends.is_sorted() && ends.last().is_none_or(|&last| last == all.len()));
             let expected = all
                 .into_iter()
