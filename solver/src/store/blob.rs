@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{self, SyncSender};
+use std::sync::mpsc::{self, SyncSender, TrySendError};
 use std::thread::JoinHandle;
 
 /// Documents (configs, manifests) above this size are refused; as containerd does.
@@ -61,13 +61,24 @@ struct Syncing {
 
 impl Syncing {
     fn begin(file: &File) -> io::Result<Self> {
-        // An error is told to one of those who share an open file, here or in the last sync.
+        // Both are the same open file, so an error is told to one of them: here or in the last sync.
         let file = file.try_clone()?;
+        Self::with(move || file.sync_data())
+    }
+
+    fn with(mut sync: impl FnMut() -> io::Result<()> + Send + 'static) -> io::Result<Self> {
         let (ask, asked) = mpsc::sync_channel(1);
+        // Ends with the writer; where that is dropped, after what was asked for, as nobody waits.
         let thread = std::thread::Builder::new()
             .name("sync".into())
-            .spawn(move || asked.into_iter().try_for_each(|()| file.sync_data()))?;
+            .spawn(move || asked.into_iter().try_for_each(|()| sync()))?;
         Ok(Self { ask, thread })
+    }
+
+    /// False when it has failed.
+    fn ask(&self) -> bool {
+        // Full: it has not come to what was asked before.
+        !matches!(self.ask.try_send(()), Err(TrySendError::Disconnected(())))
     }
 
     fn end(self) -> io::Result<()> {
@@ -90,9 +101,10 @@ impl Write for BlobWriter {
                 // Without one, the last sync takes longer.
                 self.syncing = Syncing::begin(file).ok();
             }
-            if let Some(syncing) = &self.syncing {
-                // Full: it has not come to what was asked before.
-                let _ = syncing.ask.try_send(());
+            if let Some(failed) = self.syncing.take_if(|syncing| !syncing.ask()) {
+                // Nothing of it may be committed any more: the error is told once.
+                self.file = None;
+                failed.end()?;
             }
         }
         Ok(count)
@@ -124,10 +136,10 @@ impl BlobWriter {
         }
         let there = fs::metadata(&target).is_ok_and(|metadata| metadata.len() == self.size_bytes);
         if !there {
-            if let Some(file) = self.file.take() {
-                let before = self.syncing.take().map_or(Ok(()), Syncing::end);
-                before.and_then(|()| file.sync_data()).map_err(StoreError::io("sync", &self.temporary))?;
-            }
+            let file = self.file.take().ok_or_else(|| io::ErrorKind::BrokenPipe.into());
+            let before = self.syncing.take().map_or(Ok(()), Syncing::end);
+            let synced = before.and(file).and_then(|file| file.sync_data());
+            synced.map_err(StoreError::io("sync", &self.temporary))?;
             fs::rename(&self.temporary, &target).map_err(StoreError::io("rename to", &target))?;
         }
         Ok((found, self.size_bytes))
@@ -320,6 +332,30 @@ mod tests {
             1,
             "only the lock is left"
         );
+    }
+
+    #[test]
+    fn a_sync_that_failed_is_not_lost() {
+        let (_directory, store) = temporary();
+        let piece = vec![1; SYNC_EACH_BYTES as usize];
+        let begin = || {
+            let mut writer = store.blob_writer().unwrap();
+            writer.syncing = Some(Syncing::with(|| Err(io::ErrorKind::StorageFull.into())).unwrap());
+            writer.write_all(&piece).unwrap();
+            writer
+        };
+        let is_full = |error: &io::Error| error.kind() == io::ErrorKind::StorageFull;
+        let error = begin().commit(None).unwrap_err();
+        assert!(matches!(&error, StoreError::Io { source, .. } if is_full(source)), "{error:?}");
+        let mut writer = begin();
+        // It fails when it has come to it, and is told by the next one.
+        while !writer.syncing.as_ref().unwrap().thread.is_finished() {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        assert!(is_full(&writer.write_all(&piece).unwrap_err()));
+        assert!(writer.write_all(b"more").is_err());
+        writer.commit(None).unwrap_err();
+        assert!(!store.has_blob(&sha256(&piece), None) && !store.has_blob(&sha256(&piece.repeat(2)), None));
     }
 
     #[test]
