@@ -356,14 +356,16 @@ pub(crate) fn unread_bytes(
             continue;
         }
         all += size;
-        let known = !cache.is_empty()
-            && file.inode.is_some_and(|inode| {
-                file.write_whole(&mut path);
-                cache.look_up(&path, &Stamp::of_walked(entry, inode), &mut near).is_some()
-            });
-        unread += if known { 0 } else { *size };
+        unread += if is_known(cache, entry, file, &mut path, &mut near) { 0 } else { *size };
     }
     Ok((unread, all))
+}
+
+/// Need this file not be read? `path` is memory for paths, `near` where the file before was found.
+fn is_known(cache: &DigestCache, entry: &Entry, file: &OnDisk, path: &mut Vec<u8>, near: &mut Near) -> bool {
+    let Some(inode) = file.inode.filter(|_| !cache.is_empty()) else { return false };
+    file.write_whole(path);
+    cache.look_up(path, &Stamp::of_walked(entry, inode), near).is_some()
 }
 
 /// Fills in the digest of every file of a context that has none, and size, times and capabilities of the same moment. Files are opened
@@ -375,10 +377,10 @@ pub fn digest_files(tree: &mut Tree, context: &Context, cache: &mut DigestCache)
         return Ok(true);
     }
     let known = &*cache;
-    // The last part of which a thread read something was not in memory, as far as is known.
+    // Of the part that was read last, something was not in memory.
     let on_disk = AtomicBool::new(false);
     let begin = |part: &Part<'_>| {
-        if on_disk.load(Ordering::Relaxed) && !fetch_unknown(part, context, known) {
+        if on_disk.load(Ordering::Relaxed) && !fetch_unknown(part, context, known, read_ahead::fetch) {
             on_disk.store(false, Ordering::Relaxed);
         }
         Digesting { blocks: sys::blocks_read_by_thread(), ..Digesting::default() }
@@ -402,26 +404,28 @@ pub fn digest_files(tree: &mut Tree, context: &Context, cache: &mut DigestCache)
 }
 
 /// Has the files of a part fetched that have to be read. False if the disk was not needed for it.
-fn fetch_unknown(part: &Part<'_>, context: &Context, known: &DigestCache) -> bool {
-    /// What is fetched more may be gone again before it is read.
-    const MOST_BYTES: u64 = 64 << 20;
+fn fetch_unknown(
+    part: &Part<'_>,
+    context: &Context,
+    known: &DigestCache,
+    fetch: impl Fn(&OwnedFd, u64) -> u64,
+) -> bool {
+    /// For all threads. What is fetched more may be gone again before it is read.
+    const MOST_BYTES: u64 = 128 << 20;
+    let most_bytes = MOST_BYTES / rayon::current_num_threads().max(1) as u64;
     let before = sys::blocks_read_by_thread();
     let (mut path, mut near, mut bytes) = (Vec::new(), Near::default(), 0);
     part.each(|Node { entry, origin }| {
         let (Origin::File(file), Kind::File { digest: None, size, .. }) = (origin, &entry.kind) else {
             return ControlFlow::Continue(());
         };
-        if !context.holds(file) {
-            return ControlFlow::Continue(());
-        }
-        file.write_whole(&mut path);
-        let stamp = file.inode.map(|inode| Stamp::of_walked(entry, inode));
-        if stamp.is_none_or(|stamp| known.look_up(&path, &stamp, &mut near).is_none())
+        if context.holds(file)
+            && !is_known(known, entry, file, &mut path, &mut near)
             && let Ok(file) = context.open_walked(file)
         {
-            bytes += read_ahead::fetch(&file, *size);
+            bytes += fetch(&file, *size);
         }
-        if bytes < MOST_BYTES { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        if bytes < most_bytes { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     });
     sys::blocks_read_by_thread() > before
 }
@@ -696,6 +700,41 @@ mod tests {
         let mut fresh = load(&dir.path().join("fresh"));
         fresh.learn_read(&tree, &found, &context, &keys, UNIX_EPOCH);
         assert!(fresh.is_empty());
+    }
+
+    #[test]
+    fn what_has_to_be_read_is_fetched() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["ctx/gone", "ctx/known", "ctx/new", "ctx/swapped", "secret"] {
+            write(dir.path(), name, name);
+        }
+        for name in ["gone", "new", "swapped"] {
+            std::fs::rename(dir.path().join("ctx").join(name), dir.path().join(name)).unwrap();
+        }
+        let touched = File::options().write(true).open(dir.path().join("ctx/known")).unwrap();
+        touched.set_modified(UNIX_EPOCH).unwrap();
+        std::thread::sleep(Duration::from_millis(40));
+        let mut cache = load(&dir.path().join("cache"));
+        digest_all(&dir.path().join("ctx"), &mut cache).unwrap();
+        assert_eq!(cache.lengths(), (1, 0));
+        for name in ["gone", "new", "swapped"] {
+            std::fs::rename(dir.path().join(name), dir.path().join("ctx").join(name)).unwrap();
+        }
+        let context = Context::open(&dir.path().join("ctx"), IgnoreFile::None).unwrap();
+        let mut tree = Tree::clone(context.tree().unwrap());
+        std::fs::remove_file(dir.path().join("ctx/gone")).unwrap();
+        std::fs::remove_file(dir.path().join("ctx/swapped")).unwrap();
+        std::os::unix::fs::symlink("../secret", dir.path().join("ctx/swapped")).unwrap();
+        let fetched = std::sync::Mutex::new(Vec::new());
+        let fetch = |file: &OwnedFd, size| {
+            let mut content = Vec::new();
+            File::from(file.try_clone().unwrap()).read_to_end(&mut content).unwrap();
+            fetched.lock().unwrap().push((content, size));
+            size
+        };
+        let begin = |part: &Part<'_>| _ = fetch_unknown(part, &context, &cache, fetch);
+        let Ok::<_, std::convert::Infallible>(_) = tree.update(begin, |(), _, _| Ok(()), |()| ());
+        assert_eq!(fetched.into_inner().unwrap(), [(b"ctx/new".to_vec(), 7)]);
     }
 
     #[test]

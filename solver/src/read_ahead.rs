@@ -2,7 +2,7 @@
 //!
 //! Whoever reads many small files that are not in memory waits for the disk once for each, a tenth of a millisecond on a good
 //! one. So one thread goes through them a little earlier and asks the kernel to fetch them, posix_fadvise(2), which
-//! does not wait. Where they are in memory, as in most builds, it sees that at a few of them, and leaves the others alone.
+//! hardly waits. Where they are in memory, as in most builds, it sees that at a few of them, and leaves the others alone.
 
 use crate::sys;
 use crate::tree::{Kind, Node, Tree};
@@ -11,8 +11,9 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, Thread};
 
-/// How far in front of the reader.
+/// How far in front of the reader, and how much more for each of its threads: each may be a chunk in front of the next one.
 const AHEAD_BYTES: u64 = 8 << 20;
+const AHEAD_BYTES_PER_THREAD: u64 = 1 << 20;
 /// The reader tells how far it is when it has come this much further.
 const TELL_EACH_BYTES: u64 = 1 << 20;
 /// Files that show whether those around them are in memory, and how many are left alone if they are.
@@ -34,7 +35,7 @@ impl Progress {
     pub(crate) fn opens(&self, node: &Node) {
         let Some(size) = size_if_read(node) else { return };
         let before = self.read_bytes.fetch_add(size, Ordering::Relaxed);
-        if before / TELL_EACH_BYTES != (before + size) / TELL_EACH_BYTES {
+        if before / TELL_EACH_BYTES != before.wrapping_add(size) / TELL_EACH_BYTES {
             self.wake();
         }
     }
@@ -72,24 +73,34 @@ fn size_if_read(node: &Node) -> Option<u64> {
 /// Asks for the beginning of a file of this size. Of how much.
 pub(crate) fn fetch(file: &OwnedFd, size: u64) -> u64 {
     let length = FETCHED_BYTES.min(size);
-    sys::will_read(file, length);
+    if length > 0 {
+        sys::will_read(file, length);
+    }
     length
 }
 
-/// Has the tree's files fetched until [`Reading`] ends. `open` gives those that may be on disk.
-pub(crate) fn ahead(tree: &Tree, progress: &Progress, open: impl Fn(&Node) -> Option<OwnedFd>) {
+/// Has the tree's files fetched until [`Reading`] ends. `open` gives those that may be on disk, `blocks_read` is
+/// [`sys::blocks_read_by_thread`].
+pub(crate) fn ahead(
+    tree: &Tree,
+    progress: &Progress,
+    threads: usize,
+    blocks_read: impl Fn() -> i64,
+    open: impl Fn(&Node) -> Option<OwnedFd>,
+) {
+    let ahead_bytes = AHEAD_BYTES.saturating_add(AHEAD_BYTES_PER_THREAD.saturating_mul(threads as u64));
     let (mut passed, mut probed, mut left_alone) = (0_u64, 0, 0);
-    let mut blocks = sys::blocks_read_by_thread();
+    let mut blocks = blocks_read();
     let mut cursor = tree.cursor();
     while let Some(node) = cursor.next() {
         let Some(size) = size_if_read(node).filter(|size| *size > 0) else { continue };
         let begin = passed;
-        passed += size;
+        passed = passed.saturating_add(size);
         loop {
             if progress.ended.load(Ordering::Relaxed) {
                 return;
             }
-            if begin < progress.read_bytes.load(Ordering::Relaxed) + AHEAD_BYTES {
+            if begin < progress.read_bytes.load(Ordering::Relaxed).saturating_add(ahead_bytes) {
                 break;
             }
             thread::park();
@@ -105,7 +116,7 @@ pub(crate) fn ahead(tree: &Tree, progress: &Progress, open: impl Fn(&Node) -> Op
         fetch(&file, size);
         probed += 1;
         if probed == PROBES {
-            let now = sys::blocks_read_by_thread();
+            let now = blocks_read();
             left_alone = if now == blocks { LEFT_ALONE } else { 0 };
             (probed, blocks) = (0, now);
         }
@@ -116,7 +127,9 @@ pub(crate) fn ahead(tree: &Tree, progress: &Progress, open: impl Fn(&Node) -> Op
 mod tests {
     use super::*;
     use crate::tree::{Entry, Origin};
+    use std::cell::Cell;
     use std::sync::Mutex;
+    use std::time::Duration;
 
     /// Every fourth file is another name of one.
     fn tree(files: usize, size: u64) -> Tree {
@@ -141,7 +154,7 @@ mod tests {
     fn asked(tree: &Tree, reader: impl FnOnce(&Progress, &dyn Fn() -> usize)) -> Vec<usize> {
         let (progress, asked) = (Progress::default(), Mutex::new(Vec::new()));
         thread::scope(|scope| {
-            let follower = scope.spawn(|| ahead(tree, &progress, open(&asked)));
+            let follower = scope.spawn(|| ahead(tree, &progress, 0, || 0, open(&asked)));
             progress.followed_by(follower.thread());
             let _reading = Reading(&progress);
             reader(&progress, &|| asked.lock().unwrap().len());
@@ -155,10 +168,12 @@ mod tests {
         let nodes = tree.nodes();
         let numbers = asked(&tree, |progress, count| {
             for expected in [8, 14] {
-                while count() < expected {
-                    thread::yield_now();
+                for _ in 0..1000 {
+                    if count() < expected {
+                        thread::sleep(Duration::from_millis(10));
+                    }
                 }
-                thread::sleep(std::time::Duration::from_millis(20));
+                thread::sleep(Duration::from_millis(20));
                 assert_eq!(count(), expected);
                 nodes[..8].iter().for_each(|node| progress.opens(node));
             }
@@ -170,10 +185,16 @@ mod tests {
 
     #[test]
     fn what_is_in_memory_is_left_alone() {
-        let numbers = Mutex::new(Vec::new());
-        ahead(&tree(2000, 100), &Progress::default(), open(&numbers));
-        let numbers = numbers.into_inner().unwrap();
-        assert_eq!(numbers.len(), 3 * PROBES as usize);
+        let (tree, progress) = (tree(2000, 100), Progress::default());
+        let count = |blocks_read: &dyn Fn() -> i64| {
+            let numbers = Mutex::new(Vec::new());
+            ahead(&tree, &progress, 1, blocks_read, open(&numbers));
+            numbers.into_inner().unwrap().len()
+        };
+        assert_eq!(count(&|| 7), 3 * PROBES as usize);
+        let blocks = Cell::new(7);
+        let more = || blocks.replace(blocks.get() + 1);
+        assert_eq!(count(&more), 1500);
     }
 
     #[test]
@@ -181,7 +202,7 @@ mod tests {
         let (numbers, progress) = (Mutex::new(Vec::new()), Progress::default());
         let tree = tree(40, 1000);
         tree.nodes()[..20].iter().for_each(|node| progress.opens(node));
-        ahead(&tree, &progress, open(&numbers));
+        ahead(&tree, &progress, 1, || 0, open(&numbers));
         assert_eq!(numbers.into_inner().unwrap(), (20..40).filter(|number| number % 4 != 3).collect::<Vec<_>>());
     }
 

@@ -456,7 +456,8 @@ pub fn will_read(file: impl AsFd, length: u64) {
     let _ = rustix::fs::fadvise(file, 0, NonZeroU64::new(length), rustix::fs::Advice::WillNeed);
 }
 
-/// Blocks that were read from disks for this thread so far, getrusage(2).
+/// Blocks that were read from disks for this thread so far, also for its memory, getrusage(2). File systems that do not count them,
+/// as some over networks, leave it as it is.
 pub fn blocks_read_by_thread() -> i64 {
     // SAFETY: `usage` is a plain structure that the call fills in.
     unsafe {

@@ -13,6 +13,7 @@ use crate::op::file::{FileOp, Recipe, Value};
 use crate::op::run::{self, RunError};
 use crate::read_ahead::{self, Progress, Reading};
 use crate::snapshot::{AlsoTo, Compression, Layer, Made, Snapshot, SnapshotError, UnclaimedBlob};
+use crate::sys;
 use crate::tree::{Entry, Kind, Node, Origin, Tree, index};
 use crate::upper::LostAttribute;
 use nacre_frontend::llb::{RunOp, Vertex, VertexId};
@@ -139,10 +140,15 @@ impl Build<'_> {
         let mut place = self.place(wanted.parent, compression);
         let also = place.as_mut().map(|place| place as &mut dyn AlsoTo);
         let blob = std::thread::scope(|scope| {
-            let tree = &*tree;
-            let ahead = scope.spawn(|| read_ahead::ahead(tree, &progress, |node| recipe.open_ahead(node)));
-            progress.followed_by(ahead.thread());
-            let _reading = Reading(&progress);
+            let (tree, progress) = (&*tree, &progress);
+            let (threads, blocks_read) = (self.workspace.threads, sys::blocks_read_by_thread);
+            let follow =
+                move || read_ahead::ahead(tree, progress, threads, blocks_read, |node| recipe.open_ahead(node));
+            // Without a thread for it, reading takes longer where files are not in memory.
+            if let Ok(follower) = std::thread::Builder::new().name("ahead".into()).spawn_scoped(scope, follow) {
+                progress.followed_by(follower.thread());
+            }
+            let _reading = Reading(progress);
             self.workspace.early_blob(tree, &open, compression, also)
         });
         if self.cancel.is_cancelled() {
