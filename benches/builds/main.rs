@@ -20,7 +20,8 @@
 //! image on a loop device when started by root, made anew for every cold build, since ext4 is several times slower
 //! for minutes after many files were deleted; otherwise in plain directories, and the table says so. Rounds of the tools
 //! alternate. Before each build everything is written to disk, and the context is read, so that all find it in memory. A base image has
-//! been made by the tool itself, and a step has run on it. Ratios are of the least times, which other work on the machine
+//! been made by the tool itself, and a step has run on it: docker unpacks a base when it gets it, nacre when a step first
+//! needs its files, and neither is part of the times. Ratios are of the least times, which other work on the machine
 //! disturbs least. Wall time is that of the command; CPU time is that of all its processes and, for
 //! docker, of the daemon's; memory is the largest sum that was seen over the tool's processes of the memory that is their
 //! own (anonymous and shared, without pages of files; sampled every 40 ms, so 0 for what ends sooner). Nothing here fails

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 /// What was there before the timed build.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum State {
-    /// An empty store, but for the base image.
+    /// An empty store, but for the base image, on which a step has run.
     Cold,
     /// The same build.
     Cached,
