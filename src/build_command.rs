@@ -229,11 +229,7 @@ fn enter(
     let writes_files = build.outputs.iter().any(|output| matches!(output.kind, OutputKind::Local { .. }));
     let ownership = sandbox::idmap::ownership();
     if !runs && dockerfile.is_some() && (ownership == sandbox::Ownership::Native || !writes_files) {
-        let ownership = match ownership {
-            sandbox::Ownership::Native => Ownership::Native,
-            sandbox::Ownership::SingleId => Ownership::SingleId,
-        };
-        return Ok(Some(Surroundings { without: true, ..place(ownership) }));
+        return Ok(Some(Surroundings { without: true, ..place(on_disk(ownership)) }));
     }
     let best = match build.ownership {
         OwnershipChoice::Emulate => sandbox::idmap::EnterRequest::SingleId,
@@ -252,10 +248,7 @@ fn enter(
             let place = owners(build, ownership, notice).map(place)?;
             Ok(Some(Surroundings { own_namespace: true, ..place }))
         }
-        Ok(sandbox::idmap::Entered::Parent { exit_code: 0 }) => Ok(None),
-        Ok(sandbox::idmap::Entered::Parent { exit_code }) => {
-            Err(CommandError::Inside(u8::try_from(exit_code).unwrap_or(u8::MAX)))
-        }
+        Ok(sandbox::idmap::Entered::Parent { exit_code }) => inside_ended(exit_code).map(|()| None),
         // Without RUN nothing needs a namespace but the owners of a base's files, which the index holds.
         Err(error) => {
             let error = CommandError::new(Exit::Host, &error, Some(without_namespaces()));
@@ -266,6 +259,32 @@ fn enter(
                 Ok(Some(Surroundings { refused: Some(error), ..place(ownership) }))
             }
         }
+    }
+}
+
+fn on_disk(ownership: sandbox::Ownership) -> Ownership {
+    match ownership {
+        sandbox::Ownership::Native => Ownership::Native,
+        sandbox::Ownership::SingleId => Ownership::SingleId,
+    }
+}
+
+/// Goes to where a build would unpack images: what owners of files are there. The inner `None` is for where no namespace can be
+/// had, as then nothing runs in the usual way; the outer one when a process inside has done the work.
+pub(crate) fn enter_to_unpack() -> Result<Option<Option<Ownership>>, CommandError> {
+    match sandbox::idmap::enter(sandbox::idmap::EnterRequest::Best) {
+        Ok(sandbox::idmap::Entered::Root) => Ok(Some(Some(on_disk(sandbox::idmap::ownership())))),
+        Ok(sandbox::idmap::Entered::Inside { ownership, .. }) => Ok(Some(Some(on_disk(ownership)))),
+        Ok(sandbox::idmap::Entered::Parent { exit_code }) => inside_ended(exit_code).map(|()| None),
+        Err(_) => Ok(Some(None)),
+    }
+}
+
+/// How a process inside of a namespace ended, which did the work.
+fn inside_ended(exit_code: i32) -> Result<(), CommandError> {
+    match exit_code {
+        0 => Ok(()),
+        _ => Err(CommandError::Inside(u8::try_from(exit_code).unwrap_or(u8::MAX))),
     }
 }
 

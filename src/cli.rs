@@ -55,7 +55,7 @@ pub(crate) enum Command {
     /// List the images in the store
     #[command(visible_alias = "ls")]
     Images(ImagesArgs),
-    /// Fetch an image into the store
+    /// Fetch an image into the store, and unpack it for steps that will run on it
     Pull(PullArgs),
     /// Send an image of the store to its registry
     Push(PushArgs),
@@ -67,7 +67,7 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// Write images of the store into an archive that docker and podman load
     Save(SaveArgs),
-    /// Put the images of an archive into the store
+    /// Put the images of an archive into the store, and unpack them for steps that will run on them
     Load(LoadArgs),
     /// Look at images in registries
     Manifest(ManifestArgs),

@@ -1,10 +1,10 @@
 //! `nacre pull`, `push`, `tag`, `rmi`, `inspect` and `save`: images of the store by their names.
 
-use crate::build_command::failure;
+use crate::build_command::{enter_to_unpack, failure};
 use crate::cli::{InspectArgs, ListFormat, PullArgs, PushArgs, RmiArgs, SaveArgs, TagArgs};
 use crate::export_command::send;
 use crate::interrupt::end_on_signals;
-use crate::report::{CommandError, Exit};
+use crate::report::{CommandError, Exit, with_causes};
 use crate::request::Environment;
 use nacre_frontend::llb::ImageSource;
 use nacre_frontend::platform;
@@ -12,9 +12,12 @@ use nacre_frontend::reference::Reference;
 use nacre_solver::export::{self, Dest, ExportImage};
 use nacre_solver::image::{Assembled, Descriptor, Manifest};
 use nacre_solver::materialize::{Ownership, WriteOptions};
-use nacre_solver::op::source::{PullPolicy, ResolvedImage, SourceContext, SourceError, ensure_blob, resolve_image};
+use nacre_solver::op::source::{
+    Form, PullPolicy, ResolvedImage, SourceContext, SourceError, ensure_blob, ensure_layers, resolve_image,
+};
 use nacre_solver::push::PushImage;
 use nacre_solver::registry::{Client, ClientOptions, RemoteImage};
+use nacre_solver::sandbox::foreign;
 use nacre_solver::solve::Event;
 use nacre_solver::store::refs::RememberedReference;
 use nacre_solver::store::{Store, StoreError};
@@ -61,6 +64,26 @@ pub(crate) fn sources(store: &Arc<Store>, options: ClientOptions) -> SourceConte
     }
 }
 
+/// For images that steps will run on: unpacked as a build unpacks them that has such owners.
+pub(crate) fn sources_to_unpack(store: Store, options: ClientOptions, ownership: Option<Ownership>) -> SourceContext {
+    let write = WriteOptions { ownership: ownership.unwrap_or(Ownership::SingleId) };
+    let store = if write.ownership == Ownership::SingleId { store.with_single_id() } else { store };
+    SourceContext { write, ..sources(&Arc::new(store), options) }
+}
+
+/// Unpacks an image, so that the first step on it need not. That can be done later, too, if it fails here.
+pub(crate) fn unpack(image: &ResolvedImage, sources: &SourceContext) -> Result<(), SourceError> {
+    if !foreign::is_native(&image.platform) {
+        // It is rarely run here, and more often sent on.
+        return Ok(());
+    }
+    ensure_layers(image, Form::Tree, sources).map(drop)
+}
+
+pub(crate) fn warn_not_unpacked(error: &SourceError) {
+    crate::print_error(&format!("warning: not unpacked: {}\n", with_causes(error)));
+}
+
 /// An image by a name or digest of the store.
 fn find(store: &Store, image: &str) -> Result<(String, Descriptor), CommandError> {
     let unknown = || {
@@ -84,7 +107,7 @@ fn find(store: &Store, image: &str) -> Result<(String, Descriptor), CommandError
     Ok((name, Descriptor { annotations: Default::default(), ..root }))
 }
 
-/// Fetches an image with all of its layers and names it.
+/// Fetches an image with all of its layers, names it, and unpacks it meanwhile for the steps that will run on it.
 pub(crate) fn pull(args: &PullArgs, env: &Environment) -> Result<(), CommandError> {
     let name = reference(&args.name)?;
     let host = platform::host();
@@ -92,11 +115,13 @@ pub(crate) fn pull(args: &PullArgs, env: &Environment) -> Result<(), CommandErro
         None => host,
         Some(text) => platform::parse(text, &host).map_err(|error| CommandError::new(Exit::Usage, &error, None))?,
     };
-    listen(env)?;
-    let store = open(env, args.at.store.as_deref())?;
-    let sources = sources(&store, env.registry(&args.registry));
     let remote = RemoteImage::parse(&name.to_string())
         .ok_or_else(|| failure(Exit::Usage, &format!("`{name}` is no name in a registry"), None))?;
+    let Some(ownership) = enter_to_unpack()? else { return Ok(()) };
+    listen(env)?;
+    let store = Store::open(&env.store(args.at.store.as_deref())?).map_err(store_error)?;
+    let sources = sources_to_unpack(store, env.registry(&args.registry), ownership);
+    let store = &sources.store;
     let registry = |error| source_error(&SourceError::Registry(error));
     let (bytes, root) = sources.client.manifest(&remote).map_err(registry)?;
     store.put_document(&bytes).map_err(store_error)?;
@@ -112,6 +137,12 @@ pub(crate) fn pull(args: &PullArgs, env: &Environment) -> Result<(), CommandErro
     let pinned = RemoteImage { tag: None, digest: Some(root.digest), ..remote };
     let image = resolve_image(&ImageSource::Reference(pinned.to_string()), &platform, &sources)
         .map_err(|error| source_error(&error))?;
+    if ownership.is_some() {
+        match unpack(&image, &sources) {
+            Err(error @ SourceError::Unpack { .. }) => warn_not_unpacked(&error),
+            unpacked => unpacked.map_err(|error| source_error(&error))?,
+        }
+    }
     fetch_layers(&image, &sources, args.quiet)?;
     let bytes = store.read_document(&image.manifest_digest).map_err(store_error)?;
     let manifest: Manifest =

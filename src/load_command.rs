@@ -1,13 +1,18 @@
 //! `nacre load` and `nacre manifest inspect`.
 
-use crate::build_command::failure;
+use crate::build_command::{enter_to_unpack, failure};
 use crate::cli::{ListFormat, LoadArgs, ManifestInspectArgs};
-use crate::image_commands::{listen, open, reference, source_error, store_error};
+use crate::image_commands::{
+    listen, reference, source_error, sources_to_unpack, store_error, unpack, warn_not_unpacked,
+};
 use crate::report::{CommandError, Exit};
 use crate::request::Environment;
+use nacre_frontend::llb::ImageSource;
+use nacre_frontend::platform;
 use nacre_solver::load::{LoadError, Loaded, load as load_archive};
-use nacre_solver::op::source::SourceError;
-use nacre_solver::registry::{Client, RemoteImage};
+use nacre_solver::op::source::{PullPolicy, SourceContext, SourceError, resolve_image};
+use nacre_solver::registry::{Client, ClientOptions, RemoteImage};
+use nacre_solver::store::Store;
 use serde_json::{Value, json};
 use std::fs::File;
 use std::io::{IsTerminal, Read};
@@ -17,7 +22,7 @@ fn load_error(error: &LoadError) -> CommandError {
     CommandError::new(exit, error, None)
 }
 
-/// Puts images of an archive into the store under their names.
+/// Puts images of an archive into the store under their names, and unpacks them for the steps that will run on them.
 pub(crate) fn load(args: &LoadArgs, env: &Environment) -> Result<(), CommandError> {
     let input: Box<dyn Read + Send> = match &args.input {
         Some(path) => {
@@ -34,9 +39,16 @@ pub(crate) fn load(args: &LoadArgs, env: &Environment) -> Result<(), CommandErro
     if name.as_ref().is_some_and(|name| name.digest.is_some()) {
         return Err(failure(Exit::Usage, "a name to give has no digest", None));
     }
+    let Some(ownership) = enter_to_unpack()? else { return Ok(()) };
     listen(env)?;
-    let store = open(env, args.at.store.as_deref())?;
-    let mut images = load_archive(input, &store).map_err(|error| load_error(&error))?;
+    let store = Store::open(&env.store(args.at.store.as_deref())?).map_err(store_error)?;
+    let sources = SourceContext {
+        pull: PullPolicy::Missing,
+        offline: true,
+        ..sources_to_unpack(store, ClientOptions::default(), ownership)
+    };
+    let store = &sources.store;
+    let mut images = load_archive(input, store).map_err(|error| load_error(&error))?;
     match (name, images.as_mut_slice()) {
         (None, _) => {}
         (Some(name), [image]) => image.names = vec![name.to_string()],
@@ -52,6 +64,15 @@ pub(crate) fn load(args: &LoadArgs, env: &Environment) -> Result<(), CommandErro
     for Loaded { names, root } in &images {
         for name in names {
             store.tag(name, root).map_err(store_error)?;
+        }
+        if let (Some(name), true) = (names.first(), ownership.is_some()) {
+            let image = resolve_image(&ImageSource::Reference(name.clone()), &platform::host(), &sources);
+            match image.and_then(|image| unpack(&image, &sources)) {
+                // None of its images is for this machine.
+                Ok(()) | Err(SourceError::NoSuchPlatform { .. }) => {}
+                // The image is there all the same.
+                Err(error) => warn_not_unpacked(&error),
+            }
         }
     }
     let text = match args.format {

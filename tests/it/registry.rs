@@ -3,6 +3,7 @@
 use crate::story::{Build, Ended, busybox_base, run};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Read;
 use std::net::{TcpListener, TcpStream};
@@ -216,6 +217,13 @@ fn logins_are_tried_kept_and_forgotten() {
     assert_eq!(nacre(&build, &["push", &name], None).code, Some(5));
 }
 
+/// Directories of unpacked layers, in each form.
+fn unpacked_layers(build: &Build) -> BTreeSet<PathBuf> {
+    let layers = fs::read_dir(build.store().join("layers")).expect("a directory");
+    let layers = layers.map(|layer| layer.expect("an entry").path());
+    layers.flat_map(|layer| ["tree", "tree.single"].map(|form| layer.join(form))).filter(|tree| tree.exists()).collect()
+}
+
 #[test]
 fn images_are_pulled_named_looked_at_and_saved() {
     let registry = Registry::plain();
@@ -224,6 +232,13 @@ fn images_are_pulled_named_looked_at_and_saved() {
     let name = format!("{}/library/busybox:1", registry.host);
     let digest = works(&build, &["pull", "-q", &name]).trim().to_owned();
     assert!(digest.starts_with("sha256:"), "{digest}");
+    let unpacked = unpacked_layers(&build);
+    assert_eq!(unpacked.len(), 1);
+    // The same ones are what steps run on.
+    let build = build.dockerfile(&format!("FROM {name}\nRUN test -d /bin\n"));
+    build.runs();
+    let layer = unpacked.first().and_then(|tree| tree.parent()).expect("a layer");
+    assert!(unpacked_layers(&build).iter().filter(|tree| tree.starts_with(layer)).eq(&unpacked));
     works(&build, &["tag", &name, "localhost/mine:2"]);
     works(&build, &["tag", &digest[..19], "short"]);
     let listed: Value = serde_json::from_str(&works(&build, &["images", "--format=json"])).expect("JSON");
@@ -532,7 +547,10 @@ fn archives_of_all_kinds_are_loaded() {
         let text = works(&build, &["load", "--format=json", "-i", path]);
         let loaded: Value = serde_json::from_str(&text).expect("JSON");
         assert_eq!(loaded[0]["names"].as_array().map(Vec::len), Some(names), "{loaded}");
+        let unpacked = unpacked_layers(&build);
+        assert_eq!(unpacked.len(), 2, "{unpacked:?}");
         build.runs();
+        assert!(unpacked_layers(&build).difference(&unpacked).count() <= 1, "but for the step's");
         crate::story::assert_store_is_whole(&build.store());
         // From a pipe, compressed, under another name.
         let gzip = Command::new("gzip").arg("-c").arg(path).output().expect("gzip runs").stdout;
