@@ -8,7 +8,7 @@
 
 use crate::measure::{Sample, median, timed};
 use crate::tools::{Tool, ToolKind};
-use crate::workloads::{Output, State, Workload, incompressible};
+use crate::workloads::{Floor, Output, State, Workload, incompressible};
 use crate::{Failure, Options};
 use serde_json::{Value, json};
 use std::fs;
@@ -295,7 +295,7 @@ fn empty() -> Workload {
         base: None,
         state: State::Cold,
         output: Output::Store,
-        floor_seconds: 0.0,
+        floor: Floor::Seconds(0.0),
         generate: |_| Ok(()),
         edit: |_, _| Ok(()),
     }

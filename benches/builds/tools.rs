@@ -48,7 +48,7 @@ pub(crate) struct Tool {
     daemon: Option<Child>,
 }
 
-fn is_root() -> bool {
+pub(crate) fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 

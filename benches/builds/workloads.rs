@@ -57,6 +57,15 @@ impl Base {
     }
 }
 
+/// Time of the steps themselves, which ratios leave out.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Floor {
+    Seconds(f64),
+    /// What this command of the shell takes in a chroot of the base, in a copy of the context in /src. Not known (0) to whoever is
+    /// not root.
+    Chroot(&'static str),
+}
+
 /// Something to build.
 pub(crate) struct Workload {
     pub(crate) name: &'static str,
@@ -64,8 +73,7 @@ pub(crate) struct Workload {
     pub(crate) base: Option<Base>,
     pub(crate) state: State,
     pub(crate) output: Output,
-    /// Time of the steps themselves, which ratios leave out.
-    pub(crate) floor_seconds: f64,
+    pub(crate) floor: Floor,
     pub(crate) generate: fn(&Path) -> Result<(), Failure>,
     /// The edit of a round.
     pub(crate) edit: fn(&Path, usize) -> Result<(), Failure>,
@@ -79,7 +87,7 @@ pub(crate) fn workloads(toolchain: Option<&Path>) -> Vec<Workload> {
         base: None,
         state,
         output,
-        floor_seconds: 0.0,
+        floor: Floor::Seconds(0.0),
         generate,
         edit: |_, _| Ok(()),
     };
@@ -97,7 +105,7 @@ pub(crate) fn workloads(toolchain: Option<&Path>) -> Vec<Workload> {
         plain("large-zstd", "one file of 512 MiB cold, OCI zstd", State::Cold, Output::Zstd, large_file),
         busybox(plain("runs", "30 small RUN steps", State::Cold, Output::Store, small_runs)),
         Workload {
-            floor_seconds: 1.0,
+            floor: Floor::Seconds(1.0),
             ..busybox(plain("stages", "8 independent stages of `sleep 1`", State::Cold, Output::Store, sleeping_stages))
         },
         busybox(plain(
@@ -121,6 +129,7 @@ pub(crate) fn workloads(toolchain: Option<&Path>) -> Vec<Workload> {
     if let Some(tar) = toolchain {
         let compiling = |name, about, state| Workload {
             base: Some(Base::Tar(tar.to_owned())),
+            floor: Floor::Chroot(COMPILE),
             // Number 0 is what there was before.
             edit: |context, round| Ok(fs::write(context.join("f0.c"), source(0, round + 1))?),
             ..plain(name, about, state, Output::Store, c_project)
@@ -298,6 +307,8 @@ fn source(number: usize, version: usize) -> String {
     )
 }
 
+const COMPILE: &str = "for f in *.c; do gcc -O1 -c $f; done && gcc -o /app *.o";
+
 fn c_project(context: &Path) -> Result<(), Failure> {
     let mut main = String::from("int main(void) { int x = 0;\n");
     for number in 0..40 {
@@ -305,6 +316,6 @@ fn c_project(context: &Path) -> Result<(), Failure> {
         writeln!(main, "int f{number}(int); x += f{number}({number});")?;
     }
     fs::write(context.join("main.c"), main + "return x == 0; }\n")?;
-    let text = "FROM bench-base\nWORKDIR /src\nCOPY . .\nRUN for f in *.c; do gcc -O1 -c $f; done && gcc -o /app *.o\n";
+    let text = format!("FROM bench-base\nWORKDIR /src\nCOPY . .\nRUN {COMPILE}\n");
     Ok(fs::write(context.join("Dockerfile"), text)?)
 }
