@@ -276,7 +276,8 @@ pub(crate) fn enter_to_unpack() -> Result<Option<Option<Ownership>>, CommandErro
         Ok(sandbox::idmap::Entered::Root) => Ok(Some(Some(on_disk(sandbox::idmap::ownership())))),
         Ok(sandbox::idmap::Entered::Inside { ownership, .. }) => Ok(Some(Some(on_disk(ownership)))),
         Ok(sandbox::idmap::Entered::Parent { exit_code }) => inside_ended(exit_code).map(|()| None),
-        Err(_) => Ok(Some(None)),
+        Err(sandbox::SandboxError::UserNamespace { .. }) => Ok(Some(None)),
+        Err(error) => Err(CommandError::new(Exit::Host, &error, None)),
     }
 }
 

@@ -13,7 +13,7 @@ use nacre_solver::export::{self, Dest, ExportImage};
 use nacre_solver::image::{Assembled, Descriptor, Manifest};
 use nacre_solver::materialize::{Ownership, WriteOptions};
 use nacre_solver::op::source::{
-    Form, PullPolicy, ResolvedImage, SourceContext, SourceError, ensure_blob, ensure_layers, resolve_image,
+    Form, Progress, PullPolicy, ResolvedImage, SourceContext, SourceError, ensure_blob, ensure_layers, resolve_image,
 };
 use nacre_solver::push::PushImage;
 use nacre_solver::registry::{Client, ClientOptions, RemoteImage};
@@ -23,6 +23,7 @@ use nacre_solver::store::refs::RememberedReference;
 use nacre_solver::store::{Store, StoreError};
 use nacre_solver::tree::layer::Limits;
 use serde_json::{Value, json};
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -71,13 +72,22 @@ pub(crate) fn sources_to_unpack(store: Store, options: ClientOptions, ownership:
     SourceContext { write, ..sources(&Arc::new(store), options) }
 }
 
-/// Unpacks an image, so that the first step on it need not. That can be done later, too, if it fails here.
+/// Unpacks an image, so that the first step on it need not. That can be done later, too, if it fails here: so it may take no more
+/// than half of what the disk has left, and a thousand times its compressed size.
 pub(crate) fn unpack(image: &ResolvedImage, sources: &SourceContext) -> Result<(), SourceError> {
+    /// Below, any ratio does no harm.
+    const LITTLE_BYTES: u64 = 1 << 30;
     if !foreign::is_native(&image.platform) {
         // It is rarely run here, and more often sent on.
         return Ok(());
     }
-    ensure_layers(image, Form::Tree, sources).map(drop)
+    let default = Limits::default();
+    let room = sources.store.free_bytes().unwrap_or(default.file_bytes) / 2;
+    let compressed = image.layers.iter().fold(0, |sum: u64, layer| sum.saturating_add(layer.descriptor.size));
+    let most = room.min(compressed.saturating_mul(1000).max(LITTLE_BYTES));
+    let file_bytes = default.file_bytes.min(most / image.layers.len().max(1) as u64);
+    let limits = Limits { file_bytes, ..default };
+    ensure_layers(image, Form::Tree, &SourceContext { limits, ..sources.clone() }).map(drop)
 }
 
 pub(crate) fn warn_not_unpacked(error: &SourceError) {
@@ -120,7 +130,21 @@ pub(crate) fn pull(args: &PullArgs, env: &Environment) -> Result<(), CommandErro
     let Some(ownership) = enter_to_unpack()? else { return Ok(()) };
     listen(env)?;
     let store = Store::open(&env.store(args.at.store.as_deref())?).map_err(store_error)?;
-    let sources = sources_to_unpack(store, env.registry(&args.registry), ownership);
+    let told = Arc::new(Mutex::new(HashSet::new()));
+    let quiet = args.quiet;
+    let tell = move |digest: &str, bytes: u64| {
+        if !quiet && told.lock().unwrap_or_else(PoisonError::into_inner).insert(digest.to_owned()) {
+            crate::print_error(&format!("{digest} {}\n", indicatif::DecimalBytes(bytes)));
+        }
+    };
+    let tell_received = tell.clone();
+    let progress: Progress = Arc::new(move |digest: &str, received, total| {
+        if received == total {
+            tell_received(digest, total);
+        }
+    });
+    let sources =
+        SourceContext { progress: Some(progress), ..sources_to_unpack(store, env.registry(&args.registry), ownership) };
     let store = &sources.store;
     let registry = |error| source_error(&SourceError::Registry(error));
     let (bytes, root) = sources.client.manifest(&remote).map_err(registry)?;
@@ -139,11 +163,17 @@ pub(crate) fn pull(args: &PullArgs, env: &Environment) -> Result<(), CommandErro
         .map_err(|error| source_error(&error))?;
     if ownership.is_some() {
         match unpack(&image, &sources) {
-            Err(error @ SourceError::Unpack { .. }) => warn_not_unpacked(&error),
-            unpacked => unpacked.map_err(|error| source_error(&error))?,
+            Ok(()) => {}
+            // What came is not the image, or nothing came.
+            Err(
+                error @ (SourceError::Registry(_) | SourceError::BlobMismatch { .. } | SourceError::BlobSize { .. }),
+            ) => {
+                return Err(source_error(&error));
+            }
+            Err(error) => warn_not_unpacked(&error),
         }
     }
-    fetch_layers(&image, &sources, args.quiet)?;
+    fetch_layers(&image, &sources, &tell)?;
     let bytes = store.read_document(&image.manifest_digest).map_err(store_error)?;
     let manifest: Manifest =
         serde_json::from_slice(&bytes).map_err(|error| CommandError::new(Exit::Source, &error, None))?;
@@ -175,7 +205,11 @@ pub(crate) fn pull(args: &PullArgs, env: &Environment) -> Result<(), CommandErro
     })
 }
 
-fn fetch_layers(image: &ResolvedImage, sources: &SourceContext, quiet: bool) -> Result<(), CommandError> {
+fn fetch_layers(
+    image: &ResolvedImage,
+    sources: &SourceContext,
+    tell: &(dyn Fn(&str, u64) + Sync),
+) -> Result<(), CommandError> {
     let next = AtomicUsize::new(0);
     let failed = Mutex::new(None);
     std::thread::scope(|scope| {
@@ -185,12 +219,7 @@ fn fetch_layers(image: &ResolvedImage, sources: &SourceContext, quiet: bool) -> 
                     let at = next.fetch_add(1, Ordering::Relaxed);
                     let Some(layer) = image.layers.get(at) else { return };
                     match ensure_blob(image, at, sources) {
-                        Ok(()) if quiet => {}
-                        Ok(()) => crate::print_error(&format!(
-                            "{} {}\n",
-                            layer.descriptor.digest,
-                            indicatif::DecimalBytes(layer.descriptor.size)
-                        )),
+                        Ok(()) => tell(&layer.descriptor.digest, layer.descriptor.size),
                         Err(error) => {
                             failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
                             next.store(image.layers.len(), Ordering::Relaxed);

@@ -24,22 +24,23 @@ fn load_error(error: &LoadError) -> CommandError {
 
 /// Puts images of an archive into the store under their names, and unpacks them for the steps that will run on them.
 pub(crate) fn load(args: &LoadArgs, env: &Environment) -> Result<(), CommandError> {
+    if args.input.is_none() && std::io::stdin().is_terminal() {
+        let help = Some("give it with -i FILE, or on standard input".to_owned());
+        return Err(failure(Exit::Usage, "no archive", help));
+    }
+    let name = args.tag.as_deref().map(reference).transpose()?;
+    if name.as_ref().is_some_and(|name| name.digest.is_some()) {
+        return Err(failure(Exit::Usage, "a name to give has no digest", None));
+    }
+    // Before the archive is opened, which may be a pipe.
+    let Some(ownership) = enter_to_unpack()? else { return Ok(()) };
     let input: Box<dyn Read + Send> = match &args.input {
         Some(path) => {
             let unreadable = |error| failure(Exit::Usage, &format!("cannot read {}: {error}", path.display()), None);
             Box::new(File::open(path).map_err(unreadable)?)
         }
-        None if std::io::stdin().is_terminal() => {
-            let help = Some("give it with -i FILE, or on standard input".to_owned());
-            return Err(failure(Exit::Usage, "no archive", help));
-        }
         None => Box::new(std::io::stdin()),
     };
-    let name = args.tag.as_deref().map(reference).transpose()?;
-    if name.as_ref().is_some_and(|name| name.digest.is_some()) {
-        return Err(failure(Exit::Usage, "a name to give has no digest", None));
-    }
-    let Some(ownership) = enter_to_unpack()? else { return Ok(()) };
     listen(env)?;
     let store = Store::open(&env.store(args.at.store.as_deref())?).map_err(store_error)?;
     let sources = SourceContext {
@@ -65,15 +66,6 @@ pub(crate) fn load(args: &LoadArgs, env: &Environment) -> Result<(), CommandErro
         for name in names {
             store.tag(name, root).map_err(store_error)?;
         }
-        if let (Some(name), true) = (names.first(), ownership.is_some()) {
-            let image = resolve_image(&ImageSource::Reference(name.clone()), &platform::host(), &sources);
-            match image.and_then(|image| unpack(&image, &sources)) {
-                // None of its images is for this machine.
-                Ok(()) | Err(SourceError::NoSuchPlatform { .. }) => {}
-                // The image is there all the same.
-                Err(error) => warn_not_unpacked(&error),
-            }
-        }
     }
     let text = match args.format {
         _ if args.quiet => images.iter().map(|image| format!("{}\n", image.root.digest)).collect(),
@@ -86,7 +78,21 @@ pub(crate) fn load(args: &LoadArgs, env: &Environment) -> Result<(), CommandErro
             format!("{:#}\n", Value::Array(list.collect()))
         }
     };
-    crate::print_result(&text)
+    crate::print_result(&text)?;
+    for Loaded { names, root } in images.iter().filter(|_| ownership.is_some()) {
+        let Some(name) = names.first() else { continue };
+        let image = match resolve_image(&ImageSource::Reference(name.clone()), &platform::host(), &sources) {
+            // Another image that has this name elsewhere, as ours is not for this machine.
+            Ok(image) if image.root_digest != root.digest => continue,
+            Err(SourceError::NoSuchPlatform { .. } | SourceError::NotPulled { .. }) => continue,
+            found => found,
+        };
+        if let Err(error) = image.and_then(|image| unpack(&image, &sources)) {
+            // The image is there all the same.
+            warn_not_unpacked(&error);
+        }
+    }
+    Ok(())
 }
 
 /// Prints what a registry has under a name.

@@ -730,9 +730,9 @@ pub(crate) struct UnclaimedBlob {
 }
 
 impl UnclaimedBlob {
-    /// Digests of the files that were read, by their number in the tree.
-    pub(crate) fn digests(&self) -> &[(usize, ContentDigest)] {
-        &self.blob.digests
+    /// Digests of the files that were read, by their number in the tree. As large as the tree: they are given once.
+    pub(crate) fn take_digests(&mut self) -> Vec<(usize, ContentDigest)> {
+        std::mem::take(&mut self.blob.digests)
     }
 
     /// Size of the blob.

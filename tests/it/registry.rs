@@ -265,6 +265,22 @@ fn images_are_pulled_named_looked_at_and_saved() {
 }
 
 #[test]
+fn an_image_that_cannot_be_unpacked_is_pulled() {
+    let registry = Registry::plain();
+    let name = format!("{}/team/owners:1", registry.host);
+    let build = Build::new().dockerfile("FROM scratch\nCOPY --chown=2000000000:3 a /a\n").file("a", "1");
+    build.flag(format!("-t={name}")).flag("--push").runs();
+    let build = Build::new();
+    let ended = nacre(&build, &["pull", "-q", &name], None);
+    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+    // Whose subordinate ids end before that one. Root has all, and owners are emulated for those without any.
+    let unpacked = unpacked_layers(&build).len();
+    assert_eq!(ended.stderr.contains("warning: not unpacked"), unpacked == 0, "{}", ended.stderr);
+    works(&build, &["save", "-o", build.path("saved.tar").to_str().expect("text"), &name]);
+    crate::story::assert_store_is_whole(&build.store());
+}
+
+#[test]
 fn what_others_pushed_is_read() {
     let registry = Registry::plain();
     registry.add_base();
@@ -551,7 +567,18 @@ fn archives_of_all_kinds_are_loaded() {
         assert_eq!(unpacked.len(), 2, "{unpacked:?}");
         build.runs();
         assert!(unpacked_layers(&build).difference(&unpacked).count() <= 1, "but for the step's");
+        works(&build, &["prune"]);
+        assert!(unpacked_layers(&build).is_superset(&unpacked), "an image with a name stays unpacked");
+        works(&build, &["prune", "--all"]);
+        assert!(unpacked_layers(&build).is_empty());
         crate::story::assert_store_is_whole(&build.store());
+        // From a pipe with a name, which can be opened once.
+        let pipe = build.path("pipe");
+        assert!(Command::new("mkfifo").arg(&pipe).status().expect("mkfifo runs").success());
+        let writer =
+            Command::new("timeout").args(["60", "sh", "-c", r#"exec cat "$0" > "$1""#, path]).arg(&pipe).spawn();
+        works(&build, &["load", "--tag=piped:1", "-i", pipe.to_str().expect("text")]);
+        assert!(writer.expect("timeout runs").wait().expect("it ends").success());
         // From a pipe, compressed, under another name.
         let gzip = Command::new("gzip").arg("-c").arg(path).output().expect("gzip runs").stdout;
         let ended = nacre(&build, &["load", "-q", "--tag=renamed:3"], Some(&gzip));

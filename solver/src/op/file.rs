@@ -297,12 +297,12 @@ impl Recipe {
     pub(crate) fn learn(
         &self,
         tree: &mut Tree,
-        digests: &[(usize, ContentDigest)],
+        digests: Vec<(usize, ContentDigest)>,
         keys: FoundKeys,
         started: SystemTime,
     ) -> Result<bool, ContextError> {
         for local in self.locals() {
-            local.learn(tree, digests, &keys, started);
+            local.learn(tree, &digests, &keys, started);
         }
         let begin = |part: &Part<'_>| {
             let first = part.first();
@@ -322,6 +322,7 @@ impl Recipe {
             Ok::<(), Infallible>(())
         };
         let Ok(_) = tree.update(begin, fill_in, |_| ());
+        drop(digests);
         // Without content, or another name of a file that was read.
         self.digest(tree)
     }

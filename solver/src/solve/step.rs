@@ -154,8 +154,8 @@ impl Build<'_> {
         if self.cancel.is_cancelled() {
             return Err(RunError::Interrupted.into());
         }
-        let Some(blob) = blob else { return Ok(None) };
-        if !recipe.learn(tree, blob.digests(), keys, clock)? {
+        let Some(mut blob) = blob else { return Ok(None) };
+        if !recipe.learn(tree, blob.take_digests(), keys, clock)? {
             return Ok(None);
         }
         self.span(wanted.id, Phase::Compress, None, started, blob.size_bytes());

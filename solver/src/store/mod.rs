@@ -262,6 +262,11 @@ impl Store {
         self
     }
 
+    /// Bytes that the disk has left for this user; `None` when it does not say.
+    pub fn free_bytes(&self) -> Option<u64> {
+        rustix::fs::statvfs(&self.root).ok().map(|disk| disk.f_bavail.saturating_mul(disk.f_frsize))
+    }
+
     /// The store's directory, absolute and free of symlinks.
     pub fn root(&self) -> &Path {
         &self.root

@@ -180,12 +180,14 @@ struct Survey<'a> {
     root: &'a Path,
     /// What images with names need.
     pinned: BTreeSet<Object>,
+    /// Their layers, which can be made of that again.
+    named: BTreeSet<Object>,
     items: Vec<Item>,
 }
 
 impl<'a> Survey<'a> {
     fn new(root: &'a Path) -> Result<Self, StoreError> {
-        let mut survey = Survey { root, pinned: BTreeSet::new(), items: Vec::new() };
+        let mut survey = Survey { root, pinned: BTreeSet::new(), named: BTreeSet::new(), items: Vec::new() };
         let path = root.join("index.json");
         match fs::read(&path) {
             Ok(bytes) => {
@@ -193,9 +195,12 @@ impl<'a> Survey<'a> {
                 let index: Index = serde_json::from_slice(&bytes)
                     .map_err(|error| StoreError::Damaged { path, reason: error.to_string() })?;
                 for entry in &index.manifests {
-                    let mut pinned = std::mem::take(&mut survey.pinned);
-                    survey.image(entry, &mut pinned, &mut Vec::new(), 5);
+                    let (mut pinned, mut diff_ids) = (std::mem::take(&mut survey.pinned), Vec::new());
+                    survey.image(entry, &mut pinned, &mut diff_ids, 5);
                     survey.pinned = pinned;
+                    let mut named = std::mem::take(&mut survey.named);
+                    survey.unpacked(&diff_ids, &mut named);
+                    survey.named = named;
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -265,6 +270,17 @@ impl<'a> Survey<'a> {
         }
     }
 
+    /// The layers of an image that was unpacked, or made here.
+    fn unpacked(&self, diff_ids: &[String], needs: &mut BTreeSet<Object>) {
+        for diff_id in diff_ids {
+            self.layer(&super::layers::pulled_layer_id(diff_id).0, needs);
+            let known = blob::digest_hex(diff_id).ok().map(|digits| self.root.join("diff-ids").join(digits));
+            if let Some(id) = known.and_then(|path| fs::read_to_string(path).ok()) {
+                self.layer(&id, needs);
+            }
+        }
+    }
+
     fn records(&mut self) {
         let mut newest_keys = HashSet::new();
         for path in entries(&self.root.join("steps")) {
@@ -293,13 +309,7 @@ impl<'a> Survey<'a> {
             if let Some(remembered) = remembered {
                 let mut diff_ids = Vec::new();
                 self.image(&remembered.descriptor, &mut needs, &mut diff_ids, 5);
-                for diff_id in diff_ids {
-                    self.layer(&super::layers::pulled_layer_id(&diff_id).0, &mut needs);
-                    let known = blob::digest_hex(&diff_id).ok().map(|digits| self.root.join("diff-ids").join(digits));
-                    if let Some(id) = known.and_then(|path| fs::read_to_string(path).ok()) {
-                        self.layer(&id, &mut needs);
-                    }
-                }
+                self.unpacked(&diff_ids, &mut needs);
             }
             self.items.push(Item { kind: Kind::References, used: modified(&path), path, needs, replaced });
         }
@@ -446,7 +456,10 @@ impl ExclusiveStore {
             sizes.insert(object, bytes);
         }
         let mut users: BTreeMap<&Object, u64> = BTreeMap::new();
-        for object in survey.items.iter().flat_map(|item| &item.needs).chain(&survey.pinned) {
+        // An image that is kept is to stay unpacked, unless all or much is to go.
+        let whole_cache = options.all || options.keep_bytes.is_some();
+        let named = survey.named.iter().filter(|_| !whole_cache);
+        for object in survey.items.iter().flat_map(|item| &item.needs).chain(&survey.pinned).chain(named) {
             *users.entry(object).or_default() += 1;
         }
         let mut pruned = Pruned::default();
@@ -463,10 +476,9 @@ impl ExclusiveStore {
         // What nobody needs frees the most for the least, so it goes first whatever is to be kept.
         for item in &survey.items {
             let enough = options.keep_bytes.is_some_and(|keep| size <= keep);
-            let may_go = options.all || options.keep_bytes.is_some() || item.replaced;
+            let may_go = whole_cache || item.replaced;
             // Waiting for the mounts' next use costs more than any record: they go only when all is to go.
-            let mount =
-                matches!(item.kind, Kind::Mounts | Kind::Contexts) && !options.all && options.keep_bytes.is_none();
+            let mount = matches!(item.kind, Kind::Mounts | Kind::Contexts) && !whole_cache;
             if enough || !may_go || mount || !old(item.used) {
                 continue;
             }
