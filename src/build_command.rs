@@ -3,6 +3,7 @@
 use crate::blame;
 use crate::cache_command;
 use crate::export_command::{self, Built, Live};
+use crate::image_commands::sources_at;
 use crate::input::{self, Fetcher, Files, Input};
 use crate::interrupt::{Signals, last_words};
 use crate::progress::{Screen, ScreenOptions};
@@ -25,11 +26,10 @@ use nacre_frontend::{parser, platform};
 use nacre_solver::cache::import::Imports;
 use nacre_solver::context::{Context, ContextError, DigestCache, IgnoreFile};
 use nacre_solver::leak::LeakScan;
-use nacre_solver::materialize::{Ownership, WriteOptions};
+use nacre_solver::materialize::Ownership;
 use nacre_solver::op::file::LocalContext;
 use nacre_solver::op::run::{Host, RunError};
 use nacre_solver::op::source::{Progress, PullPolicy, ResolvedImage, SourceContext, SourceError, Warn, resolve_image};
-use nacre_solver::registry::Client;
 use nacre_solver::sandbox::cgroup::{Exceeded, Limits};
 use nacre_solver::sandbox::foreign::{self, Emulators};
 use nacre_solver::sandbox::network::Pasta;
@@ -38,7 +38,6 @@ use nacre_solver::snapshot::Workspace;
 use nacre_solver::solve::{self, Event, SolveError, VertexError};
 use nacre_solver::store::Store;
 use nacre_solver::tree::ignore::IgnoreError;
-use nacre_solver::tree::layer;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::ExitCode;
@@ -423,20 +422,9 @@ pub(crate) fn workspace(
     progress: Option<Progress>,
     warn: Option<Warn>,
 ) -> Result<Workspace, CommandError> {
-    let store_error = |error| CommandError::new(Exit::Store, &error, None);
-    let store = Store::open(&request.store).map_err(store_error)?;
-    let store = Arc::new(if ownership == Ownership::SingleId { store.with_single_id() } else { store });
-    let client = Client::new(request.registry.clone());
-    let sources = SourceContext {
-        store: store.clone(),
-        client,
-        pull: if request.pull { PullPolicy::Always } else { PullPolicy::Missing },
-        offline: false,
-        limits: layer::Limits::default(),
-        write: WriteOptions { ownership },
-        progress,
-        warn,
-    };
+    let pull = if request.pull { PullPolicy::Always } else { PullPolicy::Missing };
+    let sources = sources_at(&request.store, request.registry.clone(), ownership)?;
+    let sources = SourceContext { pull, progress, warn, ..sources };
     Ok(Workspace::new(sources))
 }
 

@@ -65,11 +65,15 @@ pub(crate) fn sources(store: &Arc<Store>, options: ClientOptions) -> SourceConte
     }
 }
 
-/// For images that steps will run on: unpacked as a build unpacks them that has such owners.
-pub(crate) fn sources_to_unpack(store: Store, options: ClientOptions, ownership: Option<Ownership>) -> SourceContext {
-    let write = WriteOptions { ownership: ownership.unwrap_or(Ownership::SingleId) };
-    let store = if write.ownership == Ownership::SingleId { store.with_single_id() } else { store };
-    SourceContext { write, ..sources(&Arc::new(store), options) }
+/// Of the store in this directory, in a process for which owners on disk are these.
+pub(crate) fn sources_at(
+    store: &Path,
+    options: ClientOptions,
+    ownership: Ownership,
+) -> Result<SourceContext, CommandError> {
+    let store = Store::open(store).map_err(store_error)?;
+    let store = if ownership == Ownership::SingleId { store.with_single_id() } else { store };
+    Ok(SourceContext { write: WriteOptions { ownership }, ..sources(&Arc::new(store), options) })
 }
 
 /// Unpacks an image, so that the first step on it need not. That can be done later, too, if it fails here: so it may take no more
@@ -129,7 +133,7 @@ pub(crate) fn pull(args: &PullArgs, env: &Environment) -> Result<(), CommandErro
         .ok_or_else(|| failure(Exit::Usage, &format!("`{name}` is no name in a registry"), None))?;
     let Some(ownership) = enter_to_unpack()? else { return Ok(()) };
     listen(env)?;
-    let store = Store::open(&env.store(args.at.store.as_deref())?).map_err(store_error)?;
+    let store = env.store(args.at.store.as_deref())?;
     let told = Arc::new(Mutex::new(HashSet::new()));
     let quiet = args.quiet;
     let tell = move |digest: &str, bytes: u64| {
@@ -143,8 +147,8 @@ pub(crate) fn pull(args: &PullArgs, env: &Environment) -> Result<(), CommandErro
             tell_received(digest, total);
         }
     });
-    let sources =
-        SourceContext { progress: Some(progress), ..sources_to_unpack(store, env.registry(&args.registry), ownership) };
+    let sources = sources_at(&store, env.registry(&args.registry), ownership.unwrap_or(Ownership::SingleId))?;
+    let sources = SourceContext { progress: Some(progress), ..sources };
     let store = &sources.store;
     let registry = |error| source_error(&SourceError::Registry(error));
     let (bytes, root) = sources.client.manifest(&remote).map_err(registry)?;

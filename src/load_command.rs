@@ -2,17 +2,15 @@
 
 use crate::build_command::{enter_to_unpack, failure};
 use crate::cli::{ListFormat, LoadArgs, ManifestInspectArgs};
-use crate::image_commands::{
-    listen, reference, source_error, sources_to_unpack, store_error, unpack, warn_not_unpacked,
-};
+use crate::image_commands::{listen, reference, source_error, sources_at, store_error, unpack, warn_not_unpacked};
 use crate::report::{CommandError, Exit};
 use crate::request::Environment;
 use nacre_frontend::llb::ImageSource;
 use nacre_frontend::platform;
 use nacre_solver::load::{LoadError, Loaded, load as load_archive};
+use nacre_solver::materialize::Ownership;
 use nacre_solver::op::source::{PullPolicy, SourceContext, SourceError, resolve_image};
 use nacre_solver::registry::{Client, ClientOptions, RemoteImage};
-use nacre_solver::store::Store;
 use serde_json::{Value, json};
 use std::fs::File;
 use std::io::{IsTerminal, Read};
@@ -42,12 +40,9 @@ pub(crate) fn load(args: &LoadArgs, env: &Environment) -> Result<(), CommandErro
         None => Box::new(std::io::stdin()),
     };
     listen(env)?;
-    let store = Store::open(&env.store(args.at.store.as_deref())?).map_err(store_error)?;
-    let sources = SourceContext {
-        pull: PullPolicy::Missing,
-        offline: true,
-        ..sources_to_unpack(store, ClientOptions::default(), ownership)
-    };
+    let store = env.store(args.at.store.as_deref())?;
+    let sources = sources_at(&store, ClientOptions::default(), ownership.unwrap_or(Ownership::SingleId))?;
+    let sources = SourceContext { pull: PullPolicy::Missing, offline: true, ..sources };
     let store = &sources.store;
     let mut images = load_archive(input, store).map_err(|error| load_error(&error))?;
     match (name, images.as_mut_slice()) {

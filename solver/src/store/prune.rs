@@ -194,14 +194,13 @@ impl<'a> Survey<'a> {
                 // Names that cannot be read pin nothing; better to stop than to take what they need.
                 let index: Index = serde_json::from_slice(&bytes)
                     .map_err(|error| StoreError::Damaged { path, reason: error.to_string() })?;
+                let (mut pinned, mut diff_ids) = (BTreeSet::new(), Vec::new());
                 for entry in &index.manifests {
-                    let (mut pinned, mut diff_ids) = (std::mem::take(&mut survey.pinned), Vec::new());
                     survey.image(entry, &mut pinned, &mut diff_ids, 5);
-                    survey.pinned = pinned;
-                    let mut named = std::mem::take(&mut survey.named);
-                    survey.unpacked(&diff_ids, &mut named);
-                    survey.named = named;
                 }
+                let mut named = BTreeSet::new();
+                survey.unpacked(&diff_ids, &mut named);
+                (survey.pinned, survey.named) = (pinned, named);
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(StoreError::io("read", &path)(error)),
